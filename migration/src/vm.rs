@@ -31,7 +31,9 @@ pub struct PageSet {
 impl PageSet {
     /// An empty set that can hold `pages` pages.
     pub fn empty(pages: u64) -> Self {
-        Self { words: vec![0; usize::try_from(pages.div_ceil(64)).expect("guest memory fits the address space")] }
+        Self {
+            words: vec![0; usize::try_from(pages.div_ceil(64)).expect("guest memory fits the address space")],
+        }
     }
 
     /// Every page below `pages`.
@@ -53,7 +55,11 @@ impl PageSet {
 
     /// Adds every page of `other`, which must be of the same size.
     pub fn merge(&mut self, other: &Self) {
-        assert_eq!(self.words.len(), other.words.len(), "page sets of one guest have one size");
+        assert_eq!(
+            self.words.len(),
+            other.words.len(),
+            "page sets of one guest have one size"
+        );
         for (word, more) in self.words.iter_mut().zip(&other.words) {
             *word |= more;
         }
