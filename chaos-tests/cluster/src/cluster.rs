@@ -1,0 +1,530 @@
+//! Starting a cluster, breaking its parts, and taking it down.
+
+use std::fs::{self, File};
+use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use drover_pki::{ClusterCa, Credentials, Role, TlsFiles};
+use drover_proto::v1::{HostState, VmState, VmmState};
+use serde::Serialize;
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+
+use crate::network::Network;
+use crate::process::{Daemon, Spawner, find, kill_all};
+use crate::vmms::{Eyes, SeenVmm};
+use crate::witness::Witness;
+use crate::{Client, Points, await_some};
+
+/// Controllers and hosts of every cluster here.
+pub const PARTIES: usize = 3;
+
+/// The cluster's id.
+pub const CLUSTER_ID: &str = "chaos";
+
+const CONTROLLER_PORT: u16 = 7001;
+const AGENT_PORT: u16 = 7101;
+
+/// Lines of each log that a failed test shows.
+const LOG_TAIL: usize = 40;
+
+/// The cluster's settings, in the form of the controllers' configuration. Shorter than a user's, so that what a test
+/// waits for comes soon.
+#[derive(Clone, Debug, Serialize)]
+#[allow(
+    missing_docs,
+    reason = "named and explained in common.proto, message Settings"
+)]
+pub struct Settings {
+    pub lease_ms: u64,
+    pub drift_margin_ms: u64,
+    pub heartbeat_ms: u64,
+    pub max_downtime_ms: u32,
+    pub prepare_timeout_ms: u64,
+    pub stall_timeout_ms: u64,
+    pub switchover_timeout_ms: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            lease_ms: 4000,
+            drift_margin_ms: 500,
+            heartbeat_ms: 400,
+            max_downtime_ms: 300,
+            prepare_timeout_ms: 6000,
+            stall_timeout_ms: 3000,
+            switchover_timeout_ms: 4000,
+        }
+    }
+}
+
+struct Party {
+    dir: PathBuf,
+    points: Points,
+    daemon: Option<Daemon>,
+}
+
+/// A running cluster. Dropping it ends all its processes and removes all its files.
+pub struct Cluster {
+    /// The user's client.
+    pub client: Client,
+    /// Who executes, from the start of the cluster on.
+    pub witness: Witness,
+    /// The links.
+    pub network: Network,
+    runtime: Runtime,
+    controllers: Vec<Party>,
+    hosts: Vec<Party>,
+    spawner: Spawner,
+    binaries: PathBuf,
+    ca: ClusterCa,
+    root: TempDir,
+}
+
+/// The name of host number `index`.
+pub fn host_name(index: usize) -> String {
+    format!("host{}", index + 1)
+}
+
+/// The name of controller number `index`.
+pub fn controller_name(index: usize) -> String {
+    format!("c{}", index + 1)
+}
+
+fn controller_ip(index: usize) -> Ipv4Addr {
+    Ipv4Addr::new(
+        10,
+        213,
+        0,
+        11 + u8::try_from(index).expect("a handful of controllers"),
+    )
+}
+
+fn host_ip(index: usize) -> Ipv4Addr {
+    Ipv4Addr::new(10, 213, 0, 21 + u8::try_from(index).expect("a handful of hosts"))
+}
+
+/// The target folder this test was built into.
+fn target_dir() -> Result<PathBuf> {
+    let test = std::env::current_exe().context("finding the test's own program")?;
+    // <target>/debug/deps/<test>
+    test.ancestors()
+        .nth(3)
+        .map(Path::to_owned)
+        .context("the test's program is not in a target folder")
+}
+
+/// Why this machine cannot run these tests, if it cannot.
+fn obstacle(binaries: &Path, probe: &Path) -> Option<String> {
+    if !nix::unistd::geteuid().is_root() {
+        return Some("network and PID namespaces need root".to_owned());
+    }
+    if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
+        return Some(format!("/dev/kvm cannot be opened: {error}"));
+    }
+    for tool in ["ip", "nft"] {
+        let found = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"]
+            .iter()
+            .any(|dir| Path::new(dir).join(tool).exists());
+        if !found {
+            return Some(format!(
+                "the program {tool} is missing (packages iproute2 and nftables)"
+            ));
+        }
+    }
+    for file in ["drover-controller", "drover-agent", "drover-vmm"].map(|name| binaries.join(name)) {
+        if !file.exists() {
+            return Some(format!(
+                "{} is missing: run `cargo xtask test cluster`",
+                file.display()
+            ));
+        }
+    }
+    (!probe.exists()).then(|| format!("{} is missing: run `cargo xtask test cluster`", probe.display()))
+}
+
+impl Cluster {
+    /// A cluster whose hosts are all up, or `None` after a line `SKIPPED: why` if this machine cannot run one.
+    pub fn or_skip(settings: &Settings) -> Option<Self> {
+        let target = target_dir().expect("tests run from a target folder");
+        let (binaries, probe) = (target.join("chaos-bin"), target.join("guest/probe"));
+        if let Some(why) = obstacle(&binaries, &probe) {
+            println!("SKIPPED: {why}");
+            return None;
+        }
+        let mut cluster = Self::start(settings, binaries, &probe).expect("the cluster starts");
+        cluster.await_ready();
+        Some(cluster)
+    }
+
+    fn start(settings: &Settings, binaries: PathBuf, probe: &Path) -> Result<Self> {
+        drover_pki::install_provider();
+        let root = tempfile::Builder::new()
+            .prefix("drover-chaos-")
+            .tempdir()
+            .context("making the cluster's folder")?;
+        let ips: Vec<_> = (0..PARTIES)
+            .map(controller_ip)
+            .chain((0..PARTIES).map(host_ip))
+            .collect();
+        let network = Network::new(&ips)?;
+        let spawner = Spawner::new()?;
+        let ca = ClusterCa::create(CLUSTER_ID)?;
+        let images = root.path().join("images");
+        fs::create_dir(&images)?;
+        fs::copy(probe, images.join("probe")).context("copying the probe")?;
+        fs::write(
+            images.join("novel"),
+            "It was a dark and stormy night.\n".repeat(100),
+        )?;
+
+        let party = |name: &str| -> Result<Party> {
+            let dir = root.path().join(name);
+            fs::create_dir(&dir)?;
+            fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))?;
+            let points = Points::new(&dir.join("points"))?;
+            Ok(Party {
+                dir,
+                points,
+                daemon: None,
+            })
+        };
+        let controllers = (0..PARTIES)
+            .map(|index| party(&controller_name(index)))
+            .collect::<Result<Vec<_>>>()?;
+        let hosts = (0..PARTIES)
+            .map(|index| party(&host_name(index)))
+            .collect::<Result<Vec<_>>>()?;
+        for (index, controller) in controllers.iter().enumerate() {
+            let tls = ca.issue_to(&controller.dir, Role::Controller, &controller_name(index))?;
+            write_config(controller, &controller_config(index, &tls, settings))?;
+        }
+        for (index, host) in hosts.iter().enumerate() {
+            let tls = ca.issue_to(&host.dir, Role::Host, &host_name(index))?;
+            write_config(host, &agent_config(index, &tls, &images, &binaries))?;
+        }
+
+        let user = ca.issue_to(&root.path().join("user"), Role::User, "tester")?;
+        let client = Client::new(&Credentials::load(&user, CLUSTER_ID)?, &controller_addrs())?;
+        let data = hosts.iter().map(|host| host.dir.join("data")).collect();
+        let witness = Witness::start(data, Duration::from_millis(settings.drift_margin_ms))?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let mut cluster = Self {
+            client,
+            witness,
+            network,
+            runtime,
+            controllers,
+            hosts,
+            spawner,
+            binaries,
+            ca,
+            root,
+        };
+        for index in 0..PARTIES {
+            cluster.start_controller(index);
+        }
+        for index in 0..PARTIES {
+            cluster.start_agent(index);
+        }
+        Ok(cluster)
+    }
+
+    /// Waits until somebody leads and every host is up.
+    pub fn await_ready(&mut self) {
+        await_some("all hosts to be up", || {
+            for party in self.controllers.iter_mut().chain(&mut self.hosts) {
+                if let Some(how) = party.daemon.as_mut().and_then(Daemon::ended) {
+                    panic!("{} ended by itself: {how}", party.dir.display());
+                }
+            }
+            let hosts = self.client.hosts().map_err(|fault| fault.to_string())?;
+            let up = hosts.iter().filter(|host| host.state() == HostState::Up).count();
+            if up == PARTIES {
+                Ok(())
+            } else {
+                Err(format!("{up} of {PARTIES} hosts up: {hosts:?}"))
+            }
+        });
+    }
+
+    // --- daemons ---
+
+    /// Starts a controller that is not running.
+    pub fn start_controller(&mut self, index: usize) {
+        let command = daemon_command(&self.binaries.join("drover-controller"), &self.controllers[index]);
+        self.controllers[index].daemon = Some(self.launch(command, index).expect("a controller starts"));
+    }
+
+    /// Starts an agent that is not running.
+    pub fn start_agent(&mut self, index: usize) {
+        let command = daemon_command(&self.binaries.join("drover-agent"), &self.hosts[index]);
+        self.hosts[index].daemon = Some(self.launch(command, PARTIES + index).expect("an agent starts"));
+    }
+
+    fn launch(&self, mut command: Command, place: usize) -> Result<Daemon> {
+        self.network.place(place).namespace.adopt(&mut command)?;
+        Daemon::start(&self.spawner, command)
+    }
+
+    /// `kill -9` of a controller.
+    pub fn kill_controller(&mut self, index: usize) {
+        self.controllers[index].daemon = None;
+    }
+
+    /// `kill -9` of an agent; its VMMs live on.
+    pub fn kill_agent(&mut self, index: usize) {
+        self.hosts[index].daemon = None;
+    }
+
+    /// `kill -9` of every VMM of `vm` on a host; how many there were.
+    pub fn kill_vmms(&mut self, index: usize, vm: &str) -> usize {
+        let vmms = find("drover-vmm", &self.vm_dir(index, vm));
+        kill_all(&vmms);
+        vmms.len()
+    }
+
+    /// How many processes run a VMM of `vm` on a host, by the kernel's word.
+    pub fn vmm_processes(&self, index: usize, vm: &str) -> usize {
+        find("drover-vmm", &self.vm_dir(index, vm)).len()
+    }
+
+    fn vm_dir(&self, index: usize, vm: &str) -> PathBuf {
+        self.hosts[index].dir.join("data/vms").join(vm)
+    }
+
+    /// Pulls the cable of a controller.
+    pub fn unplug_controller(&self, index: usize) {
+        self.network.unplug(index);
+    }
+
+    /// Puts it back.
+    pub fn plug_controller(&self, index: usize) {
+        self.network.plug(index);
+    }
+
+    /// Loses every packet between two hosts.
+    pub fn cut_hosts(&self, one: usize, other: usize) {
+        self.network.cut_between(PARTIES + one, PARTIES + other);
+    }
+
+    /// Undoes it.
+    pub fn heal_host(&self, one: usize) {
+        self.network.heal(PARTIES + one);
+    }
+
+    /// The leader's number.
+    pub fn leader(&self) -> usize {
+        await_some("a leader", || {
+            let cluster = self.client.cluster().map_err(|fault| fault.to_string())?;
+            (0..PARTIES)
+                .find(|&index| controller_name(index) == cluster.leader)
+                .ok_or_else(|| format!("leader {:?}", cluster.leader))
+        })
+    }
+
+    // --- pause points ---
+
+    /// Every party whose word `point` is: the hosts for a VMM's or agent's point, the controllers for a leader's.
+    fn holders(&self, point: &str) -> &[Party] {
+        if point.starts_with("controller.") {
+            &self.controllers
+        } else {
+            &self.hosts
+        }
+    }
+
+    /// From now on whoever comes to `point` waits there.
+    pub fn hold(&self, point: &str) {
+        self.holders(point)
+            .iter()
+            .for_each(|party| party.points.hold(point));
+    }
+
+    /// Waits until somebody waits at `point`.
+    pub fn await_reached(&self, point: &str) {
+        await_some(&format!("somebody to come to {point}"), || {
+            match self
+                .holders(point)
+                .iter()
+                .any(|party| party.points.reached(point))
+            {
+                true => Ok(()),
+                false => Err("nobody".to_owned()),
+            }
+        });
+    }
+
+    /// Lets everybody go on.
+    pub fn release(&self, point: &str) {
+        self.holders(point)
+            .iter()
+            .for_each(|party| party.points.release(point));
+    }
+
+    // --- what is true ---
+
+    /// Every VMM that answers.
+    pub fn vmms(&self, vm: &str) -> Vec<SeenVmm> {
+        let hosts = self.hosts.iter().map(|host| host.dir.join("data")).collect();
+        let mut seen = self.runtime.block_on(Eyes::new(hosts).look());
+        seen.retain(|vmm| vmm.info.vm == vm);
+        seen
+    }
+
+    /// Waits until `vm` runs: placed, reported running, executed by exactly one VMM, which is that of the placement, and no
+    /// other process left of it on any host. Returns the host's number and the epoch.
+    pub fn await_runs_exactly_once(&self, vm: &str) -> (usize, u64) {
+        await_some(&format!("{vm} to run exactly once"), || {
+            let record = self.client.vm(vm).map_err(|fault| fault.to_string())?;
+            let placement = record.placement.clone().unwrap_or_default();
+            let seen = self.vmms(vm);
+            let processes: usize = (0..PARTIES).map(|host| self.vmm_processes(host, vm)).sum();
+            let at_home = |vmm: &SeenVmm| {
+                vmm.runs() && host_name(vmm.host) == placement.host && vmm.info.epoch == placement.epoch
+            };
+            match seen.as_slice() {
+                [only] if record.state() == VmState::Running && processes == 1 && at_home(only) => {
+                    Ok((only.host, placement.epoch))
+                }
+                _ => Err(format!("{record:?}; {processes} processes; VMMs {seen:?}")),
+            }
+        })
+    }
+
+    /// Waits until no process of `vm` is left on any host.
+    pub fn await_no_vmm(&self, vm: &str) {
+        await_some(&format!("the end of every VMM of {vm}"), || {
+            match (0..PARTIES)
+                .map(|host| self.vmm_processes(host, vm))
+                .sum::<usize>()
+            {
+                0 => Ok(()),
+                left => Err(format!("{left} processes; VMMs {:?}", self.vmms(vm))),
+            }
+        });
+    }
+
+    /// Fails if any VMM of `vm` executes now.
+    pub fn assert_nobody_runs(&self, vm: &str) {
+        let seen = self.vmms(vm);
+        let running: Vec<_> = seen
+            .iter()
+            .filter(|vmm| vmm.info.state() == VmmState::Running)
+            .collect();
+        assert!(
+            running.is_empty(),
+            "{vm} executes although it may not: {running:?}"
+        );
+    }
+
+    /// Certificates of the cluster's own CA for a test that plays a party.
+    pub fn issue(&self, role: Role, name: &str) -> Result<TlsFiles> {
+        Ok(self
+            .ca
+            .issue_to(&self.root.path().join(format!("as-{name}")), role, name)?)
+    }
+
+    /// A folder for a test's own files.
+    pub fn scratch(&self) -> &Path {
+        self.root.path()
+    }
+
+    fn show_logs(&self) {
+        let mut logs: Vec<PathBuf> = self
+            .controllers
+            .iter()
+            .chain(&self.hosts)
+            .map(|party| party.dir.join("log"))
+            .collect();
+        for host in &self.hosts {
+            let folders = crate::vmms::folders(&host.dir.join("data"), None);
+            logs.extend(folders.iter().rev().take(2).map(|dir| dir.join("vmm.log")));
+        }
+        for log in logs {
+            let Ok(text) = fs::read(&log) else { continue };
+            let text = String::from_utf8_lossy(&text).into_owned();
+            let lines: Vec<_> = text.lines().collect();
+            eprintln!("--- {} ---", log.display());
+            lines[lines.len().saturating_sub(LOG_TAIL)..]
+                .iter()
+                .for_each(|line| eprintln!("{line}"));
+        }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.show_logs();
+        }
+        if std::env::var_os("DROVER_KEEP").is_some() {
+            self.root.disable_cleanup(true);
+            eprintln!("kept {}", self.root.path().display());
+        }
+    }
+}
+
+/// "ip:port" of every controller.
+pub fn controller_addrs() -> Vec<String> {
+    (0..PARTIES)
+        .map(|index| format!("{}:{CONTROLLER_PORT}", controller_ip(index)))
+        .collect()
+}
+
+fn controller_config(index: usize, tls: &TlsFiles, settings: &Settings) -> serde_json::Value {
+    let members: Vec<_> = controller_addrs()
+        .iter()
+        .enumerate()
+        .map(|(index, addr)| json!({"id": index + 1, "name": controller_name(index), "addr": addr}))
+        .collect();
+    let own = &controller_addrs()[index];
+    json!({
+        "cluster_id": CLUSTER_ID, "id": index + 1, "name": controller_name(index), "data_dir": "data",
+        "listen": own, "advertise": own, "members": members, "tls": tls, "settings": settings,
+        "raft": {"heartbeat_ms": 100, "election_min_ms": 600, "election_max_ms": 1200},
+    })
+}
+
+fn agent_config(index: usize, tls: &TlsFiles, images: &Path, binaries: &Path) -> serde_json::Value {
+    let own = format!("{}:{AGENT_PORT}", host_ip(index));
+    json!({
+        "cluster_id": CLUSTER_ID, "name": host_name(index), "data_dir": "data", "listen": own, "advertise": own,
+        "migration_ip": host_ip(index), "controllers": controller_addrs(), "images_dir": images,
+        "vmm": binaries.join("drover-vmm"), "tls": tls, "memory_mib": 2048, "cpus": 8,
+    })
+}
+
+fn write_config(party: &Party, config: &serde_json::Value) -> Result<()> {
+    let text = serde_json::to_vec_pretty(config)?;
+    ensure!(
+        !party.dir.join("config.json").exists(),
+        "every party is configured once"
+    );
+    fs::write(party.dir.join("config.json"), text)
+        .with_context(|| format!("configuring {}", party.dir.display()))
+}
+
+fn daemon_command(program: &Path, party: &Party) -> Command {
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(party.dir.join("log"))
+        .expect("a log can be opened");
+    let mut command = Command::new(program);
+    command.arg("--config").arg(party.dir.join("config.json"));
+    command.env("DROVER_POINTS_DIR", party.points.dir());
+    command
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .stderr(log);
+    command
+}

@@ -1,0 +1,196 @@
+//! What the probe guest says of itself. It outranks every counter of ours: it owns pages that carry a number, a sequence
+//! and a checksum, counts timer ticks, and measures the gaps between them.
+
+use crate::{Client, await_some};
+
+/// How long one read waits for the guest's next bytes.
+const WAIT_MS: u32 = 1500;
+
+/// One line `probe t=…`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Seconds since the probe came up.
+    pub t: u64,
+    /// Timer interrupts so far.
+    pub ticks: u64,
+    /// The largest gap between two ticks since the last report, microseconds.
+    pub gap_us: u64,
+    /// The largest gap ever.
+    pub max_gap_us: u64,
+    /// Pages written so far.
+    pub written: u64,
+    /// Pages read back so far.
+    pub verified: u64,
+    /// Pages found to hold something else than was last written; never falls.
+    pub lost: u64,
+    /// How often time went back.
+    pub back: u64,
+}
+
+impl Report {
+    /// Reads a line; `None` if it is no report.
+    pub fn parse(line: &str) -> Option<Self> {
+        let words = line.trim().strip_prefix("probe t=")?;
+        let mut report = Self::default();
+        let mut known = 0;
+        for word in std::iter::once(format!("t={}", words.split(' ').next()?))
+            .chain(words.split(' ').skip(1).map(str::to_owned))
+        {
+            let (key, value) = word.split_once('=')?;
+            let field = match key {
+                "t" => &mut report.t,
+                "ticks" => &mut report.ticks,
+                "gap_us" => &mut report.gap_us,
+                "max_gap_us" => &mut report.max_gap_us,
+                "written" => &mut report.written,
+                "verified" => &mut report.verified,
+                "lost" => &mut report.lost,
+                "back" => &mut report.back,
+                _ => continue,
+            };
+            *field = value.parse().ok()?;
+            known += 1;
+        }
+        (known == 8).then_some(report)
+    }
+}
+
+/// A reader of one VM's console from its start, through every migration.
+pub struct Console {
+    vm: String,
+    offset: u64,
+    partial: String,
+    /// Every whole line so far.
+    pub lines: Vec<String>,
+    /// Every report so far.
+    pub reports: Vec<Report>,
+}
+
+impl Console {
+    /// A reader of `vm`, from the first byte.
+    pub fn new(vm: &str) -> Self {
+        Self {
+            vm: vm.to_owned(),
+            offset: 0,
+            partial: String::new(),
+            lines: Vec::new(),
+            reports: Vec::new(),
+        }
+    }
+
+    /// Reads what there is, waiting a moment for something new; checks every report against the one before.
+    pub fn pull(&mut self, client: &Client) -> Result<(), String> {
+        let answer = client
+            .read_console(&self.vm, self.offset, WAIT_MS)
+            .map_err(|fault| fault.to_string())?;
+        assert_eq!(
+            answer.offset, self.offset,
+            "the console of {} has lost or repeated bytes",
+            self.vm
+        );
+        self.offset = answer.next_offset;
+        self.partial.push_str(&String::from_utf8_lossy(&answer.data));
+        while let Some(end) = self.partial.find('\n') {
+            let line = self.partial[..end].trim_end().to_owned();
+            self.partial.drain(..=end);
+            self.take(line);
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, line: String) {
+        assert!(!line.contains("LOST"), "the guest lost a page: {line}");
+        assert!(!line.contains("panic"), "the guest panicked: {line}");
+        if let Some(report) = Report::parse(&line) {
+            assert_eq!(report.lost, 0, "the guest lost pages: {line}");
+            assert_eq!(report.back, 0, "the guest's time went back: {line}");
+            if let Some(before) = self.reports.last() {
+                assert!(
+                    report.ticks > before.ticks,
+                    "ticks went from {} to {}: {line}",
+                    before.ticks,
+                    report.ticks
+                );
+                assert!(
+                    report.t > before.t,
+                    "the guest's clock went from {} to {}: {line}",
+                    before.t,
+                    report.t
+                );
+                assert!(
+                    report.written >= before.written,
+                    "pages written went back: {line}"
+                );
+            }
+            self.reports.push(report);
+        } else if line.starts_with("probe t=") {
+            panic!("a report that is not whole: {line}");
+        }
+        self.lines.push(line);
+    }
+
+    /// Waits for `more` whole reports after what the console held when this was called. So the guest is proven to run.
+    pub fn await_more(&mut self, client: &Client, more: usize) -> Report {
+        // What was written before the call proves nothing: read it away first.
+        let mut behind = self.offset;
+        await_some("the console to answer", || {
+            loop {
+                let answer = client
+                    .read_console(&self.vm, behind, 0)
+                    .map_err(|fault| fault.to_string())?;
+                if answer.data.is_empty() {
+                    return Ok(());
+                }
+                behind = answer.next_offset;
+            }
+        });
+        while self.offset < behind {
+            await_some("the console to answer", || self.pull(client));
+        }
+        let wanted = self.reports.len() + more;
+        await_some(&format!("{more} more reports of {}", self.vm), || {
+            self.pull(client)?;
+            match self.reports.last() {
+                Some(report) if self.reports.len() >= wanted => Ok(*report),
+                last => Err(format!("{} reports, last {last:?}", self.reports.len())),
+            }
+        })
+    }
+
+    /// Types a word and waits for the guest's echo: input and output both still reach it.
+    pub fn ping(&mut self, client: &Client, word: &str) {
+        client.type_text(&self.vm, &format!("ping {word}\n"));
+        let echo = format!("probe pong {word}");
+        await_some(&format!("the echo of {word}"), || {
+            self.pull(client)?;
+            match self.lines.iter().any(|line| line.contains(&echo)) {
+                true => Ok(()),
+                false => Err(format!("last line {:?}", self.lines.last())),
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_line_is_read_in_any_order_and_nothing_else_is() {
+        let line =
+            "probe t=7 ticks=700 gap_us=10012 max_gap_us=20000 written=5 verified=6 lost=0 back=0 later=9\r";
+        let report = Report::parse(line).expect("a whole report");
+        assert_eq!(
+            (report.t, report.ticks, report.max_gap_us, report.verified),
+            (7, 700, 20000, 6)
+        );
+        for other in [
+            "probe t=7 ticks=700",
+            "probe up cpus=1",
+            "probe t=x ticks=1 gap_us=1",
+            "",
+        ] {
+            assert_eq!(Report::parse(other), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! Holding a daemon at a pause point: see `drover-points` for the other half.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The points folder of one party.
+pub struct Points {
+    dir: PathBuf,
+}
+
+/// Points of a migration's source VMM, in the order in which a migration meets them.
+pub const SOURCE: [&str; 8] = [
+    "source.before_connect",
+    "source.after_hello",
+    "source.round_end",
+    "source.before_pause",
+    "source.after_pause",
+    "source.after_last_pages",
+    "source.after_state",
+    "source.ready_received",
+];
+
+/// Points of its target VMM.
+pub const TARGET: [&str; 9] = [
+    "target.listening",
+    "target.after_hello",
+    "target.round_end",
+    "target.after_last_pages",
+    "target.before_restore",
+    "target.before_ready",
+    "target.after_ready",
+    "target.granted",
+    "target.running",
+];
+
+/// Points of the target's agent.
+pub const AGENT: [&str; 3] = [
+    "agent.before_prepare",
+    "agent.before_commit",
+    "agent.after_commit",
+];
+
+/// Points of the leader.
+pub const CONTROLLER: [&str; 2] = ["controller.before_commit_propose", "controller.after_commit"];
+
+/// Every point, all parties.
+pub fn all() -> impl Iterator<Item = &'static str> {
+    SOURCE.into_iter().chain(TARGET).chain(AGENT).chain(CONTROLLER)
+}
+
+/// How far the migration is when it waits at a point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// The source's guest still runs.
+    BeforePause,
+    /// The source has paused, the log does not hold the outcome.
+    Paused,
+    /// The hand-over is in the log.
+    Committed,
+}
+
+/// The stage in which `point` is met.
+pub fn stage(point: &str) -> Stage {
+    match point {
+        "source.after_pause"
+        | "source.after_last_pages"
+        | "source.after_state"
+        | "source.ready_received"
+        | "target.after_last_pages"
+        | "target.before_restore"
+        | "target.before_ready"
+        | "target.after_ready"
+        | "agent.before_commit"
+        | "controller.before_commit_propose" => Stage::Paused,
+        "target.granted" | "target.running" | "agent.after_commit" | "controller.after_commit" => {
+            Stage::Committed
+        }
+        _ => Stage::BeforePause,
+    }
+}
+
+impl Points {
+    /// The points in `dir`, which it makes.
+    pub fn new(dir: &Path) -> std::io::Result<Self> {
+        fs::create_dir_all(dir)?;
+        Ok(Self { dir: dir.to_owned() })
+    }
+
+    /// The folder, for `DROVER_POINTS_DIR`.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// From now on the party waits at `point`.
+    pub fn hold(&self, point: &str) {
+        let _ = fs::remove_file(self.reached_file(point));
+        fs::write(self.dir.join(point), "").expect("the points folder can be written");
+    }
+
+    /// Whether the party has come to `point` since it was held.
+    pub fn reached(&self, point: &str) -> bool {
+        self.reached_file(point).exists()
+    }
+
+    /// Waits until the party has come to `point`.
+    pub fn await_reached(&self, point: &str) {
+        crate::await_some(&format!("point {point}"), || match self.reached(point) {
+            true => Ok(()),
+            false => Err("not reached".to_owned()),
+        });
+    }
+
+    /// Lets the party go on from `point`.
+    pub fn release(&self, point: &str) {
+        let _ = fs::remove_file(self.dir.join(point));
+    }
+
+    fn reached_file(&self, point: &str) -> PathBuf {
+        self.dir.join(format!("{point}.reached"))
+    }
+}
