@@ -1,0 +1,5 @@
+//! The controller: the replicated truth of a Drover cluster. See ARCHITECTURE.md.
+
+pub mod config;
+pub mod consensus;
+pub mod server;

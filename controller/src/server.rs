@@ -1,0 +1,1 @@
+//! The controller's process: opens the store, serves, and stops cleanly.
