@@ -1,0 +1,404 @@
+//! A migration's entries.
+//!
+//! ```text
+//!   PLANNED ──> PREPARING ──> PRE_COPY ──commit──> COMMITTED ──> DONE
+//!      └────────────┴────────────┴──abort──> ABORTED
+//! ```
+//!
+//! Whichever of commit and abort comes first in the log wins, and the other is answered with the outcome. The commit
+//! raises the VM's epoch and moves its placement in one step, so at no entry do two epochs hold. SWITCHOVER and READY
+//! are not entries: no disk write but the commit's own stands inside the blackout.
+
+use drover_proto::v1::{
+    AbortMigrationRequest, AdvanceMigration, CommandResponse, CommitHandoverRequest, FinishMigration,
+    Migration, MigrationPhase, Placement, PlanMigration, Reason, Receipt, VmState,
+};
+use drover_proto::{Code, Fault};
+
+use super::vms::unfit;
+use super::{Applied, Effect, Tx, bounded, reason};
+use crate::limits::MIGRATIONS_ENDED_MAX;
+use crate::placement::{self, Purpose};
+use crate::state::{epoch_of, host_of, is_committed, is_ended, migration_number, spec_of};
+use crate::validate::{self, quoted};
+
+impl Tx<'_> {
+    pub(super) fn plan_migration(&mut self, plan: &PlanMigration) -> Applied {
+        let vm = self.known_vm("vm", &plan.vm)?;
+        let options = validate::options(plan.options.as_ref(), &self.state.settings)?;
+        if !vm.migration.is_empty() {
+            let message = format!("{} is being moved by migration {} already", plan.vm, vm.migration);
+            return Err(Fault::new(Code::MigrationActive, message).field("vm"));
+        }
+        if vm.state() != VmState::Running || !vm.wanted_running || vm.deleting {
+            return Err(unfit(&plan.vm, vm, "only one that runs can be moved live"));
+        }
+        let (from, epoch) = (host_of(vm).to_owned(), epoch_of(vm) + 1);
+        let to = self.target(plan, &from)?;
+        let number = self.state.next_migration;
+        let id = format!("m{number}");
+        let mut migration = Migration {
+            id: id.clone(),
+            vm: plan.vm.clone(),
+            from: from.clone(),
+            to: to.clone(),
+            epoch,
+            options: Some(options),
+            created_ms: self.now_ms,
+            changed_ms: self.now_ms,
+            requested_by: self.caller.to_owned(),
+            ..Migration::default()
+        };
+        migration.set_phase(MigrationPhase::Planned);
+        self.state.next_migration += 1;
+        self.state.migrations.insert(number, migration);
+        let vm = self.vm_mut(&plan.vm);
+        vm.migration.clone_from(&id);
+        vm.last_migration.clone_from(&id);
+        let caller = self.caller;
+        self.migration_event(
+            "planned",
+            &id,
+            format!("{}: {from} -> {to}, asked for by {caller}", plan.vm),
+        );
+        Ok(self.migration_response(&id, true))
+    }
+
+    /// The target: the one that was named when it can take the VM, else the best.
+    fn target(&self, plan: &PlanMigration, from: &str) -> Result<String, Fault> {
+        let vm = self.known_vm("vm", &plan.vm)?;
+        let purpose = Purpose::Migrate { from };
+        if plan.to.is_empty() {
+            return placement::choose(self.state, spec_of(vm), purpose).map_err(|fault| fault.field("to"));
+        }
+        let to = &plan.to;
+        let refused = |code, message: String| Err(Fault::new(code, message).field("to"));
+        if self.state.host(to).is_none() {
+            return refused(
+                Code::HostNotFound,
+                format!("to is {}; no host of this name is registered", quoted(to)),
+            );
+        }
+        if to == from {
+            return refused(
+                Code::SameHost,
+                format!("to is {to}; {} is there already", plan.vm),
+            );
+        }
+        if !self.state.host_is_up(to) {
+            return refused(Code::HostDown, format!("to is {to}, which is declared down"));
+        }
+        if let Err(fault) = placement::fits(self.state, spec_of(vm), purpose, to) {
+            return refused(
+                Code::NoHostFits,
+                format!("{to} cannot take {}: {to} {}", plan.vm, fault.message),
+            );
+        }
+        Ok(to.clone())
+    }
+
+    pub(super) fn advance_migration(&mut self, advance: &AdvanceMigration) -> Applied {
+        let migration = self.known_migration(&advance.id)?;
+        let (from, to) = (migration.phase(), advance.phase());
+        if is_ended(migration) || is_committed(migration) {
+            return Err(ended(migration));
+        }
+        if from == to && (advance.target_addr.is_empty() || advance.target_addr == migration.target_addr) {
+            return Ok(self.migration_response(&advance.id, true));
+        }
+        let next = match from {
+            MigrationPhase::Planned => MigrationPhase::Preparing,
+            _ => MigrationPhase::PreCopy,
+        };
+        if to != next || from == to {
+            let message = format!(
+                "{} is {}; it cannot go to {}",
+                advance.id,
+                phase_name(from),
+                phase_name(to)
+            );
+            return Err(Fault::new(Code::InvalidArgument, message).field("phase"));
+        }
+        let addr = &advance.target_addr;
+        if to == MigrationPhase::PreCopy && addr.parse::<std::net::SocketAddr>().is_err() {
+            let message = format!(
+                "target_addr is {}; it is the ip:port where the target listens",
+                quoted(addr)
+            );
+            return Err(Fault::new(Code::InvalidArgument, message).field("target_addr"));
+        }
+        let now_ms = self.now_ms;
+        let migration = self.migration_mut(&advance.id);
+        migration.set_phase(to);
+        migration.target_addr.clone_from(addr);
+        migration.changed_ms = now_ms;
+        self.migration_event(
+            phase_name(to),
+            &advance.id,
+            format!("{} is {}", advance.id, phase_name(to)),
+        );
+        Ok(self.migration_response(&advance.id, true))
+    }
+
+    pub(super) fn commit_handover(&mut self, commit: &CommitHandoverRequest) -> Applied {
+        let checks_epoch = !drover_points::seeded_bug("no-epoch-check");
+        let migration = self.known_migration(&commit.migration)?;
+        for (field, given, is) in [
+            ("vm", &commit.vm, &migration.vm),
+            ("host", &commit.host, &migration.to),
+        ] {
+            if given != is {
+                let message = format!(
+                    "{field} is {}; migration {} has {is}",
+                    quoted(given),
+                    commit.migration
+                );
+                return Err(Fault::new(Code::InvalidArgument, message).field(field));
+            }
+        }
+        if checks_epoch && commit.epoch != migration.epoch {
+            let message = format!(
+                "epoch is {}; migration {} is for {}",
+                commit.epoch, commit.migration, migration.epoch
+            );
+            return Err(Fault::new(Code::StaleEpoch, message).field("epoch"));
+        }
+        match migration.phase() {
+            MigrationPhase::Committed | MigrationPhase::Done => {
+                // Whether that epoch is still the VM's is what its grants say.
+                return Ok(self.migration_response(&commit.migration, true));
+            }
+            MigrationPhase::Aborted => return Ok(self.migration_response(&commit.migration, false)),
+            MigrationPhase::PreCopy => {}
+            phase => {
+                let message = format!(
+                    "{} is {}; nothing was copied yet",
+                    commit.migration,
+                    phase_name(phase)
+                );
+                return Err(Fault::new(Code::InvalidArgument, message).field("migration"));
+            }
+        }
+        let (from, to, name) = (migration.from.clone(), migration.to.clone(), migration.vm.clone());
+        let vm = self.known_vm("vm", &name)?;
+        if checks_epoch && (epoch_of(vm) + 1 != commit.epoch || host_of(vm) != from) {
+            let message = format!(
+                "epoch is {}; {name} is at epoch {} on {}",
+                commit.epoch,
+                epoch_of(vm),
+                host_of(vm)
+            );
+            return Err(Fault::new(Code::StaleEpoch, message).field("epoch"));
+        }
+        if !self.state.host_is_up(&to) {
+            return Err(
+                Fault::new(Code::HostDown, format!("host is {to}, which is declared down")).field("host"),
+            );
+        }
+        let now_ms = self.now_ms;
+        let migration = self.migration_mut(&commit.migration);
+        migration.set_phase(MigrationPhase::Committed);
+        migration.changed_ms = now_ms;
+        let vm = self.vm_mut(&name);
+        vm.placement = Some(Placement {
+            host: to.clone(),
+            epoch: commit.epoch,
+        });
+        self.set_vm_state(&name, VmState::Running, None);
+        let message = format!(
+            "{name} belongs to {to} as epoch {}; {from} has lost it",
+            commit.epoch
+        );
+        self.migration_event("committed", &commit.migration, message);
+        Ok(self.migration_response(&commit.migration, true))
+    }
+
+    pub(super) fn abort_migration(&mut self, abort: &AbortMigrationRequest) -> Applied {
+        let migration = self.known_migration(&abort.migration)?;
+        if !abort.host.is_empty() && abort.host != migration.from && abort.host != migration.to {
+            let message = format!(
+                "host is {}; migration {} does not touch it",
+                quoted(&abort.host),
+                abort.migration
+            );
+            return Err(Fault::new(Code::InvalidArgument, message).field("host"));
+        }
+        let why = abort
+            .reason
+            .as_ref()
+            .map_or_else(|| reason(Code::Internal, "no reason was given"), bounded);
+        // A person who cancels what has ended is told so; a party that reports a failure twice is not bothered.
+        let by_a_person = why.code == Code::Cancelled.as_str();
+        if is_committed(migration) || (is_ended(migration) && by_a_person) {
+            return Err(ended(migration));
+        }
+        if !is_ended(migration) {
+            self.end_aborted(&abort.migration, why, Some(abort.phase()));
+        }
+        Ok(self.migration_response(&abort.migration, true))
+    }
+
+    pub(super) fn finish_migration(&mut self, finish: &FinishMigration) -> Applied {
+        let migration = self.known_migration(&finish.id)?;
+        match migration.phase() {
+            MigrationPhase::Committed => self.end_done(&finish.id, finish.receipt.as_ref()),
+            MigrationPhase::Done => {
+                let migration = self.migration_mut(&finish.id);
+                // A receipt that comes late is still a receipt.
+                if migration.receipt.is_none() {
+                    migration.receipt = finish.receipt.as_ref().map(bounded_receipt);
+                }
+            }
+            MigrationPhase::Aborted => return Err(ended(migration)),
+            phase => {
+                let message = format!(
+                    "{} is {}; only a committed one is finished",
+                    finish.id,
+                    phase_name(phase)
+                );
+                return Err(Fault::new(Code::InvalidArgument, message).field("id"));
+            }
+        }
+        Ok(self.migration_response(&finish.id, true))
+    }
+
+    /// Uncommitted → ABORTED. `seen` is the phase that the reporter knew, which may be further than the log's.
+    pub(super) fn end_aborted(&mut self, id: &str, why: Reason, seen: Option<MigrationPhase>) {
+        let now_ms = self.now_ms;
+        let migration = self.migration_mut(id);
+        let ended_in = seen
+            .filter(|seen| *seen < MigrationPhase::Committed)
+            .unwrap_or_default()
+            .max(migration.phase());
+        let message = format!(
+            "{} stays on {}: {} [{}]",
+            migration.vm, migration.from, why.message, why.code
+        );
+        migration.set_ended_in(ended_in);
+        migration.set_phase(MigrationPhase::Aborted);
+        migration.reason = Some(why);
+        migration.changed_ms = now_ms;
+        self.migration_event("aborted", id, message);
+        self.ended(id);
+    }
+
+    /// COMMITTED → DONE.
+    pub(super) fn end_done(&mut self, id: &str, receipt: Option<&Receipt>) {
+        let now_ms = self.now_ms;
+        let migration = self.migration_mut(id);
+        migration.set_phase(MigrationPhase::Done);
+        migration.receipt = receipt.map(bounded_receipt);
+        migration.changed_ms = now_ms;
+        let blackout_us = receipt
+            .and_then(|receipt| receipt.blackout_us.as_ref())
+            .map(|blackout| blackout.total);
+        let message = match blackout_us {
+            Some(us) => format!(
+                "{}: {} -> {}, blackout {us} us",
+                migration.vm, migration.from, migration.to
+            ),
+            None => format!(
+                "{}: {} -> {}, no receipt",
+                migration.vm, migration.from, migration.to
+            ),
+        };
+        self.migration_event("done", id, message);
+        self.ended(id);
+    }
+
+    fn ended(&mut self, id: &str) {
+        let name = self.migration_mut(id).vm.clone();
+        if let Some(vm) = self.state.vms.get_mut(&name)
+            && vm.migration == id
+        {
+            vm.migration.clear();
+        }
+        self.effects.push(Effect::MigrationEnded(id.to_owned()));
+        self.forget_old();
+    }
+
+    /// Drops the oldest ended migrations above the bound. One that a VM names as its last stays: its source may still
+    /// have to learn the outcome.
+    fn forget_old(&mut self) {
+        let state = &mut *self.state;
+        let mut over = state.migrations.len().saturating_sub(MIGRATIONS_ENDED_MAX);
+        if over == 0 {
+            return;
+        }
+        let vms = &state.vms;
+        state.migrations.retain(|_, migration| {
+            let named = vms
+                .get(&migration.vm)
+                .is_some_and(|vm| vm.last_migration == migration.id);
+            let drop = over > 0 && is_ended(migration) && !named;
+            over -= usize::from(drop);
+            !drop
+        });
+    }
+
+    fn known_migration(&self, id: &str) -> Result<&Migration, Fault> {
+        self.state.migration(id).ok_or_else(|| {
+            let message = format!(
+                "migration is {}; none has this id, or it ended long ago",
+                quoted(id)
+            );
+            Fault::new(Code::MigrationNotFound, message).field("migration")
+        })
+    }
+
+    fn migration_mut(&mut self, id: &str) -> &mut Migration {
+        migration_number(id)
+            .and_then(|number| self.state.migrations.get_mut(&number))
+            .expect("the migration was looked up in this command")
+    }
+
+    fn migration_event(&mut self, what: &str, id: &str, message: String) {
+        self.event(&format!("migration.{what}"), format!("migration/{id}"), message);
+    }
+
+    fn migration_response(&self, id: &str, current: bool) -> CommandResponse {
+        let migration = self.state.migration(id).cloned();
+        let vm = migration
+            .as_ref()
+            .and_then(|migration| self.state.vm(&migration.vm))
+            .cloned();
+        CommandResponse {
+            migration,
+            vm,
+            current,
+            ..CommandResponse::default()
+        }
+    }
+}
+
+/// A receipt from outside, its one text brought below its bound.
+fn bounded_receipt(receipt: &Receipt) -> Receipt {
+    const TRACKER_CHARS_MAX: usize = 16;
+    Receipt {
+        tracker: receipt.tracker.chars().take(TRACKER_CHARS_MAX).collect(),
+        ..receipt.clone()
+    }
+}
+
+fn ended(migration: &Migration) -> Fault {
+    let message = match (migration.phase(), migration.reason.as_ref()) {
+        (MigrationPhase::Aborted, Some(why)) => format!("{} was aborted: {}", migration.id, why.message),
+        (MigrationPhase::Committed, _) => format!("{} is committed: there is no way back", migration.id),
+        _ => format!("{} has ended", migration.id),
+    };
+    Fault::new(Code::MigrationEnded, message).field("migration")
+}
+
+fn phase_name(phase: MigrationPhase) -> &'static str {
+    match phase {
+        MigrationPhase::Unspecified => "unspecified",
+        MigrationPhase::Planned => "planned",
+        MigrationPhase::Preparing => "preparing",
+        MigrationPhase::PreCopy => "pre_copy",
+        MigrationPhase::Switchover => "switchover",
+        MigrationPhase::Ready => "ready",
+        MigrationPhase::Committed => "committed",
+        MigrationPhase::Done => "done",
+        MigrationPhase::Aborted => "aborted",
+    }
+}

@@ -1,0 +1,102 @@
+//! What a host shall hold, and what may run on it. Both are read from the state alone.
+//!
+//! [`desired`] is the target of an agent's work: the VMMs that shall exist. [`grants`] is the right to execute, and the
+//! narrower of the two: an incoming VMM is desired but never granted before its epoch is committed. A VM that is being
+//! stopped or that failed is in neither, so its VMM is destroyed; if nobody does that, its lease ends it.
+
+use drover_proto::v1::{HostDesired, Migration, MigrationPhase, Vm, VmDesired, VmRef, VmRole, VmState};
+use prost::Message;
+
+use crate::state::{State, epoch_of, host_of, is_committed, is_ended};
+
+/// The VMMs that shall exist on the host, by VM name. `revision` is a digest of the list: it changes exactly when the
+/// list does, and is never 0.
+pub fn desired(state: &State, host: &str) -> HostDesired {
+    let mut vms = Vec::new();
+    for (name, vm) in &state.vms {
+        if host_of(vm) == host && has_run(vm) {
+            vms.push(VmDesired {
+                vm: name.clone(),
+                epoch: epoch_of(vm),
+                spec: vm.spec.clone(),
+                role: VmRole::Run.into(),
+                migration: migration_of_run(state, vm).cloned(),
+            });
+        }
+        if let Some(migration) = incoming(state, vm, host) {
+            vms.push(VmDesired {
+                vm: name.clone(),
+                epoch: migration.epoch,
+                spec: vm.spec.clone(),
+                role: VmRole::Incoming.into(),
+                migration: Some(migration.clone()),
+            });
+        }
+    }
+    let is_stopping = |vm: &&Vm| host_of(vm) == host && vm.state() == VmState::Stopping;
+    let stopping = state.vms.iter().filter(|(_, vm)| is_stopping(vm));
+    let stopping = stopping
+        .map(|(name, vm)| VmRef {
+            vm: name.clone(),
+            epoch: epoch_of(vm),
+        })
+        .collect();
+    let mut desired = HostDesired {
+        revision: 0,
+        vms,
+        stopping,
+    };
+    desired.revision = digest(&desired.encode_to_vec()).max(1);
+    desired
+}
+
+/// Exactly the `(vm, epoch)` that may execute on the host.
+pub fn grants(state: &State, host: &str) -> Vec<VmRef> {
+    if !state.host_is_up(host) {
+        return Vec::new();
+    }
+    let granted = |vm: &&Vm| host_of(vm) == host && has_run(vm);
+    state
+        .vms
+        .iter()
+        .filter(|(_, vm)| granted(vm))
+        .map(|(name, vm)| VmRef {
+            vm: name.clone(),
+            epoch: epoch_of(vm),
+        })
+        .collect()
+}
+
+/// Whether the placement's epoch is one to run: begun, and neither over nor being ended.
+fn has_run(vm: &Vm) -> bool {
+    matches!(
+        vm.state(),
+        VmState::Starting | VmState::Running | VmState::Paused | VmState::Unknown
+    )
+}
+
+/// The newest migration of this VM if the placement's epoch is its source's or the one it brought.
+fn migration_of_run<'a>(state: &'a State, vm: &Vm) -> Option<&'a Migration> {
+    let migration = state.migration(&vm.last_migration)?;
+    let (host, epoch) = (host_of(vm), epoch_of(vm));
+    let leaves = migration.from == host && migration.epoch == epoch + 1 && !is_committed(migration);
+    let arrived = migration.to == host && migration.epoch == epoch && is_committed(migration);
+    (leaves || arrived).then_some(migration)
+}
+
+/// The migration that is to bring the VM to the host, once its target shall exist.
+fn incoming<'a>(state: &'a State, vm: &Vm, host: &str) -> Option<&'a Migration> {
+    let migration = state.migration(&vm.migration)?;
+    let prepared = migration.phase() >= MigrationPhase::Preparing;
+    (migration.to == host && prepared && !is_committed(migration) && !is_ended(migration))
+        .then_some(migration)
+}
+
+/// FNV-1a, 64 bits: a digest that is the same on every build, for telling apart, not for security.
+pub(crate) fn digest(bytes: &[u8]) -> u64 {
+    const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+    const PRIME: u64 = 0x0000_0100_0000_01b3;
+    bytes.iter().fold(OFFSET_BASIS, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(PRIME)
+    })
+}

@@ -1,0 +1,53 @@
+//! Every bound of the replicated state, with its reason. A replica must not grow without end, and all replicas must
+//! drop the same things at the same entry.
+
+/// Events kept; older ones are dropped. A reader that falls further behind sees a gap in the sequence numbers.
+pub const EVENTS_MAX: usize = 10_000;
+/// Answers kept for repeated request ids. A client retries within seconds; this many requests last far longer.
+pub const REQUESTS_MAX: usize = 4_096;
+/// Bytes of a request id.
+pub const REQUEST_ID_BYTES_MAX: usize = 128;
+/// Ended migrations kept, besides those that a VM names as its last one.
+pub const MIGRATIONS_ENDED_MAX: usize = 1_000;
+/// Deleted VMs whose last epoch is kept by name; the epochs of older ones go into one floor for all new names.
+pub const RETIRED_MAX: usize = 10_000;
+/// Automatic restarts of a failed VM after a `start`; then it stays failed, for a person to look at.
+pub const RESTARTS_MAX: u32 = 3;
+
+/// VMs in the cluster.
+pub const VMS_MAX: usize = 20_000;
+/// Hosts in the cluster.
+pub const HOSTS_MAX: usize = 1_000;
+/// vCPUs of one VM.
+pub const VCPUS_MAX: u32 = 32;
+/// The smallest guest, MiB: a kernel and its page tables fit.
+pub const MEMORY_MIB_MIN: u64 = 16;
+/// The largest guest, MiB.
+pub const MEMORY_MIB_MAX: u64 = 1_048_576;
+/// Bytes of a kernel command line: what the Linux boot protocol carries.
+pub const CMDLINE_BYTES_MAX: usize = 2_048;
+/// Bytes of a VM's or host's name: a DNS label.
+pub const NAME_BYTES_MAX: usize = 63;
+/// Bytes of an image's name.
+pub const IMAGE_NAME_BYTES_MAX: usize = 128;
+/// Images, CPU features or KVM capabilities that one host may report.
+pub const HOST_LIST_MAX: usize = 4_096;
+/// Bytes of any other text that a host reports.
+pub const TEXT_BYTES_MAX: usize = 1_024;
+/// Bytes of a reason's message; longer ones are cut.
+pub const REASON_BYTES_MAX: usize = 4_096;
+
+/// vCPUs placed on a host for each of its CPUs: beyond it guests starve each other.
+pub const VCPUS_PER_CPU_MAX: u32 = 8;
+/// Hosts named with their reason when none fits; the rest is counted.
+pub const REFUSALS_SHOWN_MAX: usize = 64;
+
+/// The longest blackout that a migration may be asked to stay below, ms.
+pub const MAX_DOWNTIME_MS_MAX: u32 = 600_000;
+/// The longest deadline of a migration, ms: a week.
+pub const DEADLINE_MS_MAX: u64 = 7 * 24 * 3_600_000;
+/// The highest bandwidth cap, MiB/s.
+pub const BANDWIDTH_MIB_S_MAX: u64 = 1_048_576;
+
+/// Bytes of an encoded snapshot that is decoded.
+pub const SNAPSHOT_BYTES_MAX: usize = 512 << 20;

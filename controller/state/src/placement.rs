@@ -1,0 +1,338 @@
+//! Where a VM can run: a filter that gives a reason for every host it refuses, a score, and a tie-break by name. Pure,
+//! so that every replica, and every pre-flight, answers alike.
+//!
+//! Used for starts, for migrations without a target, and to check a target that was named. The score spreads: the host
+//! with the largest part of its memory free wins, then the one with the most vCPUs to spare, then the first by name.
+//!
+//! What it does not do: it moves nothing that already runs, and it knows no affinity.
+
+use drover_proto::v1::{Host, Image, VmSpec};
+use drover_proto::{Code, Fault};
+
+use crate::limits::{REFUSALS_SHOWN_MAX, VCPUS_PER_CPU_MAX};
+use crate::state::{State, Usage};
+use crate::validate::quoted;
+
+/// What the place is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose<'a> {
+    /// A start on any host, or on the one that the spec pins.
+    Start,
+    /// A live migration away from the host of this name: the target must offer what the guest sees there.
+    Migrate {
+        /// The source.
+        from: &'a str,
+    },
+}
+
+/// How good a fitting host is; the greatest wins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Score {
+    memory_free_permille: u64,
+    vcpus_free: u32,
+}
+
+/// The best host for the VM, or `no_host_fits` with every host's reason.
+pub fn choose(state: &State, spec: &VmSpec, purpose: Purpose<'_>) -> Result<String, Fault> {
+    let usages = state.usages();
+    let mut best: Option<(Score, &str)> = None;
+    let mut refusals = Vec::new();
+    for host in state.hosts() {
+        let name = host_name(host);
+        let usage = usages.get(name).copied().unwrap_or_default();
+        match check(state, spec, purpose, host, usage) {
+            // Hosts come in the order of their names, so an equal one later does not win.
+            Ok(score) if best.is_none_or(|(best, _)| score > best) => best = Some((score, name)),
+            Ok(_) => {}
+            Err(fault) => refusals.push((name, fault)),
+        }
+    }
+    match best {
+        Some((_, name)) => Ok(name.to_owned()),
+        None => Err(none_fits(spec, &refusals)),
+    }
+}
+
+/// Whether the host of this name can take the VM; the fault says why not.
+pub fn fits(state: &State, spec: &VmSpec, purpose: Purpose<'_>, host: &str) -> Result<(), Fault> {
+    let usage = state.usages().get(host).copied().unwrap_or_default();
+    let Some(host) = state.host(host) else {
+        return Err(Fault::new(
+            Code::HostNotFound,
+            format!("no host is named {}", quoted(host)),
+        ));
+    };
+    check(state, spec, purpose, host, usage).map(|_| ())
+}
+
+/// Whether any host could take the VM were everything else gone and every host up: a VM that fails this can never start
+/// on the hosts as they are.
+pub(crate) fn could_ever_fit(state: &State, spec: &VmSpec) -> Result<(), Fault> {
+    let mut refusals = Vec::new();
+    for host in state.hosts() {
+        match capacity(spec, host, Usage::default()).and_then(|_| pin(spec, Purpose::Start, host)) {
+            Ok(()) => return Ok(()),
+            Err(fault) => refusals.push((host_name(host), fault)),
+        }
+    }
+    Err(none_fits(spec, &refusals))
+}
+
+fn none_fits(spec: &VmSpec, refusals: &[(&str, Fault)]) -> Fault {
+    let mut message = format!(
+        "no host can take {} ({} vCPUs, {} MiB): ",
+        spec.name, spec.vcpus, spec.memory_mib
+    );
+    if refusals.is_empty() {
+        message.push_str("no host is registered");
+    }
+    for (at, (host, fault)) in refusals.iter().take(REFUSALS_SHOWN_MAX).enumerate() {
+        message.push_str(if at == 0 { "" } else { "; " });
+        message.push_str(&format!("{host} {}", fault.message));
+    }
+    if refusals.len() > REFUSALS_SHOWN_MAX {
+        message.push_str(&format!(
+            "; and {} more hosts",
+            refusals.len() - REFUSALS_SHOWN_MAX
+        ));
+    }
+    Fault::new(Code::NoHostFits, message)
+}
+
+fn host_name(host: &Host) -> &str {
+    host.spec.as_ref().map_or("", |spec| spec.name.as_str())
+}
+
+/// The whole filter, cheapest and plainest reason first. Messages go on after the host's name.
+fn check(
+    state: &State,
+    spec: &VmSpec,
+    purpose: Purpose<'_>,
+    host: &Host,
+    usage: Usage,
+) -> Result<Score, Fault> {
+    let name = host_name(host);
+    if !state.host_is_up(name) {
+        return Err(Fault::new(Code::HostDown, "is declared down: its lease ran out"));
+    }
+    pin(spec, purpose, host)?;
+    if purpose == (Purpose::Migrate { from: name }) {
+        return Err(Fault::new(Code::SameHost, "is where it runs"));
+    }
+    let score = capacity(spec, host, usage)?;
+    images(spec, host)?;
+    cpu(state, spec, purpose, host)?;
+    device_model(state, purpose, host)?;
+    Ok(score)
+}
+
+/// A pin holds for starts only.
+fn pin(spec: &VmSpec, purpose: Purpose<'_>, host: &Host) -> Result<(), Fault> {
+    if purpose == Purpose::Start && !spec.host.is_empty() && spec.host != host_name(host) {
+        return Err(Fault::new(
+            Code::NoHostFits,
+            format!("is not {}, to which it is pinned", spec.host),
+        ));
+    }
+    Ok(())
+}
+
+fn capacity(spec: &VmSpec, host: &Host, usage: Usage) -> Result<Score, Fault> {
+    let capacity = host
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.capacity)
+        .unwrap_or_default();
+    let memory_free = capacity.memory_mib.saturating_sub(usage.memory_mib);
+    if spec.memory_mib > memory_free {
+        return Err(Fault::new(
+            Code::NoHostFits,
+            format!(
+                "has {memory_free} MiB free of {} MiB, {} MiB are needed",
+                capacity.memory_mib, spec.memory_mib
+            ),
+        ));
+    }
+    let vcpus_max = capacity.cpus.saturating_mul(VCPUS_PER_CPU_MAX);
+    let vcpus_free = vcpus_max.saturating_sub(usage.vcpus);
+    if spec.vcpus > vcpus_free {
+        return Err(Fault::new(
+            Code::NoHostFits,
+            format!(
+                "has {vcpus_free} vCPUs free of {vcpus_max} ({VCPUS_PER_CPU_MAX} for each of {} CPUs), {} are needed",
+                capacity.cpus, spec.vcpus
+            ),
+        ));
+    }
+    let memory_left = memory_free - spec.memory_mib;
+    Ok(Score {
+        memory_free_permille: memory_left.saturating_mul(1_000) / capacity.memory_mib.max(1),
+        vcpus_free: vcpus_free - spec.vcpus,
+    })
+}
+
+/// What is wrong with an image that is to be booted or loaded, if anything.
+fn image<'a>(host: &'a Host, name: &str, kernel: bool) -> Result<&'a Image, Fault> {
+    let images = host
+        .spec
+        .as_ref()
+        .map(|spec| spec.images.as_slice())
+        .unwrap_or_default();
+    let Some(image) = images.iter().find(|image| image.name == name) else {
+        return Err(Fault::new(
+            Code::ImageNotFound,
+            format!("has no image {}", quoted(name)),
+        ));
+    };
+    if image.kind == "invalid" {
+        return Err(Fault::new(
+            Code::ImageInvalid,
+            format!("has an invalid image {}: {}", quoted(name), image.problem),
+        ));
+    }
+    if kernel && image.kind == "initrd" {
+        return Err(Fault::new(
+            Code::ImageInvalid,
+            format!(
+                "has an image {} that is not a kernel (ELF or bzImage)",
+                quoted(name)
+            ),
+        ));
+    }
+    Ok(image)
+}
+
+fn images(spec: &VmSpec, host: &Host) -> Result<(), Fault> {
+    image(host, &spec.kernel, true)?;
+    if !spec.initrd.is_empty() {
+        image(host, &spec.initrd, false)?;
+    }
+    Ok(())
+}
+
+/// Whether at least one host holds each image of the spec in a form that can be used.
+pub(crate) fn images_exist(state: &State, spec: &VmSpec) -> Result<(), Fault> {
+    let wanted = [
+        ("spec.kernel", &spec.kernel, true),
+        ("spec.initrd", &spec.initrd, false),
+    ];
+    for (field, name, kernel) in wanted {
+        if name.is_empty() {
+            continue;
+        }
+        let mut worst: Option<Fault> = None;
+        for host in state.hosts() {
+            match image(host, name, kernel) {
+                Ok(_) => {
+                    worst = None;
+                    break;
+                }
+                Err(fault) if fault.code == Code::ImageInvalid => {
+                    let message = format!("{field}: {} {}", host_name(host), fault.message);
+                    worst = Some(Fault::new(Code::ImageInvalid, message).field(field));
+                }
+                Err(_) if worst.is_none() => {
+                    let message = format!("{field} is {}; no host has an image of this name", quoted(name));
+                    worst = Some(Fault::new(Code::ImageNotFound, message).field(field));
+                }
+                Err(_) => {}
+            }
+        }
+        if state.hosts.is_empty() {
+            let message = format!(
+                "{field} is {}; no host is registered that could have it",
+                quoted(name)
+            );
+            worst = Some(Fault::new(Code::ImageNotFound, message).field(field));
+        }
+        if let Some(fault) = worst {
+            return Err(fault);
+        }
+    }
+    Ok(())
+}
+
+/// The features that a level of the x86-64 psABI adds to the baseline, each under every name it goes by.
+const LEVEL_V2: &[&[&str]] = &[
+    &["cx16", "cmpxchg16b"],
+    &["lahf_lm", "lahf"],
+    &["popcnt"],
+    &["sse3", "pni"],
+    &["ssse3"],
+    &["sse4_1", "sse4.1"],
+    &["sse4_2", "sse4.2"],
+];
+const LEVEL_V3_MORE: &[&[&str]] = &[
+    &["avx"],
+    &["avx2"],
+    &["bmi1"],
+    &["bmi2"],
+    &["f16c"],
+    &["fma"],
+    &["lzcnt", "abm"],
+    &["movbe"],
+    &["xsave", "osxsave"],
+];
+
+/// The guest must never see a feature that the host lacks. The baseline and the levels are fixed lists (System V ABI,
+/// AMD64 supplement, table 3.1); with the profile "host" a guest sees all of its host, so a target must have all of it.
+fn cpu(state: &State, spec: &VmSpec, purpose: Purpose<'_>, host: &Host) -> Result<(), Fault> {
+    let has = host
+        .spec
+        .as_ref()
+        .map(|spec| spec.cpu_features.as_slice())
+        .unwrap_or_default();
+    let lacks = |names: &&[&str]| !names.iter().any(|name| has.iter().any(|feature| feature == name));
+    let mut missing: Vec<&str> = Vec::new();
+    match (spec.cpu_profile.as_str(), purpose) {
+        ("x86-64-v2", _) => missing.extend(LEVEL_V2.iter().copied().filter(lacks).map(|names| names[0])),
+        ("x86-64-v3", _) => {
+            let level = LEVEL_V2.iter().chain(LEVEL_V3_MORE).copied();
+            missing.extend(level.filter(lacks).map(|names| names[0]));
+        }
+        ("host", Purpose::Migrate { from }) => {
+            let source = state.host(from).and_then(|host| host.spec.as_ref());
+            let seen = source
+                .map(|spec| spec.cpu_features.as_slice())
+                .unwrap_or_default();
+            missing.extend(
+                seen.iter()
+                    .map(String::as_str)
+                    .filter(|name| lacks(&[*name].as_slice())),
+            );
+        }
+        _ => {}
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(Fault::new(
+        Code::NoHostFits,
+        format!(
+            "lacks CPU features that the profile {} shows to the guest: {}",
+            spec.cpu_profile,
+            missing.join(", ")
+        ),
+    ))
+}
+
+/// A host reads every save-state up to its own version.
+fn device_model(state: &State, purpose: Purpose<'_>, host: &Host) -> Result<(), Fault> {
+    let version = |host: Option<&Host>| {
+        host.and_then(|host| host.spec.as_ref())
+            .map_or(0, |spec| spec.device_model)
+    };
+    let Purpose::Migrate { from } = purpose else {
+        return Ok(());
+    };
+    let (writes, reads) = (version(state.host(from)), version(Some(host)));
+    if writes > reads {
+        return Err(Fault::new(
+            Code::NoHostFits,
+            format!(
+                "reads save-state up to version {reads}, {from} writes version {writes}: upgrade it first"
+            ),
+        ));
+    }
+    Ok(())
+}

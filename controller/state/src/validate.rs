@@ -1,0 +1,384 @@
+//! The form of what comes in, checked before anything looks at its meaning. Every refusal names the field, the value,
+//! and what would be right.
+
+use std::net::{IpAddr, SocketAddr};
+
+use drover_proto::v1::{HostSpec, MigrationOptions, RestartPolicy, Settings, VmSpec};
+use drover_proto::{Code, Fault};
+
+use crate::limits::{
+    BANDWIDTH_MIB_S_MAX, CMDLINE_BYTES_MAX, DEADLINE_MS_MAX, HOST_LIST_MAX, IMAGE_NAME_BYTES_MAX,
+    MAX_DOWNTIME_MS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NAME_BYTES_MAX, TEXT_BYTES_MAX, VCPUS_MAX,
+};
+use crate::state::default_settings;
+
+/// CPU profiles by name; the first is the default.
+pub(crate) const CPU_PROFILES: [&str; 4] = ["baseline", "x86-64-v2", "x86-64-v3", "host"];
+
+fn invalid(field: &str, message: String) -> Fault {
+    Fault::new(Code::InvalidArgument, message).field(field)
+}
+
+/// A VM's or host's name: a DNS label in lower case.
+pub(crate) fn name(field: &str, value: &str) -> Result<(), Fault> {
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let well_formed = value.len() <= NAME_BYTES_MAX
+        && value.bytes().all(|byte| inner(byte) || byte == b'-')
+        && value.bytes().next().is_some_and(inner)
+        && value.bytes().last().is_some_and(inner);
+    if well_formed {
+        return Ok(());
+    }
+    Err(invalid(
+        field,
+        format!(
+            "{field} is {}; a name has 1 to {NAME_BYTES_MAX} characters of a-z, 0-9 and -, and begins and ends with a letter or digit",
+            quoted(value)
+        ),
+    ))
+}
+
+/// `value` in quotes, cut to a length that fits a sentence.
+pub(crate) fn quoted(value: &str) -> String {
+    const SHOWN_CHARS_MAX: usize = 80;
+    if value.chars().count() <= SHOWN_CHARS_MAX {
+        return format!("{value:?}");
+    }
+    let start: String = value.chars().take(SHOWN_CHARS_MAX).collect();
+    format!("{start:?}… ({} bytes)", value.len())
+}
+
+/// Checks a VM's spec and fills in its defaults.
+pub(crate) fn vm_spec(spec: Option<&VmSpec>) -> Result<VmSpec, Fault> {
+    let Some(spec) = spec else {
+        return Err(invalid(
+            "spec",
+            "spec is missing; it says what the VM is".to_owned(),
+        ));
+    };
+    let mut spec = spec.clone();
+    name("spec.name", &spec.name)?;
+    if !(1..=VCPUS_MAX).contains(&spec.vcpus) {
+        return Err(invalid(
+            "spec.vcpus",
+            format!("spec.vcpus is {}; 1 to {VCPUS_MAX} are possible", spec.vcpus),
+        ));
+    }
+    if !(MEMORY_MIB_MIN..=MEMORY_MIB_MAX).contains(&spec.memory_mib) {
+        return Err(invalid(
+            "spec.memory_mib",
+            format!(
+                "spec.memory_mib is {}; {MEMORY_MIB_MIN} to {MEMORY_MIB_MAX} are possible",
+                spec.memory_mib
+            ),
+        ));
+    }
+    image_name("spec.kernel", &spec.kernel)?;
+    if !spec.initrd.is_empty() {
+        image_name("spec.initrd", &spec.initrd)?;
+    }
+    if spec.cmdline.len() > CMDLINE_BYTES_MAX || spec.cmdline.contains('\0') {
+        return Err(invalid(
+            "spec.cmdline",
+            format!(
+                "spec.cmdline has {} bytes; at most {CMDLINE_BYTES_MAX} are possible, none of them NUL",
+                spec.cmdline.len()
+            ),
+        ));
+    }
+    if spec.cpu_profile.is_empty() {
+        CPU_PROFILES[0].clone_into(&mut spec.cpu_profile);
+    }
+    if !CPU_PROFILES.contains(&spec.cpu_profile.as_str()) {
+        return Err(invalid(
+            "spec.cpu_profile",
+            format!(
+                "spec.cpu_profile is {}; one of {} is possible",
+                quoted(&spec.cpu_profile),
+                CPU_PROFILES.join(", ")
+            ),
+        ));
+    }
+    match RestartPolicy::try_from(spec.restart) {
+        Ok(RestartPolicy::Unspecified) => spec.set_restart(RestartPolicy::Never),
+        Ok(_) => {}
+        Err(_) => {
+            return Err(invalid(
+                "spec.restart",
+                format!(
+                    "spec.restart is {}; 1 (never) or 2 (on failure) are possible",
+                    spec.restart
+                ),
+            ));
+        }
+    }
+    if !spec.host.is_empty() {
+        name("spec.host", &spec.host)?;
+    }
+    Ok(spec)
+}
+
+fn image_name(field: &str, value: &str) -> Result<(), Fault> {
+    let well_formed = !value.is_empty()
+        && value.len() <= IMAGE_NAME_BYTES_MAX
+        && !value.starts_with('.')
+        && value.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/');
+    if well_formed {
+        return Ok(());
+    }
+    Err(invalid(
+        field,
+        format!(
+            "{field} is {}; an image's name has 1 to {IMAGE_NAME_BYTES_MAX} printable characters without / and space, and does not begin with a dot",
+            quoted(value)
+        ),
+    ))
+}
+
+/// Checks what a host says about itself and brings its lists into order.
+pub(crate) fn host_spec(spec: &HostSpec) -> Result<HostSpec, Fault> {
+    let mut spec = spec.clone();
+    name("spec.name", &spec.name)?;
+    if spec.agent_addr.parse::<SocketAddr>().is_err() {
+        return Err(invalid(
+            "spec.agent_addr",
+            format!(
+                "spec.agent_addr is {}; it is an ip:port",
+                quoted(&spec.agent_addr)
+            ),
+        ));
+    }
+    if spec.migration_ip.parse::<IpAddr>().is_err() {
+        return Err(invalid(
+            "spec.migration_ip",
+            format!(
+                "spec.migration_ip is {}; it is an IP address",
+                quoted(&spec.migration_ip)
+            ),
+        ));
+    }
+    let capacity = spec.capacity.unwrap_or_default();
+    if capacity.cpus == 0 || capacity.memory_mib == 0 {
+        return Err(invalid(
+            "spec.capacity",
+            format!(
+                "spec.capacity is {} cpus and {} MiB; both are at least 1",
+                capacity.cpus, capacity.memory_mib
+            ),
+        ));
+    }
+    for (field, text) in [("spec.version", &spec.version), ("spec.boot_id", &spec.boot_id)] {
+        if text.len() > TEXT_BYTES_MAX {
+            return Err(invalid(
+                field,
+                format!(
+                    "{field} has {} bytes; at most {TEXT_BYTES_MAX} are possible",
+                    text.len()
+                ),
+            ));
+        }
+    }
+    for (field, list) in [
+        ("spec.cpu_features", &spec.cpu_features),
+        ("spec.kvm_caps", &spec.kvm_caps),
+    ] {
+        if list.len() > HOST_LIST_MAX || list.iter().any(|text| text.len() > IMAGE_NAME_BYTES_MAX) {
+            return Err(invalid(
+                field,
+                format!(
+                    "{field} has {} names; at most {HOST_LIST_MAX} of {IMAGE_NAME_BYTES_MAX} bytes are possible",
+                    list.len()
+                ),
+            ));
+        }
+    }
+    let too_long = |text: &str| text.len() > TEXT_BYTES_MAX;
+    if spec.images.len() > HOST_LIST_MAX
+        || spec.images.iter().any(|image| {
+            [&image.name, &image.kind, &image.blake3, &image.problem]
+                .into_iter()
+                .any(|text| too_long(text))
+        })
+    {
+        return Err(invalid(
+            "spec.images",
+            format!(
+                "spec.images has {} images; at most {HOST_LIST_MAX}, each text below {TEXT_BYTES_MAX} bytes",
+                spec.images.len()
+            ),
+        ));
+    }
+    spec.cpu_features.sort_unstable();
+    spec.cpu_features.dedup();
+    spec.kvm_caps.sort_unstable();
+    spec.kvm_caps.dedup();
+    spec.images.sort_by(|a, b| a.name.cmp(&b.name));
+    spec.images.dedup_by(|a, b| a.name == b.name);
+    Ok(spec)
+}
+
+/// Checks a migration's options and fills in the cluster's defaults.
+pub(crate) fn options(
+    options: Option<&MigrationOptions>,
+    settings: &Settings,
+) -> Result<MigrationOptions, Fault> {
+    let mut options = options.copied().unwrap_or_default();
+    if options.max_downtime_ms == 0 {
+        options.max_downtime_ms = settings.max_downtime_ms;
+    }
+    let bounded = [
+        (
+            "options.max_downtime_ms",
+            u64::from(options.max_downtime_ms),
+            u64::from(MAX_DOWNTIME_MS_MAX),
+        ),
+        ("options.deadline_ms", options.deadline_ms, DEADLINE_MS_MAX),
+        (
+            "options.bandwidth_mib_s",
+            options.bandwidth_mib_s,
+            BANDWIDTH_MIB_S_MAX,
+        ),
+    ];
+    for (field, value, max) in bounded {
+        if value > max {
+            return Err(invalid(
+                field,
+                format!("{field} is {value}; at most {max} is possible"),
+            ));
+        }
+    }
+    Ok(options)
+}
+
+/// Fills a cluster's settings up with the defaults and checks that they hold together.
+pub(crate) fn settings(settings: Option<&Settings>) -> Result<Settings, Fault> {
+    const HOUR_MS: u64 = 3_600_000;
+    let given = settings.copied().unwrap_or_default();
+    let default = default_settings();
+    let or = |value: u64, default: u64| if value == 0 { default } else { value };
+    let lease_ms = or(given.lease_ms, default.lease_ms);
+    let full = Settings {
+        lease_ms,
+        // By default a tenth of the lease: far above any drift of two clocks over that time.
+        drift_margin_ms: or(given.drift_margin_ms, (lease_ms / 10).max(100)),
+        // By default five renewals fit into a lease.
+        heartbeat_ms: or(given.heartbeat_ms, (lease_ms / 5).max(50)),
+        max_downtime_ms: if given.max_downtime_ms == 0 {
+            default.max_downtime_ms
+        } else {
+            given.max_downtime_ms
+        },
+        prepare_timeout_ms: or(given.prepare_timeout_ms, default.prepare_timeout_ms),
+        stall_timeout_ms: or(given.stall_timeout_ms, default.stall_timeout_ms),
+        switchover_timeout_ms: or(given.switchover_timeout_ms, default.switchover_timeout_ms),
+    };
+    let bounded = [
+        ("settings.lease_ms", full.lease_ms, 200, HOUR_MS),
+        (
+            "settings.drift_margin_ms",
+            full.drift_margin_ms,
+            full.lease_ms / 1_000 + 1,
+            HOUR_MS,
+        ),
+        ("settings.heartbeat_ms", full.heartbeat_ms, 10, full.lease_ms / 2),
+        (
+            "settings.max_downtime_ms",
+            u64::from(full.max_downtime_ms),
+            1,
+            u64::from(MAX_DOWNTIME_MS_MAX),
+        ),
+        (
+            "settings.prepare_timeout_ms",
+            full.prepare_timeout_ms,
+            100,
+            HOUR_MS,
+        ),
+        ("settings.stall_timeout_ms", full.stall_timeout_ms, 100, HOUR_MS),
+        (
+            "settings.switchover_timeout_ms",
+            full.switchover_timeout_ms,
+            100,
+            HOUR_MS,
+        ),
+    ];
+    for (field, value, min, max) in bounded {
+        if !(min..=max).contains(&value) {
+            return Err(invalid(
+                field,
+                format!("{field} is {value}; {min} to {max} are possible here"),
+            ));
+        }
+    }
+    Ok(full)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> VmSpec {
+        VmSpec {
+            name: "vm1".into(),
+            vcpus: 1,
+            memory_mib: 64,
+            kernel: "probe".into(),
+            ..VmSpec::default()
+        }
+    }
+
+    #[test]
+    fn a_good_spec_gets_its_defaults() {
+        let full = vm_spec(Some(&spec())).unwrap();
+        assert_eq!(full.cpu_profile, "baseline");
+        assert_eq!(full.restart(), RestartPolicy::Never);
+    }
+
+    #[test]
+    fn a_bad_field_is_named_with_its_value() {
+        type Change = fn(&mut VmSpec);
+        let cases: [(&str, Change, &str); 10] = [
+            ("spec.name", |s| s.name = "Vm_1".into(), "\"Vm_1\""),
+            ("spec.name", |s| s.name = "-a".into(), "\"-a\""),
+            ("spec.name", |s| s.name = "a".repeat(64), "aaaa"),
+            ("spec.vcpus", |s| s.vcpus = 0, "is 0"),
+            ("spec.vcpus", |s| s.vcpus = 33, "is 33"),
+            ("spec.memory_mib", |s| s.memory_mib = 15, "is 15"),
+            (
+                "spec.kernel",
+                |s| s.kernel = "../etc/passwd".into(),
+                "../etc/passwd",
+            ),
+            ("spec.cmdline", |s| s.cmdline = "x".repeat(2049), "2049"),
+            ("spec.cpu_profile", |s| s.cpu_profile = "v9".into(), "\"v9\""),
+            ("spec.restart", |s| s.restart = 7, "is 7"),
+        ];
+        for (field, change, shown) in cases {
+            let mut spec = spec();
+            change(&mut spec);
+            let fault = vm_spec(Some(&spec)).unwrap_err();
+            assert_eq!((fault.code, fault.field.as_str()), (Code::InvalidArgument, field));
+            assert!(
+                fault.message.contains(shown),
+                "{} does not show {shown}",
+                fault.message
+            );
+        }
+    }
+
+    #[test]
+    fn settings_are_filled_from_the_lease() {
+        let full = settings(Some(&Settings {
+            lease_ms: 2_000,
+            ..Settings::default()
+        }))
+        .unwrap();
+        assert_eq!((full.drift_margin_ms, full.heartbeat_ms), (200, 400));
+        assert_eq!(settings(None).unwrap(), default_settings());
+        let fault = settings(Some(&Settings {
+            lease_ms: 1_000,
+            heartbeat_ms: 900,
+            ..Settings::default()
+        }));
+        assert_eq!(fault.unwrap_err().field, "settings.heartbeat_ms");
+    }
+}
