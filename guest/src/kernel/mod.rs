@@ -1,0 +1,117 @@
+//! The guest on its machine: one worker a processor, and on processor 0 the desk that reports and answers.
+//!
+//! ```text
+//! boot.s (ring 0) -> probe_entry (ring 3)
+//!   processor 0:  boot information -> clock -> timer -> wakes the others -> publishes the plan -> fills -> "probe up" -> work + desk
+//!   the others:                                            wait for the plan -> timer -> fill -> work
+//! ```
+//!
+//! Rust runs in ring 3 only: hosts without hardware virtualization run ring 3 natively and emulate ring 0.
+
+mod boot;
+mod console;
+mod desk;
+mod machine;
+mod plan;
+mod time;
+mod worker;
+
+use core::sync::atomic::{AtomicUsize, Ordering};
+
+use self::boot::BootInfo;
+use self::console::say;
+use self::desk::Desk;
+use self::plan::{PLAN, Plan};
+use self::time::Clock;
+use self::worker::Worker;
+
+/// Processors whose pages all have their first content.
+static FILLED: AtomicUsize = AtomicUsize::new(0);
+
+/// Where boot.s enters ring 3, once a processor.
+#[allow(unsafe_code)]
+// SAFETY: boot.s is the only other user of the name.
+#[unsafe(no_mangle)]
+extern "C" fn probe_entry(processor: usize, kind: u64, boot_address: u64) -> ! {
+    if processor == 0 {
+        first(kind, boot_address)
+    } else {
+        other(processor)
+    }
+}
+
+fn first(kind: u64, boot_address: u64) -> ! {
+    machine::fill_interrupt_table();
+    console::open();
+    let info = BootInfo::read(kind, boot_address);
+    let plan = match info.command_line().and_then(|line| Plan::make(line, info.layout())) {
+        Ok(draft) => draft,
+        Err(bad) => {
+            say!("{bad}");
+            machine::stop()
+        }
+    };
+    let Some(clock) = Clock::find() else {
+        say!("probe no clock: neither kvmclock nor a running 8254");
+        machine::stop()
+    };
+    let Some(timer) = time::measure_timer(&clock) else {
+        say!("probe no timer: the local APIC's counter does not move");
+        machine::stop()
+    };
+    let cpus = machine::wake_others(plan.params.cpus, &clock);
+    let plan = PLAN.publish(plan.with_machine(clock, timer, cpus));
+    let mut worker = start_work(plan, 0);
+    while FILLED.load(Ordering::Acquire) < plan.cpus {
+        machine::idle();
+    }
+    say!("{}", plan.up());
+    let mut desk = Desk::new(plan);
+    loop {
+        let worked = worker.step();
+        desk.tend();
+        if !worked {
+            machine::idle();
+        }
+    }
+}
+
+fn other(processor: usize) -> ! {
+    let plan = PLAN.wait();
+    if processor >= plan.cpus {
+        machine::stop();
+    }
+    let mut worker = start_work(plan, processor);
+    loop {
+        if !worker.step() {
+            machine::idle();
+        }
+    }
+}
+
+fn start_work(plan: &'static Plan, processor: usize) -> Worker {
+    plan.clock.register(processor);
+    time::start_ticks(plan, processor);
+    let mut worker = Worker::new(plan, processor);
+    worker.fill();
+    FILLED.fetch_add(1, Ordering::Release);
+    worker
+}
+
+/// Where boot.s hands over an exception, in ring 3, with interrupts off and no interrupt table.
+#[allow(unsafe_code)]
+// SAFETY: boot.s is the only other user of the name.
+#[unsafe(no_mangle)]
+extern "C" fn probe_exception(vector: u64, error: u64, rip: u64, cr2: u64, cs: u64, rsp: u64) -> ! {
+    console::say_without_waiting(format_args!(
+        "probe EXCEPTION vector={vector} error={error:#x} rip={rip:#x} cr2={cr2:#x} cs={cs:#x} rsp={rsp:#x}"
+    ));
+    machine::triple_fault()
+}
+
+#[panic_handler]
+fn panicked(info: &core::panic::PanicInfo<'_>) -> ! {
+    let (file, line) = info.location().map_or(("?", 0), |at| (at.file(), at.line()));
+    console::say_without_waiting(format_args!("probe PANIC at {file}:{line}: {}", info.message()));
+    machine::triple_fault()
+}

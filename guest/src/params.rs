@@ -1,0 +1,332 @@
+//! The kernel command line: what to own, how to write to it, and how to fail on purpose.
+//!
+//! Words are `name=value`, separated by blanks; the last one of a name counts. An unknown name is an error, so that a misspelt parameter never
+//! runs a different experiment than the one asked for; `console=…` alone is ignored, since loaders add it.
+
+use core::fmt;
+
+use crate::{CPUS_MAX, PAGE_SIZE};
+
+/// Slowest and fastest timer: below, a console line could miss its second; above, KVM slows the timer down itself.
+pub const HZ_RANGE: core::ops::RangeInclusive<u64> = 10..=4000;
+/// Most pages a second that can be asked for; more is what `rate=max` is for.
+pub const RATE_MAX: u64 = 100_000_000;
+/// Longest wait before a fault, seconds: a day.
+pub const FAULT_AFTER_MAX_S: u64 = 86_400;
+
+const OWN_DEFAULT: u64 = 64 << 20;
+
+/// How fast hot pages are rewritten, all processors together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rate {
+    /// As fast as the processors can.
+    Max,
+    /// So many pages a second; 0 only verifies.
+    PagesPerSecond(u64),
+}
+
+/// The order in which hot pages are rewritten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pattern {
+    /// One after the other, round and round.
+    Sequential,
+    /// Each with the same chance.
+    Uniform,
+    /// The k-th most popular page with a chance close to 1/k.
+    Zipf,
+}
+
+/// What a page's body holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Zeros; a page that was never hot is wholly zero, header included.
+    Zero,
+    /// One word, another one at each write, repeated.
+    Repeat,
+    /// Words that do not compress.
+    Random,
+}
+
+/// A way to end the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A triple fault.
+    Triple,
+    /// An instruction that KVM cannot emulate.
+    Emulation,
+    /// An orderly power-off through the ACPI PM1a register.
+    Shutdown,
+}
+
+/// A valid command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Params {
+    /// Pages that carry a number, a sequence and a checksum.
+    pub own_pages: u64,
+    /// How many of them are rewritten; the others are written once.
+    pub hot_pages: u64,
+    /// How fast.
+    pub rate: Rate,
+    /// In which order.
+    pub pattern: Pattern,
+    /// With what.
+    pub content: Content,
+    /// Processors to bring up; `None` takes all that answer.
+    pub cpus: Option<u32>,
+    /// Timer ticks a second on each processor.
+    pub hz: u32,
+    /// How to end, and after how many seconds.
+    pub fault: Option<(Fault, u64)>,
+}
+
+/// A word of the command line that cannot be followed, and what would be right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadParam<'a> {
+    /// The word as it was given.
+    pub word: &'a str,
+    /// What is wrong with it.
+    pub why: Why,
+}
+
+/// What is wrong with a parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// No such name.
+    Unknown,
+    /// Not one of these words.
+    NotOneOf(&'static str),
+    /// Not a number, or outside these bounds.
+    OutOfRange {
+        /// Lowest allowed.
+        low: u64,
+        /// Highest allowed.
+        high: u64,
+    },
+    /// Not a size in whole pages.
+    NotASize,
+    /// More hot pages than owned ones.
+    HotAboveOwn {
+        /// Pages owned.
+        own_pages: u64,
+    },
+    /// Fewer pages than processors.
+    FewerThanCpus {
+        /// Processors asked for.
+        cpus: u32,
+    },
+    /// `fault_after` alone.
+    WithoutFault,
+    /// The machine has less memory.
+    DoesNotFit {
+        /// Pages that the machine could give.
+        pages: u64,
+    },
+}
+
+impl fmt::Display for BadParam<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "probe bad parameter \"{}\": ", self.word)?;
+        match self.why {
+            Why::Unknown => {
+                f.write_str("unknown name, known are own, hot, rate, pattern, content, cpus, hz, fault, fault_after")
+            }
+            Why::NotOneOf(words) => write!(f, "must be one of {words}"),
+            Why::OutOfRange { low, high } => write!(f, "must be a number from {low} to {high}"),
+            Why::NotASize => f.write_str("must be a size of at least one page in whole pages of 4096 bytes, such as 64M"),
+            Why::HotAboveOwn { own_pages } => write!(f, "is more than the {own_pages} pages owned"),
+            Why::FewerThanCpus { cpus } => write!(f, "is fewer pages than the {cpus} processors need, one each"),
+            Why::WithoutFault => f.write_str("needs fault=triple, emulation or shutdown"),
+            Why::DoesNotFit { pages } => write!(f, "does not fit, the memory map has room for {pages} pages"),
+        }
+    }
+}
+
+impl Params {
+    /// Reads a command line.
+    ///
+    /// # Errors
+    /// The first word that cannot be followed.
+    pub fn parse(line: &str) -> Result<Params, BadParam<'_>> {
+        let mut params = Params {
+            own_pages: OWN_DEFAULT / PAGE_SIZE,
+            hot_pages: 0,
+            rate: Rate::Max,
+            pattern: Pattern::Sequential,
+            content: Content::Random,
+            cpus: None,
+            hz: 1000,
+            fault: None,
+        };
+        let mut hot_word = None;
+        let mut fault = None;
+        let mut fault_after = None;
+        for word in line.split_ascii_whitespace() {
+            let (name, value) = word.split_once('=').unwrap_or((word, ""));
+            let bad = |why| BadParam { word, why };
+            match name {
+                "own" => params.own_pages = pages(value).ok_or(bad(Why::NotASize))?,
+                "hot" => hot_word = Some((word, pages(value).ok_or(bad(Why::NotASize))?)),
+                "rate" => params.rate = rate(value).map_err(bad)?,
+                "pattern" => params.pattern = pattern(value).map_err(bad)?,
+                "content" => params.content = content(value).map_err(bad)?,
+                "cpus" => params.cpus = Some(number32(value, 1, CPUS_MAX).map_err(bad)?),
+                "hz" => {
+                    let hz = number(value, *HZ_RANGE.start(), *HZ_RANGE.end()).map_err(bad)?;
+                    params.hz = u32::try_from(hz).unwrap_or(u32::MAX);
+                }
+                "fault" => fault = Some(fault_kind(value).map_err(bad)?),
+                "fault_after" => fault_after = Some((word, number(value, 0, FAULT_AFTER_MAX_S).map_err(bad)?)),
+                "console" => {}
+                _ => return Err(bad(Why::Unknown)),
+            }
+        }
+        params.hot_pages = hot_word.map_or(params.own_pages, |(_, pages)| pages);
+        if let Some((word, _)) = hot_word
+            && params.hot_pages > params.own_pages
+        {
+            return Err(BadParam { word, why: Why::HotAboveOwn { own_pages: params.own_pages } });
+        }
+        params.fault = match (fault, fault_after) {
+            (Some(fault), after) => Some((fault, after.map_or(0, |(_, seconds)| seconds))),
+            (None, Some((word, _))) => return Err(BadParam { word, why: Why::WithoutFault }),
+            (None, None) => None,
+        };
+        params.check_cpus(hot_word.map_or("hot", |(word, _)| word))?;
+        Ok(params)
+    }
+
+    fn check_cpus<'a>(&self, word: &'a str) -> Result<(), BadParam<'a>> {
+        match self.cpus {
+            Some(cpus) if u64::from(cpus) > self.hot_pages => Err(BadParam { word, why: Why::FewerThanCpus { cpus } }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Bytes with an optional K, M or G, as whole pages.
+fn pages(text: &str) -> Option<u64> {
+    let (digits, shift) = match text.as_bytes().last()? {
+        b'K' | b'k' => (&text[..text.len() - 1], 10),
+        b'M' | b'm' => (&text[..text.len() - 1], 20),
+        b'G' | b'g' => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    let bytes = digits.parse::<u64>().ok()?.checked_mul(1 << shift)?;
+    (bytes > 0 && bytes.is_multiple_of(PAGE_SIZE)).then_some(bytes / PAGE_SIZE)
+}
+
+fn number(text: &str, low: u64, high: u64) -> Result<u64, Why> {
+    match text.parse::<u64>() {
+        Ok(value) if (low..=high).contains(&value) => Ok(value),
+        _ => Err(Why::OutOfRange { low, high }),
+    }
+}
+
+fn number32(text: &str, low: u32, high: u32) -> Result<u32, Why> {
+    match text.parse::<u32>() {
+        Ok(value) if (low..=high).contains(&value) => Ok(value),
+        _ => Err(Why::OutOfRange { low: u64::from(low), high: u64::from(high) }),
+    }
+}
+
+fn rate(text: &str) -> Result<Rate, Why> {
+    match text {
+        "max" => Ok(Rate::Max),
+        _ => match text.parse::<u64>() {
+            Ok(pages) if pages <= RATE_MAX => Ok(Rate::PagesPerSecond(pages)),
+            _ => Err(Why::NotOneOf("max, or pages a second from 0 to 100000000")),
+        },
+    }
+}
+
+fn pattern(text: &str) -> Result<Pattern, Why> {
+    match text {
+        "sequential" => Ok(Pattern::Sequential),
+        "uniform" => Ok(Pattern::Uniform),
+        "zipf" => Ok(Pattern::Zipf),
+        _ => Err(Why::NotOneOf("sequential, uniform, zipf")),
+    }
+}
+
+fn content(text: &str) -> Result<Content, Why> {
+    match text {
+        "zero" => Ok(Content::Zero),
+        "repeat" => Ok(Content::Repeat),
+        "random" => Ok(Content::Random),
+        _ => Err(Why::NotOneOf("zero, repeat, random")),
+    }
+}
+
+fn fault_kind(text: &str) -> Result<Fault, Why> {
+    match text {
+        "triple" => Ok(Fault::Triple),
+        "emulation" => Ok(Fault::Emulation),
+        "shutdown" => Ok(Fault::Shutdown),
+        _ => Err(Why::NotOneOf("triple, emulation, shutdown")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::string::ToString;
+
+    use super::*;
+
+    #[test]
+    fn an_empty_line_owns_64_mib_all_of_it_hot() {
+        let params = Params::parse("").unwrap();
+        assert_eq!((params.own_pages, params.hot_pages, params.hz, params.cpus), (16384, 16384, 1000, None));
+        assert_eq!(params.rate, Rate::Max);
+    }
+
+    #[test]
+    fn every_parameter_is_followed() {
+        let line = "console=ttyS0 own=1G hot=256K rate=500 pattern=zipf content=repeat cpus=2 hz=100 fault=triple fault_after=3";
+        let expected = Params {
+            own_pages: 262_144,
+            hot_pages: 64,
+            rate: Rate::PagesPerSecond(500),
+            pattern: Pattern::Zipf,
+            content: Content::Repeat,
+            cpus: Some(2),
+            hz: 100,
+            fault: Some((Fault::Triple, 3)),
+        };
+        assert_eq!(Params::parse(line), Ok(expected));
+    }
+
+    #[test]
+    fn each_bad_word_is_named_with_what_would_be_right() {
+        let cases = [
+            ("own=0", "own=0", "at least one page"),
+            ("own=5000", "own=5000", "whole pages"),
+            ("own=99999999999999999999", "own=99999999999999999999", "must be a size"),
+            ("own=18446744073709551615G", "own=18446744073709551615G", "must be a size"),
+            ("own=", "own=", "must be a size"),
+            ("hot=65M", "hot=65M", "more than the 16384 pages owned"),
+            ("hot=4K cpus=2", "hot=4K", "2 processors"),
+            ("rate=fast", "rate=fast", "must be one of max"),
+            ("rate=-1", "rate=-1", "must be one of max"),
+            ("pattern=zip", "pattern=zip", "sequential, uniform, zipf"),
+            ("content=x", "content=x", "zero, repeat, random"),
+            ("cpus=0", "cpus=0", "from 1 to 16"),
+            ("cpus=17", "cpus=17", "from 1 to 16"),
+            ("hz=9", "hz=9", "from 10 to 4000"),
+            ("fault=quad", "fault=quad", "triple, emulation, shutdown"),
+            ("fault_after=1", "fault_after=1", "needs fault="),
+            ("own=64M patern=zipf", "patern=zipf", "unknown name"),
+            ("quiet", "quiet", "unknown name"),
+        ];
+        for (line, word, part) in cases {
+            let bad = Params::parse(line).unwrap_err();
+            assert_eq!(bad.word, word, "{line}");
+            let text = bad.to_string();
+            assert!(text.starts_with("probe bad parameter ") && text.contains(part), "{line}: {text}");
+        }
+    }
+
+    #[test]
+    fn the_last_word_of_a_name_counts() {
+        assert_eq!(Params::parse("hz=100 hz=200").unwrap().hz, 200);
+    }
+}
