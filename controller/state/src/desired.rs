@@ -2,17 +2,19 @@
 //!
 //! [`desired`] is the target of an agent's work: the VMMs that shall exist. [`grants`] is the right to execute, and the
 //! narrower of the two: an incoming VMM is desired but never granted before its epoch is committed. A VM that is being
-//! stopped or that failed is in neither, so its VMM is destroyed; if nobody does that, its lease ends it.
+//! stopped or that failed is in neither, so its VMM is destroyed; if nobody does that, its lease ends it. One that is
+//! being stopped stays in `stopping` until its agent has reported it gone.
 
 use drover_proto::v1::{HostDesired, Migration, MigrationPhase, Vm, VmDesired, VmRef, VmRole, VmState};
 use prost::Message;
 
 use crate::state::{State, epoch_of, host_of, is_committed, is_ended};
 
-/// The VMMs that shall exist on the host, by VM name. `revision` is a digest of the list: it changes exactly when the
-/// list does, and is never 0.
+/// The VMMs that shall exist on the host, and those whose end is awaited, by VM name. `revision` is a digest of both
+/// lists: it changes exactly when they do, and is never 0.
 pub fn desired(state: &State, host: &str) -> HostDesired {
     let mut vms = Vec::new();
+    let mut stopping = Vec::new();
     for (name, vm) in &state.vms {
         if host_of(vm) == host && has_run(vm) {
             vms.push(VmDesired {
@@ -21,6 +23,12 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 spec: vm.spec.clone(),
                 role: VmRole::Run.into(),
                 migration: migration_of_run(state, vm).cloned(),
+            });
+        }
+        if host_of(vm) == host && vm.state() == VmState::Stopping {
+            stopping.push(VmRef {
+                vm: name.clone(),
+                epoch: epoch_of(vm),
             });
         }
         if let Some(migration) = incoming(state, vm, host) {

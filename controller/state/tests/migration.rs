@@ -1,0 +1,331 @@
+//! Migrations in the log: order, outcome, and who holds the right to run at every entry.
+
+mod common;
+
+use common::*;
+use drover_proto::Code;
+use drover_proto::v1::command::Kind;
+use drover_proto::v1::{MigrationOptions, MigrationPhase, PlanMigration, VmRole, VmState};
+use drover_state::limits::MIGRATIONS_ENDED_MAX;
+use drover_state::{State, desired};
+
+#[test]
+fn a_migration_goes_through_its_phases_and_moves_the_right_to_run() {
+    let mut c = Cluster::running();
+    let id = c.ok(plan("vm1", "host2")).migration.unwrap().id;
+    assert_eq!(id, "m1");
+    assert!(
+        desired(&c.state, "host2").vms.is_empty(),
+        "nothing to prepare while it is only planned"
+    );
+    c.ok(advance(&id, MigrationPhase::Preparing, ""));
+    let incoming = &desired(&c.state, "host2").vms[0];
+    assert_eq!((incoming.role(), incoming.epoch), (VmRole::Incoming, 2));
+    c.ok(advance(&id, MigrationPhase::PreCopy, "127.0.0.1:9000"));
+    let leaving = desired(&c.state, "host1").vms[0].migration.clone().unwrap();
+    assert_eq!(
+        (leaving.target_addr.as_str(), leaving.to.as_str()),
+        ("127.0.0.1:9000", "host2")
+    );
+    assert_eq!(
+        (c.granted("host1"), c.granted("host2")),
+        (vec!["vm1@1".to_owned()], vec![])
+    );
+    assert!(c.ok(commit(&id, "host2", "vm1", 2)).current);
+    assert_eq!(
+        (c.granted("host1"), c.granted("host2")),
+        (vec![], vec!["vm1@2".to_owned()])
+    );
+    assert!(desired(&c.state, "host1").vms.is_empty());
+    let arrived = &desired(&c.state, "host2").vms[0];
+    assert_eq!(
+        (arrived.role(), arrived.migration.as_ref().unwrap().id.as_str()),
+        (VmRole::Run, "m1")
+    );
+    assert_eq!(c.refused(plan("vm1", "host3")), Code::MigrationActive);
+    c.ok(finish(&id, 5));
+    assert_eq!(c.phase(&id), MigrationPhase::Done);
+    assert_eq!(
+        c.state.migration(&id).unwrap().receipt.as_ref().unwrap().total_ms,
+        5
+    );
+    assert_eq!(
+        (
+            c.vm("vm1").migration.as_str(),
+            c.vm("vm1").last_migration.as_str()
+        ),
+        ("", "m1")
+    );
+}
+
+#[test]
+fn what_cannot_be_moved_is_refused_with_its_code() {
+    let mut c = Cluster::running();
+    assert_eq!(c.refused(plan("vm9", "host2")), Code::VmNotFound);
+    assert_eq!(c.refused(plan("vm1", "host9")), Code::HostNotFound);
+    assert_eq!(c.refused(plan("vm1", "host1")), Code::SameHost);
+    let long = MigrationOptions {
+        max_downtime_ms: u32::MAX,
+        ..MigrationOptions::default()
+    };
+    let request = PlanMigration {
+        vm: "vm1".into(),
+        to: "host2".into(),
+        options: Some(long),
+    };
+    assert_eq!(c.refused(Kind::PlanMigration(request)), Code::InvalidArgument);
+    c.ok(create("vm2"));
+    assert_eq!(c.refused(plan("vm2", "host2")), Code::VmState);
+    c.ok(plan("vm1", "host2"));
+    assert_eq!(c.refused(plan("vm1", "host3")), Code::MigrationActive);
+    c.ok(abort("m1", "", Code::Cancelled));
+    c.ok(host_down("host2"));
+    assert_eq!(c.refused(plan("vm1", "host2")), Code::HostDown);
+}
+
+#[test]
+fn a_target_is_chosen_when_none_is_named_and_its_room_is_reserved() {
+    let mut c = Cluster::running();
+    for name in ["a", "b", "c"] {
+        c.ok(create(name));
+        c.run(name, "host2");
+    }
+    assert_eq!(c.ok(plan("vm1", "")).migration.unwrap().to, "host3");
+    for name in ["d", "e", "f"] {
+        c.ok(create(name));
+        c.run(name, "host3");
+    }
+    c.ok(create("g"));
+    assert_eq!(c.refused(place("g", "host3", 0)), Code::NoHostFits);
+    c.ok(abort("m1", "", Code::Cancelled));
+    c.ok(place("g", "host3", 0));
+    let fault = c.apply(plan("vm1", "host3")).unwrap_err();
+    assert_eq!((fault.code, fault.field.as_str()), (Code::NoHostFits, "to"));
+    assert!(
+        fault.message.contains("host3 has 0 MiB free"),
+        "{}",
+        fault.message
+    );
+}
+
+#[test]
+fn a_guest_never_lands_where_a_cpu_feature_that_it_sees_is_missing() {
+    let mut c = Cluster::new();
+    for (host, features) in [
+        ("host1", vec!["avx2", "sse4_2"]),
+        ("host2", vec!["sse4_2"]),
+        ("host3", vec!["avx2", "sse4_2"]),
+    ] {
+        let mut spec = host_spec(host);
+        spec.cpu_features = features.into_iter().map(str::to_owned).collect();
+        c.ok(Kind::RegisterHost(spec));
+    }
+    let Kind::CreateVm(mut request) = create("vm1") else {
+        unreachable!()
+    };
+    request.spec.as_mut().unwrap().cpu_profile = "host".into();
+    c.ok(Kind::CreateVm(request));
+    c.run("vm1", "host1");
+    let fault = c.apply(plan("vm1", "host2")).unwrap_err();
+    assert!(
+        fault.code == Code::NoHostFits && fault.message.contains("avx2"),
+        "{}",
+        fault.message
+    );
+    assert_eq!(c.ok(plan("vm1", "")).migration.unwrap().to, "host3");
+}
+
+#[test]
+fn a_target_that_reads_only_older_save_state_is_refused() {
+    let mut c = Cluster::running();
+    let mut spec = host_spec("host1");
+    spec.device_model = 2;
+    c.ok(Kind::RegisterHost(spec));
+    let fault = c.apply(plan("vm1", "host2")).unwrap_err();
+    assert!(
+        fault.message.contains("host2 reads save-state up to version 1"),
+        "{}",
+        fault.message
+    );
+}
+
+#[test]
+fn phases_only_go_forward() {
+    let mut c = Cluster::running();
+    let id = c.ok(plan("vm1", "host2")).migration.unwrap().id;
+    assert_eq!(
+        c.refused(advance(&id, MigrationPhase::PreCopy, "127.0.0.1:9000")),
+        Code::InvalidArgument
+    );
+    c.ok(advance(&id, MigrationPhase::Preparing, ""));
+    assert_eq!(
+        c.refused(advance(&id, MigrationPhase::PreCopy, "nowhere")),
+        Code::InvalidArgument
+    );
+    assert_eq!(c.refused(commit(&id, "host2", "vm1", 2)), Code::InvalidArgument);
+    c.ok(advance(&id, MigrationPhase::PreCopy, "127.0.0.1:9000"));
+    assert_eq!(
+        c.refused(advance(&id, MigrationPhase::Preparing, "")),
+        Code::InvalidArgument
+    );
+    assert_eq!(
+        c.refused(advance(&id, MigrationPhase::Committed, "")),
+        Code::InvalidArgument
+    );
+    assert_eq!(
+        c.refused(advance(&id, MigrationPhase::PreCopy, "127.0.0.1:9001")),
+        Code::InvalidArgument
+    );
+    c.ok(advance(&id, MigrationPhase::PreCopy, "127.0.0.1:9000"));
+    assert_eq!(c.refused(finish(&id, 1)), Code::InvalidArgument);
+    c.ok(commit(&id, "host2", "vm1", 2));
+    assert_eq!(
+        c.refused(advance(&id, MigrationPhase::PreCopy, "127.0.0.1:9000")),
+        Code::MigrationEnded
+    );
+}
+
+#[test]
+fn the_first_of_commit_and_abort_wins_and_the_other_learns_it() {
+    let mut c = Cluster::running();
+    let id = c.copying("vm1", "host2");
+    c.ok(abort(&id, "host1", Code::LinkLost));
+    let late = c.ok(commit(&id, "host2", "vm1", 2));
+    assert!(!late.current);
+    assert_eq!(late.migration.unwrap().reason.unwrap().code, "link_lost");
+    assert_eq!(c.granted("host1"), ["vm1@1"]);
+    assert_eq!(c.state.migration(&id).unwrap().ended_in(), MigrationPhase::Ready);
+    assert!(
+        c.ok(abort(&id, "host2", Code::TargetFailed)).current,
+        "reported twice, aborted once"
+    );
+    assert_eq!(c.refused(abort(&id, "", Code::Cancelled)), Code::MigrationEnded);
+    let told = desired(&c.state, "host1").vms[0].migration.clone().unwrap();
+    assert_eq!(
+        told.phase(),
+        MigrationPhase::Aborted,
+        "the source learns the outcome"
+    );
+
+    let id = c.copying("vm1", "host2");
+    assert!(c.ok(commit(&id, "host2", "vm1", 2)).current);
+    assert_eq!(
+        c.refused(abort(&id, "host1", Code::LinkLost)),
+        Code::MigrationEnded
+    );
+    assert!(
+        c.ok(commit(&id, "host2", "vm1", 2)).current,
+        "asked again, it is committed still"
+    );
+    assert_eq!(c.epoch("vm1"), 2);
+}
+
+#[test]
+fn a_commit_for_a_stale_epoch_is_refused() {
+    let mut c = Cluster::running();
+    let id = c.copying("vm1", "host2");
+    assert_eq!(c.refused(commit(&id, "host2", "vm1", 1)), Code::StaleEpoch);
+    assert_eq!(c.refused(commit(&id, "host2", "vm1", 3)), Code::StaleEpoch);
+    assert_eq!(c.granted("host1"), ["vm1@1"]);
+}
+
+#[test]
+fn a_commit_by_anybody_but_the_target_for_its_vm_is_refused() {
+    let mut c = Cluster::running();
+    c.ok(create("vm2"));
+    let id = c.copying("vm1", "host2");
+    assert_eq!(c.refused(commit(&id, "host3", "vm1", 2)), Code::InvalidArgument);
+    assert_eq!(c.refused(commit(&id, "host2", "vm2", 2)), Code::InvalidArgument);
+    assert_eq!(
+        c.refused(commit("m9", "host2", "vm1", 2)),
+        Code::MigrationNotFound
+    );
+    assert_eq!(
+        c.refused(abort(&id, "host3", Code::LinkLost)),
+        Code::InvalidArgument
+    );
+}
+
+#[test]
+fn a_commit_to_a_host_that_is_down_is_refused() {
+    let mut c = Cluster::running();
+    let id = c.copying("vm1", "host2");
+    c.ok(host_down("host2"));
+    assert_eq!(c.refused(commit(&id, "host2", "vm1", 2)), Code::HostDown);
+}
+
+#[test]
+fn a_commit_from_a_source_host_that_is_down_saves_the_vm() {
+    let mut c = Cluster::running();
+    let id = c.copying("vm1", "host2");
+    c.ok(host_down("host1"));
+    c.ok(commit(&id, "host2", "vm1", 2));
+    assert_eq!(c.vm("vm1").state(), VmState::Running);
+    c.ok(host_up("host1", "boot-1"));
+    assert!(c.granted("host1").is_empty());
+}
+
+#[test]
+fn a_source_that_fails_aborts_its_migration_in_the_same_entry() {
+    let mut c = Cluster::running();
+    let id = c.copying("vm1", "host2");
+    c.ok(report("host1", "vm1", 1, VmState::Failed));
+    let migration = c.state.migration(&id).unwrap();
+    assert_eq!(migration.phase(), MigrationPhase::Aborted);
+    assert_eq!(migration.reason.as_ref().unwrap().code, "source_failed");
+    assert!(!c.ok(commit(&id, "host2", "vm1", 2)).current);
+    assert_eq!(c.vm("vm1").state(), VmState::Failed);
+    assert!(desired(&c.state, "host2").vms.is_empty());
+}
+
+#[test]
+fn a_source_that_fails_after_the_commit_harms_nothing() {
+    let mut c = Cluster::running();
+    let id = c.copying("vm1", "host2");
+    c.ok(commit(&id, "host2", "vm1", 2));
+    assert!(!c.ok(report("host1", "vm1", 1, VmState::Failed)).current);
+    assert_eq!(c.granted("host2"), ["vm1@2"]);
+    c.ok(report("host2", "vm1", 2, VmState::Failed));
+    assert_eq!(
+        c.phase(&id),
+        MigrationPhase::Done,
+        "the target's failure is the VM's, and nothing is left under way"
+    );
+    c.ok(finish(&id, 9));
+    assert!(
+        c.state.migration(&id).unwrap().receipt.is_some(),
+        "a late receipt is kept"
+    );
+}
+
+#[test]
+fn stopping_or_deleting_the_vm_aborts_what_is_not_committed() {
+    for kind in [stop("vm1"), delete("vm1")] {
+        let mut c = Cluster::running();
+        let id = c.copying("vm1", "host2");
+        c.ok(kind);
+        assert_eq!(
+            c.state.migration(&id).unwrap().reason.as_ref().unwrap().code,
+            "vm_stopped"
+        );
+        assert!(!c.ok(commit(&id, "host2", "vm1", 2)).current);
+        assert!(c.granted("host1").is_empty() && c.granted("host2").is_empty());
+    }
+}
+
+#[test]
+fn old_migrations_are_forgotten_but_not_a_vms_last_one() {
+    let mut c = Cluster::running();
+    c.ok(create("vm2"));
+    c.run("vm2", "host1");
+    let kept = c.ok(plan("vm2", "host2")).migration.unwrap().id;
+    c.ok(abort(&kept, "", Code::Cancelled));
+    for _ in 0..MIGRATIONS_ENDED_MAX + 5 {
+        let id = c.ok(plan("vm1", "host2")).migration.unwrap().id;
+        c.ok(abort(&id, "", Code::Cancelled));
+    }
+    assert_eq!(c.state.migrations().count(), MIGRATIONS_ENDED_MAX);
+    assert!(c.state.migration(&kept).is_some());
+    assert!(c.state.migration("m2").is_none());
+    assert_eq!(State::decode(&c.state.encode()).unwrap(), c.state);
+}

@@ -1,0 +1,287 @@
+//! Random logs keep the invariants: at most one runner, epochs that only rise by one, room respected, phases forward,
+//! refusals without trace, replicas equal with and without a snapshot between.
+
+mod common;
+
+use std::collections::BTreeMap;
+
+use common::*;
+use drover_proto::Code;
+use drover_proto::v1::command::Kind;
+use drover_proto::v1::{Command, MigrationPhase, RestartPolicy, VmState};
+use drover_state::{State, apply, epoch_of, grants, host_of, into_result, is_committed};
+use proptest::prelude::*;
+
+const HOSTS: [&str; 3] = ["host1", "host2", "host3"];
+const VMS: [&str; 4] = ["vm1", "vm2", "vm3", "vm4"];
+
+/// One step, its numbers still relative: epochs to the VM's, migrations to the newest.
+#[derive(Clone, Debug)]
+enum Step {
+    Create(usize, u64),
+    Start(usize),
+    Stop(usize),
+    Delete(usize),
+    Place(usize, usize, i64),
+    Pending(usize),
+    Report(usize, Option<usize>, i64, VmState),
+    Plan(usize, Option<usize>),
+    Advance(u64, MigrationPhase),
+    Commit(u64, i64),
+    Abort(u64, bool),
+    Finish(u64),
+    Down(usize),
+    Up(usize, bool),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let vm = 0..VMS.len();
+    let host = 0..HOSTS.len();
+    let skew = prop_oneof![6 => Just(0_i64), 1 => Just(-1), 1 => Just(1), 1 => Just(2)];
+    let reported = prop_oneof![
+        4 => Just(VmState::Running),
+        1 => Just(VmState::Paused),
+        1 => Just(VmState::Failed),
+        2 => Just(VmState::Stopped),
+    ];
+    let phase = prop_oneof![
+        3 => Just(MigrationPhase::Preparing),
+        3 => Just(MigrationPhase::PreCopy),
+        1 => Just(MigrationPhase::Committed),
+    ];
+    let back = prop_oneof![5 => Just(0_u64), 1 => 1..4_u64];
+    prop_oneof![
+        2 => (vm.clone(), 100..700_u64).prop_map(|(v, m)| Step::Create(v, m)),
+        1 => vm.clone().prop_map(Step::Start),
+        1 => vm.clone().prop_map(Step::Stop),
+        1 => vm.clone().prop_map(Step::Delete),
+        5 => (vm.clone(), host.clone(), skew.clone()).prop_map(|(v, h, s)| Step::Place(v, h, s)),
+        1 => vm.clone().prop_map(Step::Pending),
+        6 => (vm.clone(), prop::option::weighted(0.2, host.clone()), skew.clone(), reported)
+            .prop_map(|(v, h, s, r)| Step::Report(v, h, s, r)),
+        4 => (vm, prop::option::of(host.clone())).prop_map(|(v, h)| Step::Plan(v, h)),
+        6 => (back.clone(), phase).prop_map(|(b, p)| Step::Advance(b, p)),
+        4 => (back.clone(), skew).prop_map(|(b, s)| Step::Commit(b, s)),
+        1 => (back.clone(), any::<bool>()).prop_map(|(b, c)| Step::Abort(b, c)),
+        2 => back.prop_map(Step::Finish),
+        1 => host.clone().prop_map(Step::Down),
+        2 => (host, prop::bool::weighted(0.1)).prop_map(|(h, r)| Step::Up(h, r)),
+    ]
+}
+
+fn skewed(value: u64, skew: i64) -> u64 {
+    value.saturating_add_signed(skew)
+}
+
+/// The command that a step means in this state.
+fn resolve(state: &State, step: &Step) -> Kind {
+    let epoch = |vm: usize| state.vm(VMS[vm]).map_or(0, epoch_of);
+    let newest = |back: u64| {
+        let migration = state.migrations().rev().nth(usize::try_from(back).unwrap());
+        migration.cloned().unwrap_or_default()
+    };
+    match *step {
+        Step::Create(vm, memory_mib) => {
+            let Kind::CreateVm(mut request) = create(VMS[vm]) else {
+                unreachable!()
+            };
+            let spec = request.spec.as_mut().unwrap();
+            spec.memory_mib = memory_mib;
+            spec.set_restart(RestartPolicy::OnFailure);
+            Kind::CreateVm(request)
+        }
+        Step::Start(vm) => start(VMS[vm]),
+        Step::Stop(vm) => stop(VMS[vm]),
+        Step::Delete(vm) => delete(VMS[vm]),
+        Step::Place(vm, host, skew) => place(VMS[vm], HOSTS[host], skewed(epoch(vm), skew)),
+        Step::Pending(vm) => pending(VMS[vm], "waits"),
+        Step::Report(vm, host, skew, reported) => {
+            let at = host.map_or_else(|| state.vm(VMS[vm]).map_or("", host_of), |host| HOSTS[host]);
+            report(at, VMS[vm], skewed(epoch(vm), skew), reported)
+        }
+        Step::Plan(vm, host) => plan(VMS[vm], host.map_or("", |host| HOSTS[host])),
+        Step::Advance(back, phase) => advance(
+            &newest(back).id,
+            phase,
+            if phase == MigrationPhase::PreCopy {
+                "127.0.0.1:1"
+            } else {
+                ""
+            },
+        ),
+        Step::Commit(back, skew) => {
+            let migration = newest(back);
+            commit(
+                &migration.id,
+                &migration.to,
+                &migration.vm,
+                skewed(migration.epoch, skew),
+            )
+        }
+        Step::Abort(back, cancel) => abort(
+            &newest(back).id,
+            "",
+            if cancel { Code::Cancelled } else { Code::LinkLost },
+        ),
+        Step::Finish(back) => finish(&newest(back).id, 1),
+        Step::Down(host) => host_down(HOSTS[host]),
+        Step::Up(host, reboot) => host_up(HOSTS[host], if reboot { "boot-2" } else { "" }),
+    }
+}
+
+/// What must hold between a state and the one before it, and what has been granted so far.
+#[derive(Default)]
+struct Watch {
+    granted: BTreeMap<(String, u64), String>,
+    highest: BTreeMap<String, u64>,
+}
+
+impl Watch {
+    fn at_most_one_runner(&mut self, state: &State) {
+        let mut now: BTreeMap<String, &str> = BTreeMap::new();
+        for host in HOSTS {
+            for vm in grants(state, host) {
+                assert_eq!(
+                    now.insert(vm.vm.clone(), host),
+                    None,
+                    "{} is granted on two hosts",
+                    vm.vm
+                );
+                let first = self
+                    .granted
+                    .entry((vm.vm.clone(), vm.epoch))
+                    .or_insert_with(|| host.to_owned());
+                assert_eq!(
+                    first, host,
+                    "{} epoch {} is granted on a second host",
+                    vm.vm, vm.epoch
+                );
+                let highest = self.highest.entry(vm.vm.clone()).or_default();
+                assert!(
+                    vm.epoch >= *highest,
+                    "{} is granted at an epoch that was left",
+                    vm.vm
+                );
+                *highest = vm.epoch;
+            }
+        }
+    }
+}
+
+fn epoch_monotonic(before: &State, after: &State) {
+    for vm in after.vms() {
+        let name = &vm.spec.as_ref().unwrap().name;
+        let Some(was) = before.vm(name) else { continue };
+        let (old, new) = (epoch_of(was), epoch_of(vm));
+        assert!(new == old || new == old + 1, "{name}: epoch {old} -> {new}");
+        assert!(
+            new == old + 1 || host_of(was) == host_of(vm),
+            "{name} moved without a new epoch"
+        );
+    }
+}
+
+fn capacity_respected(state: &State) {
+    for (host, usage) in state.usages() {
+        assert!(
+            usage.memory_mib <= HOST_MEMORY_MIB,
+            "{host} holds {} MiB",
+            usage.memory_mib
+        );
+    }
+}
+
+fn migrations_go_forward(before: &State, after: &State) {
+    for migration in after.migrations() {
+        let under_way = after
+            .vm(&migration.vm)
+            .is_some_and(|vm| vm.migration == migration.id);
+        let ended = drover_state::is_ended(migration);
+        assert_eq!(
+            under_way,
+            !ended,
+            "{} is {:?}; its VM says otherwise",
+            migration.id,
+            migration.phase()
+        );
+        let Some(was) = before.migration(&migration.id) else {
+            continue;
+        };
+        assert!(migration.phase() >= was.phase(), "{} went back", migration.id);
+        let reversed = is_committed(was) && migration.phase() == MigrationPhase::Aborted;
+        assert!(!reversed, "{} was aborted after its commit", migration.id);
+        assert!(
+            was.phase() != MigrationPhase::Aborted || !is_committed(migration),
+            "commit after abort"
+        );
+    }
+}
+
+fn command(now_ms: u64, request_id: String, kind: Kind) -> Command {
+    Command {
+        now_ms,
+        request_id,
+        caller: "user/test".into(),
+        kind: Some(kind),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_log_keeps_the_invariants(steps in prop::collection::vec(step(), 1..120)) {
+        let mut state = Cluster::new().state;
+        let mut watch = Watch::default();
+        for (at, step) in (0..).zip(&steps) {
+            let before = state.clone();
+            let (response, _) = apply(&mut state, &command(at, String::new(), resolve(&before, step)));
+            if into_result(response).is_err() {
+                prop_assert_eq!(&state, &before, "a refusal changed the state");
+            }
+            watch.at_most_one_runner(&state);
+            epoch_monotonic(&before, &state);
+            capacity_respected(&state);
+            migrations_go_forward(&before, &state);
+        }
+    }
+
+    #[test]
+    fn replicas_are_equal_with_and_without_a_snapshot_between(
+        steps in prop::collection::vec(step(), 1..80),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let mut state = Cluster::new().state;
+        let mut restored = state.clone();
+        let cut = cut.index(steps.len());
+        for (at, step) in steps.iter().enumerate() {
+            if at == cut {
+                restored = State::decode(&restored.encode()).unwrap();
+            }
+            let command = command(7, format!("r{at}"), resolve(&state, step));
+            let answers = (apply(&mut state, &command), apply(&mut restored, &command));
+            prop_assert_eq!(answers.0, answers.1);
+        }
+        prop_assert_eq!(state.encode(), restored.encode());
+    }
+
+    #[test]
+    fn a_request_applied_twice_changes_nothing_the_second_time(steps in prop::collection::vec(step(), 1..60)) {
+        let mut state = Cluster::new().state;
+        for (at, step) in steps.iter().enumerate() {
+            let mut command = command(7, format!("r{at}"), resolve(&state, step));
+            let first = apply(&mut state, &command).0;
+            let before = state.encode();
+            command.now_ms = 8;
+            prop_assert_eq!(apply(&mut state, &command), (first, vec![]));
+            prop_assert_eq!(state.encode(), before);
+        }
+    }
+
+    #[test]
+    fn no_bytes_panic_the_snapshots_decoder(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+        if let Ok(state) = State::decode(&bytes) {
+            prop_assert_eq!(State::decode(&state.encode()).unwrap(), state);
+        }
+    }
+}
