@@ -21,7 +21,8 @@ impl KvmClock {
     pub fn nanoseconds(&self, tsc: u64) -> u64 {
         let ticks = tsc.wrapping_sub(self.tsc_timestamp);
         let scaled = u128::from(shift(ticks, self.shift)) * u128::from(self.multiplier);
-        self.system_time_ns.wrapping_add(u64::try_from(scaled >> 32).unwrap_or(u64::MAX))
+        self.system_time_ns
+            .wrapping_add(u64::try_from(scaled >> 32).unwrap_or(u64::MAX))
     }
 
     /// The counter's frequency by this page, kHz; 0 when the page was never filled.
@@ -36,7 +37,11 @@ impl KvmClock {
 
 fn shift(value: u64, by: i8) -> u64 {
     let amount = u32::from(by.unsigned_abs());
-    let shifted = if by >= 0 { value.checked_shl(amount) } else { value.checked_shr(amount) };
+    let shifted = if by >= 0 {
+        value.checked_shl(amount)
+    } else {
+        value.checked_shr(amount)
+    };
     shifted.unwrap_or(0)
 }
 
@@ -44,7 +49,9 @@ fn shift(value: u64, by: i8) -> u64 {
 #[must_use]
 pub fn microseconds(ticks: u64, tsc_khz: u64) -> u64 {
     let khz = tsc_khz.max(1);
-    (ticks / khz).saturating_mul(1000).saturating_add((ticks % khz) * 1000 / khz)
+    (ticks / khz)
+        .saturating_mul(1000)
+        .saturating_add((ticks % khz) * 1000 / khz)
 }
 
 #[cfg(test)]
@@ -52,21 +59,35 @@ mod tests {
     use super::*;
 
     /// 2.5 GHz: ticks are halved, then multiplied by 0.8.
-    const PAGE: KvmClock =
-        KvmClock { tsc_timestamp: 1_000_000, system_time_ns: 5_000, multiplier: 3_435_973_836, shift: -1 };
+    const PAGE: KvmClock = KvmClock {
+        tsc_timestamp: 1_000_000,
+        system_time_ns: 5_000,
+        multiplier: 3_435_973_836,
+        shift: -1,
+    };
 
     #[test]
     fn time_follows_the_counter_at_the_pages_frequency() {
         assert_eq!(PAGE.nanoseconds(1_000_000), 5_000);
         let a_second_later = PAGE.nanoseconds(1_000_000 + 2_500_000_000);
-        assert!((1_000_004_998..=1_000_005_000).contains(&a_second_later), "{a_second_later}");
+        assert!(
+            (1_000_004_998..=1_000_005_000).contains(&a_second_later),
+            "{a_second_later}"
+        );
     }
 
     #[test]
     fn the_frequency_is_read_back_from_the_page() {
         let khz = PAGE.tsc_khz();
         assert!((2_499_999..=2_500_001).contains(&khz), "{khz}");
-        assert_eq!(KvmClock { multiplier: 0, ..PAGE }.tsc_khz(), 0);
+        assert_eq!(
+            KvmClock {
+                multiplier: 0,
+                ..PAGE
+            }
+            .tsc_khz(),
+            0
+        );
     }
 
     #[test]

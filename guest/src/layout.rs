@@ -31,7 +31,10 @@ impl Layout {
     /// Nothing yet.
     #[must_use]
     pub const fn new() -> Layout {
-        Layout { ranges: [Range { start: 0, end: 0 }; RANGES_MAX], len: 0 }
+        Layout {
+            ranges: [Range { start: 0, end: 0 }; RANGES_MAX],
+            len: 0,
+        }
     }
 
     /// Adds the part of a usable range that lies between `floor` and `ceiling`, in whole pages. A range beyond [`RANGES_MAX`] is dropped.
@@ -53,12 +56,18 @@ impl Layout {
     /// Highest address in use.
     #[must_use]
     pub fn end(&self) -> u64 {
-        self.ranges[..self.len].iter().map(|range| range.end).max().unwrap_or(0)
+        self.ranges[..self.len]
+            .iter()
+            .map(|range| range.end)
+            .max()
+            .unwrap_or(0)
     }
 
     /// Takes `pages` pages in one piece out of the layout and returns their address.
     pub fn take(&mut self, pages: u64) -> Option<u64> {
-        let range = self.ranges[..self.len].iter_mut().find(|range| range.pages() >= pages)?;
+        let range = self.ranges[..self.len]
+            .iter_mut()
+            .find(|range| range.pages() >= pages)?;
         let start = range.start;
         range.start += pages * PAGE_SIZE;
         Some(start)

@@ -37,7 +37,12 @@ pub struct Ledger<'a, P> {
 impl<'a, P: Pages> Ledger<'a, P> {
     /// Takes over `expected.len()` pages, numbered from `first_number`. Nothing is touched yet.
     pub fn new(pages: P, expected: &'a mut [u64], first_number: u64, content: Content) -> Self {
-        Ledger { pages, expected, first_number, content }
+        Ledger {
+            pages,
+            expected,
+            first_number,
+            content,
+        }
     }
 
     /// Pages owned.
@@ -80,8 +85,12 @@ impl<'a, P: Pages> Ledger<'a, P> {
         let Err(damage) = page.verify(number, sequence) else {
             return Ok(());
         };
-        let loss =
-            Loss { page: number, expected_sequence: sequence, found_sequence: page.sequence(), damage };
+        let loss = Loss {
+            page: number,
+            expected_sequence: sequence,
+            found_sequence: page.sequence(),
+            damage,
+        };
         if sequence == 0 {
             *page = Page::zero();
         } else {
@@ -149,14 +158,19 @@ mod tests {
 
     #[test]
     fn a_stale_page_is_one_loss_and_is_found_by_either_check() {
-        for find in [Ledger::verify, Ledger::rewrite] {
-            let mut expected = [0; 4];
-            let mut ledger = filled(&mut expected, Content::Random);
+        let mut records = [[0; 4]; 2];
+        for (expected, find) in records.iter_mut().zip([Ledger::verify, Ledger::rewrite]) {
+            let mut ledger = filled(expected, Content::Random);
             ledger.rewrite(2).unwrap();
             let stale = ledger.pages[2].clone();
             ledger.rewrite(2).unwrap();
             ledger.pages[2] = stale;
-            let loss = Loss { page: 102, expected_sequence: 3, found_sequence: 2, damage: Damage::Sequence };
+            let loss = Loss {
+                page: 102,
+                expected_sequence: 3,
+                found_sequence: 2,
+                damage: Damage::Sequence,
+            };
             assert_eq!(find(&mut ledger, 2), Err(loss));
             assert_eq!(ledger.verify(2), Ok(()));
         }
@@ -182,7 +196,12 @@ mod tests {
         ledger.rewrite(1).unwrap();
         assert!(!ledger.pages[1].is_zero());
         ledger.pages[0].0[77] = 1;
-        let loss = Loss { page: 0, expected_sequence: 0, found_sequence: 0, damage: Damage::NotZero };
+        let loss = Loss {
+            page: 0,
+            expected_sequence: 0,
+            found_sequence: 0,
+            damage: Damage::NotZero,
+        };
         assert_eq!(ledger.verify(0), Err(loss));
         assert_eq!(ledger.verify(0), Ok(()));
     }

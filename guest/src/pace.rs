@@ -16,7 +16,13 @@ impl Pace {
     #[must_use]
     pub fn new(per_s: u64, ticks_per_s: u64, burst_ms: u64, now: u64) -> Pace {
         let burst_ticks = (ticks_per_s / 1000).max(1) * burst_ms;
-        Pace { per_s, ticks_per_s, burst_ticks, last: now, credit: 0 }
+        Pace {
+            per_s,
+            ticks_per_s,
+            burst_ticks,
+            last: now,
+            credit: 0,
+        }
     }
 
     /// Takes at most `want` pages out of what is due at `now`.

@@ -79,7 +79,11 @@ impl Page {
     /// The first thing that differs.
     pub fn verify(&self, number: u64, sequence: u64) -> Result<(), Damage> {
         if sequence == 0 {
-            return if self.is_zero() { Ok(()) } else { Err(Damage::NotZero) };
+            return if self.is_zero() {
+                Ok(())
+            } else {
+                Err(Damage::NotZero)
+            };
         }
         if self.0[NUMBER] != number {
             return Err(Damage::Number);
@@ -111,7 +115,11 @@ impl Page {
         let mut lanes: [u64; 4] = [1, 2, 3, 4];
         for (index, group) in self.0.chunks_exact(4).enumerate() {
             for (lane, (position, word)) in lanes.iter_mut().zip(group.iter().enumerate()) {
-                let word = if index == 0 && position == CHECKSUM { 0 } else { *word };
+                let word = if index == 0 && position == CHECKSUM {
+                    0
+                } else {
+                    *word
+                };
                 *lane = (lane.rotate_left(29) ^ word).wrapping_mul(FACTOR);
             }
         }
@@ -172,9 +180,17 @@ mod tests {
 
     #[test]
     fn bodies_are_what_their_content_promises() {
-        assert!(written(7, 1, Content::Zero).0[BODY..].iter().all(|word| *word == 0));
+        assert!(
+            written(7, 1, Content::Zero).0[BODY..]
+                .iter()
+                .all(|word| *word == 0)
+        );
         let repeat = written(7, 1, Content::Repeat);
-        assert!(repeat.0[BODY..].iter().all(|word| *word == repeat.0[BODY] && *word != 0));
+        assert!(
+            repeat.0[BODY..]
+                .iter()
+                .all(|word| *word == repeat.0[BODY] && *word != 0)
+        );
         assert_ne!(repeat.0[BODY], written(7, 2, Content::Repeat).0[BODY]);
         let mut random = written(7, 1, Content::Random).0;
         random.sort_unstable();

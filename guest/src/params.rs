@@ -127,14 +127,18 @@ impl fmt::Display for BadParam<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "probe bad parameter \"{}\": ", self.word)?;
         match self.why {
-            Why::Unknown => {
-                f.write_str("unknown name, known are own, hot, rate, pattern, content, cpus, hz, fault, fault_after")
-            }
+            Why::Unknown => f.write_str(
+                "unknown name, known are own, hot, rate, pattern, content, cpus, hz, fault, fault_after",
+            ),
             Why::NotOneOf(words) => write!(f, "must be one of {words}"),
             Why::OutOfRange { low, high } => write!(f, "must be a number from {low} to {high}"),
-            Why::NotASize => f.write_str("must be a size of at least one page in whole pages of 4096 bytes, such as 64M"),
+            Why::NotASize => {
+                f.write_str("must be a size of at least one page in whole pages of 4096 bytes, such as 64M")
+            }
             Why::HotAboveOwn { own_pages } => write!(f, "is more than the {own_pages} pages owned"),
-            Why::FewerThanCpus { cpus } => write!(f, "is fewer pages than the {cpus} processors need, one each"),
+            Why::FewerThanCpus { cpus } => {
+                write!(f, "is fewer pages than the {cpus} processors need, one each")
+            }
             Why::WithoutFault => f.write_str("needs fault=triple, emulation or shutdown"),
             Why::DoesNotFit { pages } => write!(f, "does not fit, the memory map has room for {pages} pages"),
         }
@@ -175,7 +179,9 @@ impl Params {
                     params.hz = u32::try_from(hz).unwrap_or(u32::MAX);
                 }
                 "fault" => fault = Some(fault_kind(value).map_err(bad)?),
-                "fault_after" => fault_after = Some((word, number(value, 0, FAULT_AFTER_MAX_S).map_err(bad)?)),
+                "fault_after" => {
+                    fault_after = Some((word, number(value, 0, FAULT_AFTER_MAX_S).map_err(bad)?))
+                }
                 "console" => {}
                 _ => return Err(bad(Why::Unknown)),
             }
@@ -184,11 +190,21 @@ impl Params {
         if let Some((word, _)) = hot_word
             && params.hot_pages > params.own_pages
         {
-            return Err(BadParam { word, why: Why::HotAboveOwn { own_pages: params.own_pages } });
+            return Err(BadParam {
+                word,
+                why: Why::HotAboveOwn {
+                    own_pages: params.own_pages,
+                },
+            });
         }
         params.fault = match (fault, fault_after) {
             (Some(fault), after) => Some((fault, after.map_or(0, |(_, seconds)| seconds))),
-            (None, Some((word, _))) => return Err(BadParam { word, why: Why::WithoutFault }),
+            (None, Some((word, _))) => {
+                return Err(BadParam {
+                    word,
+                    why: Why::WithoutFault,
+                });
+            }
             (None, None) => None,
         };
         params.check_cpus(hot_word.map_or("hot", |(word, _)| word))?;
@@ -197,7 +213,10 @@ impl Params {
 
     fn check_cpus<'a>(&self, word: &'a str) -> Result<(), BadParam<'a>> {
         match self.cpus {
-            Some(cpus) if u64::from(cpus) > self.hot_pages => Err(BadParam { word, why: Why::FewerThanCpus { cpus } }),
+            Some(cpus) if u64::from(cpus) > self.hot_pages => Err(BadParam {
+                word,
+                why: Why::FewerThanCpus { cpus },
+            }),
             _ => Ok(()),
         }
     }
@@ -225,7 +244,10 @@ fn number(text: &str, low: u64, high: u64) -> Result<u64, Why> {
 fn number32(text: &str, low: u32, high: u32) -> Result<u32, Why> {
     match text.parse::<u32>() {
         Ok(value) if (low..=high).contains(&value) => Ok(value),
-        _ => Err(Why::OutOfRange { low: u64::from(low), high: u64::from(high) }),
+        _ => Err(Why::OutOfRange {
+            low: u64::from(low),
+            high: u64::from(high),
+        }),
     }
 }
 
@@ -275,7 +297,10 @@ mod tests {
     #[test]
     fn an_empty_line_owns_64_mib_all_of_it_hot() {
         let params = Params::parse("").unwrap();
-        assert_eq!((params.own_pages, params.hot_pages, params.hz, params.cpus), (16384, 16384, 1000, None));
+        assert_eq!(
+            (params.own_pages, params.hot_pages, params.hz, params.cpus),
+            (16384, 16384, 1000, None)
+        );
         assert_eq!(params.rate, Rate::Max);
     }
 
@@ -300,8 +325,16 @@ mod tests {
         let cases = [
             ("own=0", "own=0", "at least one page"),
             ("own=5000", "own=5000", "whole pages"),
-            ("own=99999999999999999999", "own=99999999999999999999", "must be a size"),
-            ("own=18446744073709551615G", "own=18446744073709551615G", "must be a size"),
+            (
+                "own=99999999999999999999",
+                "own=99999999999999999999",
+                "must be a size",
+            ),
+            (
+                "own=18446744073709551615G",
+                "own=18446744073709551615G",
+                "must be a size",
+            ),
             ("own=", "own=", "must be a size"),
             ("hot=65M", "hot=65M", "more than the 16384 pages owned"),
             ("hot=4K cpus=2", "hot=4K", "2 processors"),
@@ -321,7 +354,10 @@ mod tests {
             let bad = Params::parse(line).unwrap_err();
             assert_eq!(bad.word, word, "{line}");
             let text = bad.to_string();
-            assert!(text.starts_with("probe bad parameter ") && text.contains(part), "{line}: {text}");
+            assert!(
+                text.starts_with("probe bad parameter ") && text.contains(part),
+                "{line}: {text}"
+            );
         }
     }
 

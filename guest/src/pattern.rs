@@ -43,8 +43,16 @@ impl Chooser {
     /// `count` is at least 1 and below 2^32.
     #[must_use]
     pub fn new(pattern: Pattern, count: u64, seed: u64) -> Chooser {
-        assert!((1..SPREAD).contains(&count), "a hot set has at least one page and fewer than 2^32");
-        Chooser { pattern, count, next: 0, random: Random::new(seed) }
+        assert!(
+            (1..SPREAD).contains(&count),
+            "a hot set has at least one page and fewer than 2^32"
+        );
+        Chooser {
+            pattern,
+            count,
+            next: 0,
+            random: Random::new(seed),
+        }
     }
 
     /// The index of the page to write next, below `count`.
@@ -112,14 +120,20 @@ mod tests {
     fn zipf_is_steep_and_reaches_every_page() {
         for count in [1, 2, 3, 100, 1000, 1024] {
             let mut seen = histogram(Pattern::Zipf, count, 1_000_000);
-            assert!(seen.iter().all(|hits| *hits > 0), "every one of {count} pages is written");
+            assert!(
+                seen.iter().all(|hits| *hits > 0),
+                "every one of {count} pages is written"
+            );
             seen.sort_unstable_by(|a, b| b.cmp(a));
             if count >= 100 {
                 // By the law the k-th page has 1/k of the first one's share; octaves make it right to a factor of two.
                 for k in [2usize, 8, 64] {
                     let ratio = seen[0] / seen[k - 1];
                     let k = u64::try_from(k).unwrap();
-                    assert!((k / 2..=k * 2).contains(&ratio), "of {count} pages the {k}-th: 1/{ratio}");
+                    assert!(
+                        (k / 2..=k * 2).contains(&ratio),
+                        "of {count} pages the {k}-th: 1/{ratio}"
+                    );
                 }
             }
         }
@@ -127,6 +141,9 @@ mod tests {
 
     #[test]
     fn equal_seeds_give_equal_choices() {
-        assert_eq!(histogram(Pattern::Zipf, 50, 1000), histogram(Pattern::Zipf, 50, 1000));
+        assert_eq!(
+            histogram(Pattern::Zipf, 50, 1000),
+            histogram(Pattern::Zipf, 50, 1000)
+        );
     }
 }

@@ -58,14 +58,32 @@ impl fmt::Display for Up {
             ClockSource::KvmClock => "kvmclock",
             ClockSource::Pit => "pit",
         };
-        let Up { cpus, own_pages, hot_pages, tsc_khz, .. } = self;
-        write!(f, "probe up cpus={cpus} own={own_pages} hot={hot_pages} tsc_khz={tsc_khz} clock={clock}")
+        let Up {
+            cpus,
+            own_pages,
+            hot_pages,
+            tsc_khz,
+            ..
+        } = self;
+        write!(
+            f,
+            "probe up cpus={cpus} own={own_pages} hot={hot_pages} tsc_khz={tsc_khz} clock={clock}"
+        )
     }
 }
 
 impl fmt::Display for Second {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Second { t_s, ticks, gap_us, max_gap_us, written, verified, lost, back } = self;
+        let Second {
+            t_s,
+            ticks,
+            gap_us,
+            max_gap_us,
+            written,
+            verified,
+            lost,
+            back,
+        } = self;
         write!(
             f,
             "probe t={t_s} ticks={ticks} gap_us={gap_us} max_gap_us={max_gap_us} written={written} verified={verified} \
@@ -76,14 +94,22 @@ impl fmt::Display for Second {
 
 impl fmt::Display for Loss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Loss { page, expected_sequence, found_sequence, damage } = self;
+        let Loss {
+            page,
+            expected_sequence,
+            found_sequence,
+            damage,
+        } = self;
         let why = match damage {
             Damage::Number => "number",
             Damage::Sequence => "sequence",
             Damage::Checksum => "checksum",
             Damage::NotZero => "not-zero",
         };
-        write!(f, "probe LOST page={page} expected_seq={expected_sequence} found_seq={found_sequence} why={why}")
+        write!(
+            f,
+            "probe LOST page={page} expected_seq={expected_sequence} found_seq={found_sequence} why={why}"
+        )
     }
 }
 
@@ -110,7 +136,10 @@ impl Second {
     /// Reads the line back; `None` for any other line, one that was cut short among them.
     #[must_use]
     pub fn parse(line: &str) -> Option<Second> {
-        let fields = line.trim_end().strip_prefix("probe ").filter(|fields| fields.starts_with("t="))?;
+        let fields = line
+            .trim_end()
+            .strip_prefix("probe ")
+            .filter(|fields| fields.starts_with("t="))?;
         Some(Second {
             t_s: number(fields, "t")?,
             ticks: number(fields, "ticks")?,
@@ -125,7 +154,10 @@ impl Second {
 }
 
 fn value<'a>(fields: &'a str, name: &str) -> Option<&'a str> {
-    fields.split(' ').find_map(|field| field.split_once('=').filter(|(key, _)| *key == name)).map(|(_, value)| value)
+    fields
+        .split(' ')
+        .find_map(|field| field.split_once('=').filter(|(key, _)| *key == name))
+        .map(|(_, value)| value)
 }
 
 fn number(fields: &str, name: &str) -> Option<u64> {
@@ -140,32 +172,71 @@ mod tests {
 
     #[test]
     fn the_up_line_is_as_documented_and_reads_back() {
-        let up = Up { cpus: 2, own_pages: 16384, hot_pages: 64, tsc_khz: 2_500_000, clock: ClockSource::KvmClock };
-        assert_eq!(up.to_string(), "probe up cpus=2 own=16384 hot=64 tsc_khz=2500000 clock=kvmclock");
+        let up = Up {
+            cpus: 2,
+            own_pages: 16384,
+            hot_pages: 64,
+            tsc_khz: 2_500_000,
+            clock: ClockSource::KvmClock,
+        };
+        assert_eq!(
+            up.to_string(),
+            "probe up cpus=2 own=16384 hot=64 tsc_khz=2500000 clock=kvmclock"
+        );
         assert_eq!(Up::parse(&up.to_string()), Some(up));
-        let pit = Up { clock: ClockSource::Pit, ..up };
+        let pit = Up {
+            clock: ClockSource::Pit,
+            ..up
+        };
         assert_eq!(Up::parse(&pit.to_string()), Some(pit));
     }
 
     #[test]
     fn the_line_of_each_second_is_as_documented_and_reads_back() {
-        let second =
-            Second { t_s: 3, ticks: 3001, gap_us: 1002, max_gap_us: 9000, written: 5, verified: 6, lost: 1, back: 0 };
+        let second = Second {
+            t_s: 3,
+            ticks: 3001,
+            gap_us: 1002,
+            max_gap_us: 9000,
+            written: 5,
+            verified: 6,
+            lost: 1,
+            back: 0,
+        };
         let line = "probe t=3 ticks=3001 gap_us=1002 max_gap_us=9000 written=5 verified=6 lost=1 back=0";
         assert_eq!(second.to_string(), line);
-        assert_eq!(Second::parse("probe t=3 ticks=3001 gap_us=1002 max_gap_us=9000 written=5 verified=6 lost=1 back=0\r"), Some(second));
+        assert_eq!(
+            Second::parse(
+                "probe t=3 ticks=3001 gap_us=1002 max_gap_us=9000 written=5 verified=6 lost=1 back=0\r"
+            ),
+            Some(second)
+        );
     }
 
     #[test]
     fn other_lines_and_half_lines_are_not_taken_for_seconds() {
-        for line in ["", "probe up cpus=1", "probe t=3 ticks=30", "noise t=3", "probe t=x ticks=1 gap_us=1 max_gap_us=1"] {
+        for line in [
+            "",
+            "probe up cpus=1",
+            "probe t=3 ticks=30",
+            "noise t=3",
+            "probe t=x ticks=1 gap_us=1 max_gap_us=1",
+        ] {
             assert_eq!(Second::parse(line), None, "{line}");
         }
     }
 
     #[test]
     fn a_loss_names_the_page_and_both_sequences() {
-        let loss = Loss { page: 9, expected_sequence: 4, found_sequence: 3, damage: Damage::Sequence };
-        assert_eq!(loss.to_string(), "probe LOST page=9 expected_seq=4 found_seq=3 why=sequence");
+        let loss = Loss {
+            page: 9,
+            expected_sequence: 4,
+            found_sequence: 3,
+            damage: Damage::Sequence,
+        };
+        assert_eq!(
+            loss.to_string(),
+            "probe LOST page=9 expected_seq=4 found_seq=3 why=sequence"
+        );
     }
 }

@@ -25,7 +25,11 @@ pub struct BootInfo {
 impl BootInfo {
     /// Reads the information at `address`, in the form that the entry point `kind` promises.
     pub fn read(kind: u64, address: u64) -> BootInfo {
-        let mut info = BootInfo { line: [0; COMMAND_LINE_MAX], length: 0, layout: Layout::new() };
+        let mut info = BootInfo {
+            line: [0; COMMAND_LINE_MAX],
+            length: 0,
+            layout: Layout::new(),
+        };
         if kind == KIND_PVH {
             info.read_pvh(address);
         } else {
@@ -36,8 +40,10 @@ impl BootInfo {
 
     /// The command line.
     pub fn command_line(&self) -> Result<&str, BadParam<'_>> {
-        core::str::from_utf8(&self.line[..self.length])
-            .map_err(|_| BadParam { word: "(not UTF-8)", why: Why::Unknown })
+        core::str::from_utf8(&self.line[..self.length]).map_err(|_| BadParam {
+            word: "(not UTF-8)",
+            why: Why::Unknown,
+        })
     }
 
     /// Memory that the guest may use.
@@ -51,7 +57,11 @@ impl BootInfo {
         }
         self.copy_line(get::<u64>(at + 24));
         let version = get::<u32>(at + 4);
-        let entries = if version >= 1 { u64::from(get::<u32>(at + 48)).min(ENTRIES_MAX) } else { 0 };
+        let entries = if version >= 1 {
+            u64::from(get::<u32>(at + 48)).min(ENTRIES_MAX)
+        } else {
+            0
+        };
         let map = get::<u64>(at + 40);
         for entry in (0..entries).map(|index| map + 24 * index) {
             self.add(get(entry), get(entry + 8), get(entry + 16));
@@ -60,14 +70,17 @@ impl BootInfo {
 
     fn read_linux(&mut self, at: u64) {
         self.copy_line(u64::from(get::<u32>(at + 0x228)) | u64::from(get::<u32>(at + 0xc8)) << 32);
-        for entry in (0..u64::from(get::<u8>(at + 0x1e8)).min(ENTRIES_MAX)).map(|index| at + 0x2d0 + 20 * index) {
+        for entry in
+            (0..u64::from(get::<u8>(at + 0x1e8)).min(ENTRIES_MAX)).map(|index| at + 0x2d0 + 20 * index)
+        {
             self.add(get(entry), get(entry + 8), get(entry + 16));
         }
     }
 
     fn add(&mut self, base: u64, size: u64, kind: u32) {
         if kind == TYPE_RAM {
-            self.layout.add(base, size, machine::end_of_image(), machine::MAPPED_GIB_MAX << 30);
+            self.layout
+                .add(base, size, machine::end_of_image(), machine::MAPPED_GIB_MAX << 30);
         }
     }
 

@@ -64,7 +64,10 @@ pub fn open() {
 
 /// Says a line; lines of several processors never mix.
 pub fn say_line(text: fmt::Arguments<'_>) {
-    while BUSY.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
+    while BUSY
+        .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
+        .is_err()
+    {
         core::hint::spin_loop();
     }
     write_line(text);
@@ -83,7 +86,10 @@ pub fn typed() -> Option<u8> {
 }
 
 fn write_line(text: fmt::Arguments<'_>) {
-    let mut line = Line { bytes: [0; LINE_MAX], length: 0 };
+    let mut line = Line {
+        bytes: [0; LINE_MAX],
+        length: 0,
+    };
     // Writing into the buffer cannot fail: what does not fit is cut.
     let _ = fmt::write(&mut line, text);
     line.bytes[line.length] = b'\r';

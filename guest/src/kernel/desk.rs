@@ -38,7 +38,16 @@ impl Desk {
     pub fn new(plan: &'static Plan) -> Desk {
         let now = machine::counter();
         let next_line = now + plan.clock.ticks_per_s();
-        Desk { plan, next_line, next_look: now, ticks: 0, ticks_back: 0, max_gap_us: 0, input: [0; INPUT_MAX], length: 0 }
+        Desk {
+            plan,
+            next_line,
+            next_look: now,
+            ticks: 0,
+            ticks_back: 0,
+            max_gap_us: 0,
+            input: [0; INPUT_MAX],
+            length: 0,
+        }
     }
 
     /// Does what is due.
@@ -80,7 +89,8 @@ impl Desk {
             second.written += done.written.load(Ordering::Relaxed);
             second.verified += done.verified.load(Ordering::Relaxed);
             second.lost += done.lost.load(Ordering::Relaxed);
-            second.back += done.back.load(Ordering::Relaxed) + machine::area(processor).back.load(Ordering::Relaxed);
+            second.back +=
+                done.back.load(Ordering::Relaxed) + machine::area(processor).back.load(Ordering::Relaxed);
         }
         second
     }
@@ -100,7 +110,9 @@ impl Desk {
     }
 
     fn answer(&mut self) {
-        let line = core::str::from_utf8(&self.input[..self.length]).unwrap_or("(not UTF-8)").trim();
+        let line = core::str::from_utf8(&self.input[..self.length])
+            .unwrap_or("(not UTF-8)")
+            .trim();
         match line.split_once(' ') {
             _ if line.is_empty() => {}
             Some(("ping", word)) => say!("probe pong {}", word.trim()),

@@ -79,8 +79,9 @@ unsafe extern "C" {
 #[repr(align(4096))]
 struct Directories([[AtomicU64; 512]; (MAPPED_GIB_MAX - PAGE_DIRECTORIES_BUILT) as usize]);
 
-static DIRECTORIES: Directories =
-    Directories([const { [const { AtomicU64::new(0) }; 512] }; (MAPPED_GIB_MAX - PAGE_DIRECTORIES_BUILT) as usize]);
+static DIRECTORIES: Directories = Directories(
+    [const { [const { AtomicU64::new(0) }; 512] }; (MAPPED_GIB_MAX - PAGE_DIRECTORIES_BUILT) as usize],
+);
 
 /// A processor's area.
 pub fn area(processor: usize) -> &'static CpuArea {
@@ -167,7 +168,11 @@ pub fn lapic_write(register: u32, value: u32) {
 /// CPUID in ring 0, where a hypervisor always answers: eax, ebx, ecx, edx.
 pub fn cpuid(leaf: u32) -> [u32; 4] {
     let mut answer = [0u32; 4];
-    call(Service::Cpuid, u64::from(leaf), (&raw mut answer).expose_provenance() as u64);
+    call(
+        Service::Cpuid,
+        u64::from(leaf),
+        (&raw mut answer).expose_provenance() as u64,
+    );
     // SAFETY: the service filled the array through the exposed pointer; a volatile read keeps the compiler from assuming zeros.
     unsafe { (&raw const answer).read_volatile() }
 }
@@ -207,10 +212,7 @@ pub fn fill_interrupt_table() {
 fn gate(vector: usize, handler: u64) {
     const CODE: u64 = 0x10;
     const PRESENT_INTERRUPT: u64 = 0x8e00;
-    let low = (handler & 0xffff)
-        | CODE << 16
-        | PRESENT_INTERRUPT << 32
-        | (handler >> 16 & 0xffff) << 48;
+    let low = (handler & 0xffff) | CODE << 16 | PRESENT_INTERRUPT << 32 | (handler >> 16 & 0xffff) << 48;
     // SAFETY: boot.s reserves 256 entries of two words; everything in them is atomic.
     let table = unsafe { &idt };
     table[2 * vector + 1].store(handler >> 32, Ordering::Relaxed);

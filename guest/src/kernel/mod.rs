@@ -44,7 +44,10 @@ fn first(kind: u64, boot_address: u64) -> ! {
     machine::fill_interrupt_table();
     console::open();
     let info = BootInfo::read(kind, boot_address);
-    let plan = match info.command_line().and_then(|line| Plan::make(line, info.layout())) {
+    let plan = match info
+        .command_line()
+        .and_then(|line| Plan::make(line, info.layout()))
+    {
         Ok(draft) => draft,
         Err(bad) => {
             say!("{bad}");

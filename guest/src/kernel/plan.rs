@@ -45,14 +45,26 @@ impl Plan {
         let mut layout = memory.clone();
         let room = layout.pages();
         let record_pages = params.own_pages.saturating_mul(RECORD_BYTES).div_ceil(PAGE_SIZE);
-        let record = layout.take(record_pages).filter(|_| layout.pages() >= params.own_pages);
+        let record = layout
+            .take(record_pages)
+            .filter(|_| layout.pages() >= params.own_pages);
         let Some(record) = record else {
             let pages = room - room.div_ceil(1 + PAGE_SIZE / RECORD_BYTES);
-            let word = line.split_ascii_whitespace().rfind(|word| word.starts_with("own=")).unwrap_or("own=64M");
-            return Err(BadParam { word, why: Why::DoesNotFit { pages } });
+            let word = line
+                .split_ascii_whitespace()
+                .rfind(|word| word.starts_with("own="))
+                .unwrap_or("own=64M");
+            return Err(BadParam {
+                word,
+                why: Why::DoesNotFit { pages },
+            });
         };
         machine::map_up_to(layout.end());
-        Ok(Draft { params, layout, record })
+        Ok(Draft {
+            params,
+            layout,
+            record,
+        })
     }
 
     /// What the guest says when it is up.
@@ -71,12 +83,22 @@ impl Draft {
     /// Completes the plan. With fewer hot pages than processors, the last processors stay idle.
     pub fn with_machine(self, clock: Clock, timer_hz: u64, cpus: usize) -> Plan {
         let cpus = cpus.min(self.params.hot_pages as usize);
-        Plan { params: self.params, layout: self.layout, record: self.record, clock, timer_hz, cpus }
+        Plan {
+            params: self.params,
+            layout: self.layout,
+            record: self.record,
+            clock,
+            timer_hz,
+            cpus,
+        }
     }
 }
 
 /// The place of the one plan.
-pub static PLAN: Published = Published { plan: UnsafeCell::new(None), ready: AtomicBool::new(false) };
+pub static PLAN: Published = Published {
+    plan: UnsafeCell::new(None),
+    ready: AtomicBool::new(false),
+};
 
 /// A plan that is written once and then only read.
 pub struct Published {

@@ -40,10 +40,18 @@ impl Clock {
             register_kvmclock(0);
             let tsc_khz = read_kvmclock(0).map_or(0, |page| page.tsc_khz());
             if tsc_khz > 0 {
-                return Some(Clock { boot, tsc_khz, source: ClockSource::KvmClock });
+                return Some(Clock {
+                    boot,
+                    tsc_khz,
+                    source: ClockSource::KvmClock,
+                });
             }
         }
-        measure_by_pit().map(|tsc_khz| Clock { boot, tsc_khz, source: ClockSource::Pit })
+        measure_by_pit().map(|tsc_khz| Clock {
+            boot,
+            tsc_khz,
+            source: ClockSource::Pit,
+        })
     }
 
     /// Sets up the hypervisor's clock page of a processor, where there is one.
@@ -142,7 +150,9 @@ pub fn measure_timer(clock: &Clock) -> Option<u64> {
     let counts = u64::from(u32::MAX - machine::lapic_read(lapic::TIMER_CURRENT));
     let ticks = machine::counter().wrapping_sub(start);
     machine::lapic_write(lapic::TIMER_INITIAL, 0);
-    (counts > 0).then(|| u64::try_from(u128::from(counts) * u128::from(clock.ticks_per_s()) / u128::from(ticks)).unwrap_or(0))
+    (counts > 0).then(|| {
+        u64::try_from(u128::from(counts) * u128::from(clock.ticks_per_s()) / u128::from(ticks)).unwrap_or(0)
+    })
 }
 
 /// Starts the calling processor's ticks.
@@ -151,7 +161,9 @@ pub fn start_ticks(plan: &Plan, processor: usize) {
     const UNDIVIDED: u32 = 0xb;
     const VECTOR: u32 = 0x20;
     let period = (plan.timer_hz / u64::from(plan.params.hz)).clamp(1, u64::from(u32::MAX));
-    machine::area(processor).last_tick.store(machine::counter(), Ordering::Relaxed);
+    machine::area(processor)
+        .last_tick
+        .store(machine::counter(), Ordering::Relaxed);
     machine::lapic_write(lapic::TIMER_DIVIDE, UNDIVIDED);
     machine::lapic_write(lapic::TIMER, PERIODIC | VECTOR);
     machine::lapic_write(lapic::TIMER_INITIAL, period as u32);

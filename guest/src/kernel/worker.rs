@@ -41,7 +41,12 @@ pub struct Done {
 
 /// Every processor's.
 pub static DONE: [Done; CPUS_MAX as usize] = [const {
-    Done { written: AtomicU64::new(0), verified: AtomicU64::new(0), lost: AtomicU64::new(0), back: AtomicU64::new(0) }
+    Done {
+        written: AtomicU64::new(0),
+        verified: AtomicU64::new(0),
+        lost: AtomicU64::new(0),
+        back: AtomicU64::new(0),
+    }
 }; CPUS_MAX as usize];
 
 fn add(counter: &AtomicU64, by: u64) -> u64 {
@@ -58,7 +63,10 @@ struct Owned {
 
 impl Pages for Owned {
     fn page(&mut self, index: usize) -> &mut Page {
-        let address = self.layout.address(self.first + index as u64).expect("owned pages lie within the layout");
+        let address = self
+            .layout
+            .address(self.first + index as u64)
+            .expect("owned pages lie within the layout");
         // SAFETY: the page is usable memory by the machine's map, outside image and record, mapped, aligned, and belongs to this
         // processor's share alone; `&mut self` makes the reference the only one.
         unsafe { &mut *core::ptr::with_exposed_provenance_mut::<Page>(address as usize) }
@@ -94,13 +102,23 @@ impl Worker {
         let ticks_per_s = plan.clock.ticks_per_s();
         let writing = match plan.params.rate {
             Rate::Max => None,
-            Rate::PagesPerSecond(rate) => Some(Pace::new(share(rate, cpus, index).1, ticks_per_s, BURST_MS, now)),
+            Rate::PagesPerSecond(rate) => {
+                Some(Pace::new(share(rate, cpus, index).1, ticks_per_s, BURST_MS, now))
+            }
         };
         Worker {
             processor,
             plan,
             done: &DONE[processor],
-            ledger: Ledger::new(Owned { layout: &plan.layout, first }, expected, first, plan.params.content),
+            ledger: Ledger::new(
+                Owned {
+                    layout: &plan.layout,
+                    first,
+                },
+                expected,
+                first,
+                plan.params.content,
+            ),
             chooser: Chooser::new(plan.params.pattern, hot.max(1), index),
             writing,
             sweeping: Pace::new(count.div_ceil(SWEEP_S), ticks_per_s, BURST_MS, now),
