@@ -1,6 +1,8 @@
 //! Random logs keep the invariants: at most one runner, epochs that only rise by one, room respected, phases forward,
 //! refusals without trace, replicas equal with and without a snapshot between.
 
+#![allow(clippy::unwrap_used, reason = "a panic is the test's failure")]
+
 mod common;
 
 use std::collections::BTreeMap;

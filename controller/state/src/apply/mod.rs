@@ -95,13 +95,17 @@ fn known_answer(state: &State, command: &Command) -> Option<CommandResponse> {
     ))
 }
 
-/// Who asked for what, without when and under which id.
+/// Who asked for what, without when and under which id, and without what the leader adds from its memory: how far a
+/// migration that is cancelled has come.
 fn digest_of(command: &Command) -> u64 {
-    let body = Command {
+    let mut body = Command {
         caller: command.caller.clone(),
         kind: command.kind.clone(),
         ..Command::default()
     };
+    if let Some(Kind::AbortMigration(abort)) = body.kind.as_mut() {
+        abort.phase = 0;
+    }
     digest(&body.encode_to_vec())
 }
 
