@@ -5,6 +5,8 @@
 
 use drover_proto::Fault;
 
+use crate::codec::Run;
+
 /// Size of a page, bytes. Guest memory is a whole number of pages.
 pub const PAGE_SIZE: usize = 4096;
 
@@ -20,6 +22,37 @@ pub struct Region {
 /// The guest's memory: pages are numbered 0.. through the regions in order of their address, so a page number is
 /// dense and independent of holes.
 pub type Layout = Vec<Region>;
+
+/// Where the regions end, as page numbers: what cuts runs so that each part lies in one region.
+#[derive(Clone, Debug)]
+pub(crate) struct RegionEnds(Vec<u64>);
+
+impl RegionEnds {
+    pub(crate) fn new(layout: &[Region]) -> Self {
+        let ends = layout.iter().scan(0, |end, region| {
+            *end += region.len / PAGE_SIZE as u64;
+            Some(*end)
+        });
+        Self(ends.collect())
+    }
+
+    /// The parts of `run`, ascending.
+    pub(crate) fn split(&self, run: Run) -> impl Iterator<Item = Run> {
+        let mut first = run.first;
+        std::iter::from_fn(move || {
+            (first < run.end()).then(|| {
+                let region = self.0.partition_point(|end| *end <= first);
+                let end = self.0.get(region).map_or(run.end(), |end| run.end().min(*end));
+                let part = Run {
+                    first,
+                    count: end - first,
+                };
+                first = end;
+                part
+            })
+        })
+    }
+}
 
 /// A set of pages as a bitmap over dense page numbers, 64 pages a word, lowest page in the lowest bit.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -53,6 +86,38 @@ impl PageSet {
         self.words.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
+    /// Adds the pages of `run`, all of which the set can hold.
+    pub fn insert(&mut self, run: Run) {
+        let mut page = run.first;
+        while page < run.end() {
+            let count = (64 - page % 64).min(run.end() - page);
+            let bits = (u64::MAX >> (64 - count)) << (page % 64);
+            self.words[usize::try_from(page / 64).expect("the set holds the page")] |= bits;
+            page += count;
+        }
+    }
+
+    /// Takes the lowest pages out of the set, at most `max` of them, as ascending runs. No page is below word `*from`,
+    /// which moves on, so that emptying the set takes one pass over it.
+    pub fn take_runs(&mut self, from: &mut usize, max: u64) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        let mut left = max;
+        while let Some(word) = self.words.get_mut(*from) {
+            while *word != 0 && left > 0 {
+                let bit = word.trailing_zeros();
+                let count = u64::from((*word >> bit).trailing_ones()).min(left);
+                *word &= !((u64::MAX >> (64 - count)) << bit);
+                crate::codec::push_run(&mut runs, *from as u64 * 64 + u64::from(bit), count);
+                left -= count;
+            }
+            if *word != 0 {
+                break;
+            }
+            *from += 1;
+        }
+        runs
+    }
+
     /// Adds every page of `other`, which must be of the same size.
     pub fn merge(&mut self, other: &Self) {
         assert_eq!(
@@ -77,7 +142,8 @@ pub trait SourceVm {
     /// Adds to `into` the pages written since the last call, by the guest's vCPUs and by the VMM itself, and re-arms
     /// tracking for them. Pages are re-armed *before* they are read by `read_page`, so no write is missed.
     fn take_dirty(&mut self, into: &mut PageSet) -> Result<(), Fault>;
-    /// Copies pages `first..` into `out` (whole pages). The guest may be writing meanwhile: a torn page is dirty again.
+    /// Copies pages `first..` into `out` (whole pages, all of one region). The guest may be writing meanwhile: a torn page
+    /// is dirty again.
     fn read_pages(&self, first: u64, out: &mut [u8]);
     /// Stops all vCPUs for the switchover; on return none executes.
     fn pause(&mut self) -> Result<(), Fault>;
@@ -89,9 +155,9 @@ pub trait SourceVm {
 pub trait TargetVm {
     /// The guest's memory.
     fn layout(&self) -> Layout;
-    /// Writes whole pages from `first` on.
+    /// Writes whole pages from `first` on, all of one region.
     fn write_pages(&mut self, first: u64, data: &[u8]) -> Result<(), Fault>;
-    /// Makes pages `first..first + count` read as zero, without populating memory that is a hole.
+    /// Makes pages `first..first + count`, all of one region, read as zero, without populating memory that is a hole.
     fn zero_pages(&mut self, first: u64, count: u64) -> Result<(), Fault>;
     /// Decodes and restores an encoded `VmSave`; refuses whatever it does not know or cannot set.
     fn restore(&mut self, state: &[u8]) -> Result<(), Fault>;
@@ -100,6 +166,57 @@ pub trait TargetVm {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_set_is_taken_apart_into_ascending_runs_and_nothing_is_lost() {
+        let runs = [(0, 1), (3, 61), (64, 1), (66, 200), (400, 3), (511, 1)]
+            .map(|(first, count)| Run { first, count });
+        for max in [1, 2, 7, 64, 100, 1000] {
+            let mut set = PageSet::empty(512);
+            runs.iter().for_each(|run| set.insert(*run));
+            let (mut from, mut taken) = (0, Vec::new());
+            loop {
+                let some = set.take_runs(&mut from, max);
+                let pages: Vec<u64> = some.iter().flat_map(|run| run.first..run.end()).collect();
+                assert!(pages.len() as u64 <= max);
+                if pages.is_empty() {
+                    break;
+                }
+                taken.extend(pages);
+            }
+            assert_eq!(
+                taken,
+                runs.iter()
+                    .flat_map(|run| run.first..run.end())
+                    .collect::<Vec<_>>()
+            );
+            assert_eq!(set.count(), 0);
+        }
+        let mut set = PageSet::full(512);
+        assert_eq!(
+            set.take_runs(&mut 0, 300),
+            [Run { first: 0, count: 300 }],
+            "a run goes on across words"
+        );
+        assert_eq!(set.count(), 212);
+    }
+
+    #[test]
+    fn a_run_is_cut_where_regions_end() {
+        let page = PAGE_SIZE as u64;
+        let ends = RegionEnds::new(&[3, 1, 6].map(|pages| Region {
+            gpa: 0,
+            len: pages * page,
+        }));
+        let parts = |first, count| {
+            ends.split(Run { first, count })
+                .map(|r| (r.first, r.count))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(parts(0, 10), [(0, 3), (3, 1), (4, 6)]);
+        assert_eq!(parts(1, 2), [(1, 2)]);
+        assert_eq!(parts(5, 1), [(5, 1)]);
+    }
 
     #[test]
     fn a_full_set_holds_exactly_the_pages_asked_for() {

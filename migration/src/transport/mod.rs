@@ -1,18 +1,28 @@
-//! Streams, connections, TLS.
+//! The byte stream between the two VMMs: [`Link`] puts frames on any [`Stream`], [`connect`] and [`Listener`] make
+//! streams of TCP with mutual TLS.
+//!
+//! The link is half-duplex where it counts: the source writes a round and then reads one acknowledgement, the target
+//! reads and answers. So one thread a side suffices, with blocking calls. Every call blocks a slice of time only, after
+//! which the clock and the cancel flag are looked at: a link that moves nothing for [`LINK_TIMEOUT`] is lost, and a
+//! cancel is heeded within a slice.
+
+mod link;
+mod tls;
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use drover_proto::{Code, Fault};
-use rustls::pki_types::CertificateDer;
-use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection, StreamOwned};
 
-use crate::control::Control;
+pub use link::{Link, Stop};
+pub use tls::{ClientStream, Listener, ServerStream, Socket, connect};
 
 /// A link that moves no byte for so long counts as lost.
 pub const LINK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long one call to the stream blocks.
+pub(crate) const SLICE: Duration = Duration::from_millis(25);
 
 /// A blocking byte stream whose calls return `WouldBlock` or `TimedOut` after a while, so that its user can look at a
 /// clock and a cancel flag in between.
@@ -21,54 +31,53 @@ pub trait Stream: Read + Write {
     fn set_slice(&self, slice: Duration) -> io::Result<()>;
 }
 
-/// The source's end of a link between two hosts.
-pub type ClientStream = StreamOwned<ClientConnection, TcpStream>;
-/// The target's end of a link between two hosts.
-pub type ServerStream = StreamOwned<ServerConnection, TcpStream>;
-
-/// Connects to a target VMM and verifies that its certificate carries the DNS name `server_name`
-/// (`<host>.host.drover`).
-pub fn connect(
-    addr: SocketAddr,
-    server_name: &str,
-    tls: Arc<ClientConfig>,
-    control: &Control,
-) -> Result<ClientStream, Fault> {
-    let _ = (addr, server_name, tls, control);
-    Err(Fault::new(Code::Internal, "not there yet"))
+impl Stream for TcpStream {
+    fn set_slice(&self, slice: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(slice))?;
+        self.set_write_timeout(Some(slice))
+    }
 }
 
-/// Where a target VMM waits for its source.
-#[derive(Debug)]
-pub struct Listener {
-    socket: TcpListener,
+impl Stream for UnixStream {
+    fn set_slice(&self, slice: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(slice))?;
+        self.set_write_timeout(Some(slice))
+    }
 }
 
-impl Listener {
-    /// Listens on a free port of `ip`.
-    pub fn bind(ip: IpAddr) -> Result<Self, Fault> {
-        TcpListener::bind((ip, 0))
-            .map(|socket| Self { socket })
-            .map_err(|error| Fault::new(Code::VmmStartFailed, format!("cannot listen on {ip}: {error}")))
-    }
+/// Whether a call only ran out of its slice.
+fn is_slice_over(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
+    )
+}
 
-    /// The address with the port that the kernel chose.
-    pub fn addr(&self) -> Result<SocketAddr, Fault> {
-        self.socket
-            .local_addr()
-            .map_err(|error| Fault::new(Code::Internal, format!("no local address: {error}")))
-    }
-
-    /// Waits for the source. Whoever fails the TLS handshake or `verify` (which gets the peer's certificate chain, its
-    /// own certificate first) is turned away with a line in the log, and the wait goes on. Ends with `cancelled` when
-    /// `control` says so.
-    pub fn accept(
-        self,
-        tls: Arc<ServerConfig>,
-        verify: impl Fn(&[CertificateDer<'_>]) -> Result<(), Fault>,
-        control: &Control,
-    ) -> Result<ServerStream, Fault> {
-        let _ = (tls, verify, control);
-        Err(Fault::new(Code::Internal, "not there yet"))
-    }
+/// What a failed call means: `denied` when a certificate was refused by either side, else `link_lost`.
+fn failure(doing: &str, error: &io::Error) -> Fault {
+    use rustls::{AlertDescription as Alert, Error};
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
+    let denied = match tls {
+        Some(Error::InvalidCertificate(_) | Error::NoCertificatesPresented) => true,
+        Some(Error::AlertReceived(alert)) => matches!(
+            alert,
+            Alert::BadCertificate
+                | Alert::UnsupportedCertificate
+                | Alert::CertificateRevoked
+                | Alert::CertificateExpired
+                | Alert::CertificateUnknown
+                | Alert::UnknownCA
+                | Alert::AccessDenied
+                | Alert::CertificateRequired
+                | Alert::DecryptError
+        ),
+        _ => false,
+    };
+    let code = if denied { Code::Denied } else { Code::LinkLost };
+    let advice = if denied {
+        " (is it a host of this cluster?)"
+    } else {
+        ""
+    };
+    Fault::new(code, format!("{doing}: {error}{advice}"))
 }

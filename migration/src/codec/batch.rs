@@ -1,0 +1,214 @@
+//! The sender's buffer for one batch of pages. Guest memory is copied once, straight to where the frame is sent from;
+//! zero pages found there fall out and become runs. Nothing is allocated a page.
+
+use drover_proto::Fault;
+
+use super::pages::{PAGES_PREFIX, RUN_BYTES, Run, ZEROS_PREFIX, push};
+use super::{BATCH_PAGES, HEADER_BYTES, Kind, seal};
+use crate::vm::PAGE_SIZE;
+use crate::zero::is_zero;
+
+/// Pages are read and scanned in steps of so many, so that they are still in the cache when they are scanned.
+const STEP_PAGES: usize = 16;
+const DATA_AT: usize = HEADER_BYTES + PAGES_PREFIX;
+
+/// Up to [`BATCH_PAGES`] pages on their way into frames.
+#[derive(Debug)]
+pub struct Batch {
+    round: u32,
+    pages_frame: Vec<u8>,
+    zeros_frame: Vec<u8>,
+    pages: usize,
+    seen: usize,
+    runs: Vec<Run>,
+    zeros: Vec<Run>,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self {
+            round: 0,
+            pages_frame: vec![0; HEADER_BYTES + Kind::Pages.payload_max()],
+            zeros_frame: vec![0; HEADER_BYTES + Kind::Zeros.payload_max()],
+            pages: 0,
+            seen: 0,
+            runs: Vec::with_capacity(BATCH_PAGES),
+            zeros: Vec::with_capacity(BATCH_PAGES),
+        }
+    }
+}
+
+impl Batch {
+    /// Empties the batch for pages of `round`.
+    pub fn begin(&mut self, round: u32) {
+        self.round = round;
+        self.pages = 0;
+        self.seen = 0;
+        self.runs.clear();
+        self.zeros.clear();
+    }
+
+    /// Adds the pages of `run`, which come after all that were added before. `read(first, out)` fills `out` with the
+    /// content of the pages from `first` on. A batch takes at most [`BATCH_PAGES`] pages.
+    pub fn add(&mut self, run: Run, mut read: impl FnMut(u64, &mut [u8])) {
+        let mut page = run.first;
+        while page < run.end() {
+            let step = usize::try_from(run.end() - page)
+                .unwrap_or(STEP_PAGES)
+                .min(STEP_PAGES);
+            self.seen += step;
+            assert!(self.seen <= BATCH_PAGES, "a batch was given {} pages", self.seen);
+            let from = DATA_AT + self.pages * PAGE_SIZE;
+            read(page, &mut self.pages_frame[from..from + step * PAGE_SIZE]);
+            for at in (from..).step_by(PAGE_SIZE).take(step) {
+                if is_zero(&self.pages_frame[at..at + PAGE_SIZE]) {
+                    push(&mut self.zeros, page, 1);
+                } else {
+                    let to = DATA_AT + self.pages * PAGE_SIZE;
+                    if to != at {
+                        self.pages_frame.copy_within(at..at + PAGE_SIZE, to);
+                    }
+                    push(&mut self.runs, page, 1);
+                    self.pages += 1;
+                }
+                page += 1;
+            }
+        }
+    }
+
+    /// Pages with content.
+    pub fn pages(&self) -> u64 {
+        self.pages as u64
+    }
+
+    /// Zero pages.
+    pub fn zero_pages(&self) -> u64 {
+        (self.seen - self.pages) as u64
+    }
+
+    /// The frame with the pages that have content, if there are any.
+    pub fn seal_pages(&mut self, sequence: u64) -> Result<Option<&[u8]>, Fault> {
+        if self.runs.is_empty() {
+            return Ok(None);
+        }
+        let table = DATA_AT + self.pages * PAGE_SIZE;
+        let frame = &mut self.pages_frame[..table + self.runs.len() * RUN_BYTES];
+        write_u32s(
+            &mut frame[HEADER_BYTES..],
+            [self.round as usize, self.pages, self.runs.len(), 0],
+        );
+        write_runs(&mut frame[table..], &self.runs);
+        seal(frame, Kind::Pages, sequence)?;
+        Ok(Some(frame))
+    }
+
+    /// The frame with the zero pages, if there are any.
+    pub fn seal_zeros(&mut self, sequence: u64) -> Result<Option<&[u8]>, Fault> {
+        if self.zeros.is_empty() {
+            return Ok(None);
+        }
+        let table = HEADER_BYTES + ZEROS_PREFIX;
+        let frame = &mut self.zeros_frame[..table + self.zeros.len() * RUN_BYTES];
+        write_u32s(
+            &mut frame[HEADER_BYTES..],
+            [self.round as usize, self.zeros.len()],
+        );
+        write_runs(&mut frame[table..], &self.zeros);
+        seal(frame, Kind::Zeros, sequence)?;
+        Ok(Some(frame))
+    }
+}
+
+fn write_u32s<const N: usize>(out: &mut [u8], numbers: [usize; N]) {
+    for (slot, number) in out.chunks_exact_mut(4).zip(numbers) {
+        let number = u32::try_from(number).expect("a batch's counts are small");
+        slot.copy_from_slice(&number.to_le_bytes());
+    }
+}
+
+fn write_runs(out: &mut [u8], runs: &[Run]) {
+    for (slot, run) in out.chunks_exact_mut(RUN_BYTES).zip(runs) {
+        slot[..8].copy_from_slice(&run.first.to_le_bytes());
+        slot[8..].copy_from_slice(&run.count.to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Frame, decode};
+    use super::*;
+
+    /// Page `n` is zero when `n` is divisible by 3, else filled with its number.
+    fn read(first: u64, out: &mut [u8]) {
+        for (page, bytes) in (first..).zip(out.chunks_exact_mut(PAGE_SIZE)) {
+            bytes.fill(if page % 3 == 0 {
+                0
+            } else {
+                u8::try_from(page % 251).unwrap() | 1
+            });
+        }
+    }
+
+    #[test]
+    fn a_batch_sends_each_page_once_either_with_content_or_as_zero() {
+        let mut batch = Batch::default();
+        for _ in 0..2 {
+            batch.begin(5);
+            batch.add(
+                Run {
+                    first: 10,
+                    count: 100,
+                },
+                read,
+            );
+            batch.add(
+                Run {
+                    first: 300,
+                    count: 156,
+                },
+                read,
+            );
+            let mut seen = std::collections::BTreeSet::new();
+            let bytes = batch.seal_pages(0).unwrap().unwrap().to_vec();
+            let (Frame::Pages(pages), []) = decode(&bytes, 0).unwrap() else {
+                panic!("no pages frame")
+            };
+            let mut data = pages.data.chunks_exact(PAGE_SIZE);
+            for page in pages.runs.iter().flat_map(|run| run.first..run.end()) {
+                let mut expected = [0; PAGE_SIZE];
+                read(page, &mut expected);
+                assert_eq!(data.next(), Some(&expected[..]), "page {page}");
+                assert!(seen.insert(page));
+            }
+            let bytes = batch.seal_zeros(1).unwrap().unwrap().to_vec();
+            let (Frame::Zeros(zeros), []) = decode(&bytes, 1).unwrap() else {
+                panic!("no zeros frame")
+            };
+            assert!(
+                zeros
+                    .runs
+                    .iter()
+                    .flat_map(|run| run.first..run.end())
+                    .all(|page| page % 3 == 0 && seen.insert(page))
+            );
+            assert_eq!(seen, (10..110).chain(300..456).collect());
+            assert_eq!((zeros.round, batch.pages() + batch.zero_pages()), (5, 256));
+        }
+    }
+
+    #[test]
+    fn a_batch_of_zero_pages_is_one_run_and_no_data() {
+        let mut batch = Batch::default();
+        batch.begin(1);
+        batch.add(Run { first: 0, count: 256 }, |_, out| out.fill(0));
+        assert_eq!(batch.seal_pages(0).unwrap(), None);
+        let bytes = batch.seal_zeros(0).unwrap().unwrap().to_vec();
+        let (Frame::Zeros(zeros), []) = decode(&bytes, 0).unwrap() else {
+            panic!("no zeros frame")
+        };
+        assert_eq!(
+            zeros.runs.iter().collect::<Vec<_>>(),
+            [Run { first: 0, count: 256 }]
+        );
+    }
+}

@@ -1,0 +1,506 @@
+//! The source's protocol without IO: an event goes in, a list of actions comes out, the last of which brings the next
+//! event.
+//!
+//! ```text
+//!  New ─▶ Greeting ─▶ Starting ─▶ Sending ─▶ Acking ─▶ Measuring ─▶ Pausing ─▶ Sweeping ─▶ Sending ─▶ Acking ─▶ Saving ─▶ Judging
+//!                                    ▲                    │ next round                     (last)     (last)              │
+//!                                    └────────────────────┘                                                               ▼
+//!  any ─▶ Ended{FailedRunning} before the pause, Ended{FailedPaused} after it                                 Ended{AwaitOutcome}
+//! ```
+//!
+//! **Why no write of the guest is lost.** `pending` holds what the target does not have. Every page starts in it. A page
+//! leaves it only into a batch, and comes back when the dirty log says that it was written after the log was last
+//! taken; the log is re-armed before pages are read, so a write that the read missed is in the next log. After the pause
+//! the log is taken once more (`Sweeping`) and merged with what is still pending: from then on nothing writes, so when
+//! this last set is sent the target's memory is the guest's. Taking the log clears it. If an attempt fails, what it took
+//! and did not send is gone from the log, and therefore no attempt inherits anything: each begins with all pages.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use drover_proto::v1::{MigrationPhase, Progress};
+use drover_proto::{Code, Fault};
+
+use crate::bandwidth::{self, Meter};
+use crate::codec::{BATCH_PAGES, Cancel, Hello, Message, RoundEnd, Run, StateFrame, bad};
+use crate::convergence::{self, Decision, Intent, Sample, Trend};
+use crate::digest::{Totals, digest};
+use crate::handshake;
+use crate::source::Outcome;
+use crate::vm::{PAGE_SIZE, PageSet};
+
+/// Progress is reported so often inside a round.
+const REPORT_EVERY: Duration = Duration::from_millis(100);
+
+/// What the machine is told once.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What is offered to the target.
+    pub hello: Hello,
+    /// Pages of guest memory, at least 1.
+    pub total_pages: u64,
+    /// What the user wants.
+    pub intent: Intent,
+    /// For the receipt: how dirty pages are found.
+    pub tracker: String,
+    /// A deliberate mistake for tests of the tests: leave out the pass after the pause.
+    pub skip_final_pass: bool,
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The stream is there.
+    Connected,
+    /// The target wrote this.
+    Received(Message),
+    /// The dirty log is on.
+    LogStarted,
+    /// The batch went out.
+    BatchSent(Sent),
+    /// The pages that were written since the last time.
+    DirtyTaken(PageSet),
+    /// No vCPU executes any more.
+    Paused {
+        /// How long it took to stop them.
+        took: Duration,
+    },
+    /// The paused VM's state.
+    Saved {
+        /// The encoded `VmSave`.
+        state: Vec<u8>,
+        /// How long it took.
+        took: Duration,
+    },
+    /// The stream broke or stalled, or the target broke the protocol.
+    LinkFailed(Fault),
+    /// The VM could not do what an action asked.
+    VmFailed(Fault),
+    /// Somebody wants the migration to end. Said instead of doing the last action, or in the middle of a `SendBatch` or a
+    /// `Receive`; never when a `Pause` was begun.
+    Cancelled,
+}
+
+/// What a batch became.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Pages with content.
+    pub pages: u64,
+    /// Zero pages.
+    pub zero_pages: u64,
+    /// On the wire.
+    pub bytes: u64,
+}
+
+/// What the driver is to do. In each list all but the last are done at once; the last brings the next event, or ends.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Wait at the pause point of this name, if a test holds it.
+    Reach(&'static str),
+    /// Tell whoever watches.
+    Report(Progress),
+    /// Write the frame.
+    Send(Message),
+    /// → `Received` (or `LinkFailed`).
+    Receive,
+    /// → `LogStarted`.
+    StartLog,
+    /// Read the pages, send them as frames → `BatchSent`.
+    SendBatch {
+        /// The round.
+        round: u32,
+        /// At most [`BATCH_PAGES`] pages, ascending.
+        runs: Vec<Run>,
+        /// Whether the bandwidth's cap is to be kept: not in the blackout.
+        capped: bool,
+    },
+    /// → `DirtyTaken`.
+    TakeDirty,
+    /// → `Paused`.
+    Pause,
+    /// → `Saved`.
+    Save,
+    /// It is over.
+    End(Outcome),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    New,
+    Greeting,
+    Starting,
+    Sending,
+    Acking,
+    Measuring,
+    Pausing,
+    Sweeping,
+    Saving,
+    Judging,
+    Ended,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Machine {
+    config: Config,
+    versions: RangeInclusive<u32>,
+    state: State,
+    connected_at: Duration,
+    /// What the target does not have, and where in it to go on.
+    pending: PageSet,
+    pending_pages: u64,
+    cursor: usize,
+    round: u32,
+    round_began: Duration,
+    round_sent: Sent,
+    log_taken_at: Duration,
+    sent: Sent,
+    meter: Meter,
+    dirty_rate: u64,
+    trend: Trend,
+    polished: u32,
+    reported_at: Duration,
+    blackout: Option<Blackout>,
+    digest: [u8; 32],
+}
+
+/// The source's part of the blackout so far.
+#[derive(Clone, Copy, Debug, Default)]
+struct Blackout {
+    before: Duration,
+    pause: Duration,
+    paused_at: Duration,
+    last_pages: Duration,
+    last_pages_at: Duration,
+}
+
+impl Machine {
+    /// A machine that waits for `Connected`.
+    pub fn new(config: Config) -> Self {
+        Self {
+            versions: config.hello.version_min..=config.hello.version_max,
+            pending: PageSet::full(config.total_pages),
+            pending_pages: config.total_pages,
+            config,
+            state: State::New,
+            connected_at: Duration::ZERO,
+            cursor: 0,
+            round: 0,
+            round_began: Duration::ZERO,
+            round_sent: Sent::default(),
+            log_taken_at: Duration::ZERO,
+            sent: Sent::default(),
+            meter: Meter::default(),
+            dirty_rate: 0,
+            trend: Trend::default(),
+            polished: 0,
+            reported_at: Duration::ZERO,
+            blackout: None,
+            digest: [0; 32],
+        }
+    }
+
+    /// One step. `now`: time since any fixed instant; it never goes back. After the end nothing is done any more.
+    pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Action> {
+        match (self.state, event) {
+            (State::Ended, _) => Vec::new(),
+            (state, Event::Cancelled) => {
+                if state == State::Pausing {
+                    self.blackout = None;
+                }
+                self.give_up(Fault::new(Code::Cancelled, "the migration was cancelled"))
+            }
+            (_, Event::VmFailed(fault)) => self.give_up(fault),
+            (_, Event::LinkFailed(fault)) => self.end(fault),
+            (_, Event::Received(Message::Refusal(refusal))) => self.end(refusal.fault()),
+            (State::New, Event::Connected) => self.greet(now),
+            (State::Greeting, Event::Received(Message::HelloAck(ack))) => {
+                match handshake::check_choice(ack.version, &self.versions) {
+                    Ok(_) => self.go(
+                        State::Starting,
+                        [Action::Reach("source.after_hello"), Action::StartLog],
+                    ),
+                    Err(fault) => self.give_up(fault),
+                }
+            }
+            (State::Starting, Event::LogStarted) => {
+                self.log_taken_at = now;
+                self.begin_round(now)
+            }
+            (State::Sending, Event::BatchSent(sent)) => self.after_batch(now, sent),
+            (State::Acking, Event::Received(Message::RoundAck(ack))) if ack.round == self.round => {
+                self.after_round(now)
+            }
+            (State::Measuring, Event::DirtyTaken(dirty)) => self.decide(now, dirty),
+            (State::Pausing, Event::Paused { took }) => self.paused(now, took),
+            (State::Sweeping, Event::DirtyTaken(dirty)) => {
+                self.add_dirty(&dirty);
+                self.begin_round(now)
+            }
+            (State::Saving, Event::Saved { state, took }) => self.saved(state, took),
+            (State::Judging, Event::Received(Message::Ready(ready))) => self.judge(now, &ready.digest),
+            (state, Event::Received(message)) => self.give_up(bad(format!(
+                "the target sent {:?} while the source was {state:?}",
+                message.kind()
+            ))),
+            (state, event) => {
+                let mistake = format!("the migration's driver said {event:?} while the source was {state:?}");
+                self.give_up(Fault::new(Code::Internal, mistake))
+            }
+        }
+    }
+
+    /// Whether the VM was, or may have been, paused.
+    pub fn has_paused(&self) -> bool {
+        self.blackout.is_some()
+    }
+
+    /// The figures that the rules are applied to, as of `now`.
+    pub fn sample(&self, now: Duration) -> Sample {
+        Sample {
+            round: self.round,
+            elapsed: now.saturating_sub(self.connected_at),
+            remaining: self.pending_pages.saturating_mul(PAGE_SIZE as u64),
+            dirty_rate: self.dirty_rate,
+            bandwidth: self.meter.estimate(self.config.intent.bandwidth),
+            polished: self.polished,
+        }
+    }
+
+    fn go<const N: usize>(&mut self, state: State, actions: [Action; N]) -> Vec<Action> {
+        self.state = state;
+        actions.into()
+    }
+
+    fn greet(&mut self, now: Duration) -> Vec<Action> {
+        self.connected_at = now;
+        let hello = Message::Hello(self.config.hello.clone());
+        self.go(State::Greeting, [Action::Send(hello), Action::Receive])
+    }
+
+    fn begin_round(&mut self, now: Duration) -> Vec<Action> {
+        self.round += 1;
+        self.round_began = now;
+        self.round_sent = Sent::default();
+        self.cursor = 0;
+        let mut actions = Vec::new();
+        if !self.has_paused() {
+            actions.push(self.report(now, MigrationPhase::PreCopy));
+        }
+        self.next_batch(&mut actions);
+        actions
+    }
+
+    /// The next batch of the round, or its end, after which an acknowledgement is to be received.
+    fn next_batch(&mut self, actions: &mut Vec<Action>) {
+        let runs = self.pending.take_runs(&mut self.cursor, BATCH_PAGES as u64);
+        if runs.is_empty() {
+            debug_assert_eq!(self.pending_pages, 0, "a round ends when the set is empty");
+            self.state = State::Acking;
+            actions.push(Action::Send(Message::RoundEnd(RoundEnd {
+                round: self.round,
+                pages: self.round_sent.pages,
+                zero_pages: self.round_sent.zero_pages,
+                last: self.has_paused(),
+            })));
+            actions.push(Action::Receive);
+            return;
+        }
+        self.pending_pages -= runs.iter().map(|run| run.count).sum::<u64>();
+        self.state = State::Sending;
+        actions.push(Action::SendBatch {
+            round: self.round,
+            runs,
+            capped: !self.has_paused(),
+        });
+    }
+
+    fn after_batch(&mut self, now: Duration, sent: Sent) -> Vec<Action> {
+        for sum in [&mut self.round_sent, &mut self.sent] {
+            sum.pages += sent.pages;
+            sum.zero_pages += sent.zero_pages;
+            sum.bytes += sent.bytes;
+        }
+        let mut actions = Vec::new();
+        if !self.has_paused() {
+            let elapsed = now.saturating_sub(self.connected_at);
+            if let Some(fault) = convergence::past_deadline(elapsed, &self.config.intent) {
+                return self.give_up(fault);
+            }
+            if now.saturating_sub(self.reported_at) >= REPORT_EVERY {
+                actions.push(self.report(now, MigrationPhase::PreCopy));
+            }
+        }
+        self.next_batch(&mut actions);
+        actions
+    }
+
+    fn after_round(&mut self, now: Duration) -> Vec<Action> {
+        if let Some(blackout) = &mut self.blackout {
+            blackout.last_pages = now.saturating_sub(blackout.paused_at);
+            blackout.last_pages_at = now;
+            return self.go(
+                State::Saving,
+                [Action::Reach("source.after_last_pages"), Action::Save],
+            );
+        }
+        self.meter.round(
+            self.round_sent.pages * PAGE_SIZE as u64,
+            now.saturating_sub(self.round_began),
+        );
+        self.go(
+            State::Measuring,
+            [Action::Reach("source.round_end"), Action::TakeDirty],
+        )
+    }
+
+    fn add_dirty(&mut self, dirty: &PageSet) {
+        self.pending.merge(dirty);
+        self.pending_pages = self.pending.count();
+    }
+
+    fn decide(&mut self, now: Duration, dirty: PageSet) -> Vec<Action> {
+        let period = now.saturating_sub(self.log_taken_at);
+        self.dirty_rate = bandwidth::rate(dirty.count().saturating_mul(PAGE_SIZE as u64), period);
+        self.log_taken_at = now;
+        self.add_dirty(&dirty);
+        let sample = self.sample(now);
+        self.trend = self.trend.after(&sample);
+        match convergence::decide(&sample, &self.trend, &self.config.intent) {
+            Decision::NextRound => {
+                self.polished += u32::from(convergence::fits(&sample, &self.config.intent));
+                self.begin_round(now)
+            }
+            Decision::Abort(fault) => self.give_up(fault),
+            Decision::Switchover => {
+                let report = self.report(now, MigrationPhase::Switchover);
+                let before = now.saturating_sub(self.connected_at);
+                self.blackout = Some(Blackout {
+                    before,
+                    ..Blackout::default()
+                });
+                self.go(
+                    State::Pausing,
+                    [report, Action::Reach("source.before_pause"), Action::Pause],
+                )
+            }
+        }
+    }
+
+    fn paused(&mut self, now: Duration, took: Duration) -> Vec<Action> {
+        let blackout = self.blackout.get_or_insert_default();
+        blackout.pause = took;
+        blackout.paused_at = now;
+        // Held at `before_pause` the guest ran on: that time is pre-copy.
+        blackout.before = now.saturating_sub(took).saturating_sub(self.connected_at);
+        let mut actions = vec![Action::Reach("source.after_pause")];
+        if self.config.skip_final_pass {
+            actions.extend(self.begin_round(now));
+        } else {
+            self.state = State::Sweeping;
+            actions.push(Action::TakeDirty);
+        }
+        actions
+    }
+
+    fn saved(&mut self, state: Vec<u8>, took: Duration) -> Vec<Action> {
+        let totals = Totals {
+            rounds: self.round,
+            pages: self.sent.pages,
+            zero_pages: self.sent.zero_pages,
+        };
+        self.digest = digest(&state, totals);
+        let blackout = self.blackout.unwrap_or_default();
+        let frame = Message::State(StateFrame {
+            state,
+            digest: self.digest.to_vec(),
+            rounds: totals.rounds,
+            pages: totals.pages,
+            zero_pages: totals.zero_pages,
+            pause_us: micros(blackout.pause),
+            last_pages_us: micros(blackout.last_pages),
+            save_us: micros(took),
+            before_blackout_us: micros(blackout.before),
+            tracker: self.config.tracker.clone(),
+        });
+        self.go(
+            State::Judging,
+            [
+                Action::Send(frame),
+                Action::Reach("source.after_state"),
+                Action::Receive,
+            ],
+        )
+    }
+
+    fn judge(&mut self, now: Duration, digest: &[u8]) -> Vec<Action> {
+        if digest != self.digest {
+            return self.give_up(Fault::new(
+                Code::DigestMismatch,
+                "the target said Ready for another state or other pages than were sent",
+            ));
+        }
+        let report = self.report(now, MigrationPhase::Ready);
+        let end = Action::End(Outcome::AwaitOutcome);
+        self.go(
+            State::Ended,
+            [Action::Reach("source.ready_received"), report, end],
+        )
+    }
+
+    /// Ends, and tells the target why.
+    fn give_up(&mut self, fault: Fault) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if self.state != State::New {
+            actions.push(Action::Send(Message::Cancel(Cancel::from(&fault))));
+        }
+        actions.extend(self.end(fault));
+        actions
+    }
+
+    fn end(&mut self, fault: Fault) -> Vec<Action> {
+        let end = if self.has_paused() {
+            Outcome::FailedPaused(fault)
+        } else {
+            Outcome::FailedRunning(fault)
+        };
+        self.go(State::Ended, [Action::End(end)])
+    }
+
+    fn report(&mut self, now: Duration, phase: MigrationPhase) -> Action {
+        self.reported_at = now;
+        let sample = self.sample(now);
+        let bandwidth = self.live_bandwidth(now);
+        let net = bandwidth.saturating_sub(sample.dirty_rate);
+        let eta = match (phase, net) {
+            (MigrationPhase::PreCopy, 1..) if self.round > 1 || self.round_sent.pages > 0 => {
+                bandwidth::time(sample.remaining, net).as_millis().max(1)
+            }
+            _ => 0,
+        };
+        Action::Report(Progress {
+            phase: phase.into(),
+            round: self.round,
+            bytes_sent: self.sent.bytes,
+            bytes_total: self.config.total_pages.saturating_mul(PAGE_SIZE as u64),
+            bytes_remaining: sample.remaining,
+            dirty_bytes_per_s: sample.dirty_rate,
+            bandwidth_bytes_per_s: bandwidth,
+            eta_ms: u64::try_from(eta).unwrap_or(u64::MAX),
+        })
+    }
+
+    /// What the link carries in this round, or carried in the last one.
+    fn live_bandwidth(&self, now: Duration) -> u64 {
+        let mut live = self.meter.clone();
+        live.round(
+            self.round_sent.pages * PAGE_SIZE as u64,
+            now.saturating_sub(self.round_began),
+        );
+        live.estimate(self.config.intent.bandwidth)
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}

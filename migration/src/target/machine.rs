@@ -1,0 +1,368 @@
+//! The target's protocol without IO: an event goes in, a list of actions comes out.
+//!
+//! ```text
+//!  Waiting ──Hello──▶ Receiving ──RoundEnd{last}──▶ Swept ──State──▶ Restoring ──Restored──▶ Ended{Ready}
+//!  any ──a frame out of place, a count that differs, the link, the VM──▶ Ended{Failed}
+//! ```
+//!
+//! It trusts no frame: a page beyond memory, a round that is not the one under way, more pages in a round than memory
+//! has, counts that differ from what came, a first round that left a page out, pages after the last round, a digest that
+//! differs, each ends the attempt. Ready is said only when all of it held and the VM took the state.
+
+use std::time::Duration;
+
+use drover_proto::v1::{Blackout, MigrationPhase, Progress, Receipt};
+use drover_proto::{Code, Fault};
+
+use crate::bandwidth;
+use crate::codec::{Frame, HelloAck, Message, Ready, Refusal, RoundAck, RoundEnd, Runs, StateFrame, bad};
+use crate::convergence;
+use crate::digest::{Totals, digest};
+use crate::handshake::{self, Expected};
+use crate::vm::{PAGE_SIZE, PageSet};
+
+/// Progress is reported so often inside a round.
+const REPORT_EVERY: Duration = Duration::from_millis(100);
+/// Most rounds a source may send: more than any version's rules have asked for, and a bound all the same.
+pub const ROUNDS_ACCEPTED_MAX: u32 = 16 * convergence::ROUNDS_MAX;
+/// Longest name of a tracker that is kept for the receipt.
+const TRACKER_BYTES_MAX: usize = 16;
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Event<'a> {
+    /// The source wrote this frame, of so many bytes.
+    Received(Frame<'a>, usize),
+    /// The VM took the state.
+    Restored,
+    /// The stream broke or stalled, or a frame could not be read.
+    LinkFailed(Fault),
+    /// The VM could not do what an action asked.
+    VmFailed(Fault),
+    /// The VMM is to end.
+    Cancelled,
+}
+
+/// What the driver is to do, in order. Unless the list holds a `Restore` or an `End`, the next frame is read after it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action<'a> {
+    /// Wait at the pause point of this name, if a test holds it.
+    Reach(&'static str),
+    /// Tell whoever watches.
+    Report(Progress),
+    /// Write the frame.
+    Send(Message),
+    /// Write the data to these pages.
+    Write {
+        /// Which pages.
+        runs: Runs<'a>,
+        /// Their content.
+        data: &'a [u8],
+    },
+    /// Make these pages zero.
+    Zero {
+        /// Which pages.
+        runs: Runs<'a>,
+    },
+    /// Restore the VM from this encoded `VmSave` → `Restored`.
+    Restore(Vec<u8>),
+    /// It is over. Comes with or after the frame that says so to the source.
+    End(Result<Done, Fault>),
+}
+
+/// What Ready was said for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Done {
+    /// The receipt but for the blackout's `commit`, `resume`, `total` and for `total_ms`.
+    pub receipt: Receipt,
+    /// From the source's connect until it began to pause.
+    pub before_blackout: Duration,
+    /// The `now` at which everything was restored.
+    pub ready_at: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Waiting,
+    Receiving,
+    Swept,
+    Restoring,
+    Ended,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Machine {
+    expected: Expected,
+    total_pages: u64,
+    state: State,
+    /// Pages that came at least once; dropped when the first round has ended and none was left out.
+    covered: Option<PageSet>,
+    round: u32,
+    round_pages: u64,
+    round_zero_pages: u64,
+    totals: Totals,
+    bytes: u64,
+    began_at: Duration,
+    reported_at: Duration,
+    swept_at: Duration,
+    done: Option<Done>,
+    digest: [u8; 32],
+}
+
+impl Machine {
+    /// A machine that waits for the source's hello. Refuses a layout that is not sound.
+    pub fn new(expected: Expected) -> Result<Self, Fault> {
+        let total_pages = handshake::total_pages(&expected.layout)?;
+        Ok(Self {
+            total_pages,
+            expected,
+            state: State::Waiting,
+            covered: Some(PageSet::empty(total_pages)),
+            round: 1,
+            round_pages: 0,
+            round_zero_pages: 0,
+            totals: Totals::default(),
+            bytes: 0,
+            began_at: Duration::ZERO,
+            reported_at: Duration::ZERO,
+            swept_at: Duration::ZERO,
+            done: None,
+            digest: [0; 32],
+        })
+    }
+
+    /// One step. `now`: time since any fixed instant; it never goes back. After the end nothing is done any more.
+    pub fn handle<'a>(&mut self, now: Duration, event: Event<'a>) -> Vec<Action<'a>> {
+        if self.state == State::Ended {
+            return Vec::new();
+        }
+        let step = match event {
+            Event::Received(frame, bytes) => {
+                self.bytes = self.bytes.saturating_add(bytes as u64);
+                self.receive(now, frame)
+            }
+            Event::Restored if self.state == State::Restoring => Ok(self.restored(now)),
+            Event::Restored => Err(Fault::new(
+                Code::Internal,
+                "the VM was restored without being asked to",
+            )),
+            Event::LinkFailed(fault) if fault.code == Code::LinkLost => return self.end(Err(fault)),
+            Event::LinkFailed(fault) | Event::VmFailed(fault) => Err(fault),
+            Event::Cancelled => Err(Fault::new(Code::Cancelled, "the target's VMM was asked to end")),
+        };
+        step.unwrap_or_else(|fault| {
+            let mut actions = vec![Action::Send(Message::Refusal(Refusal::from(&fault)))];
+            actions.extend(self.end(Err(fault)));
+            actions
+        })
+    }
+
+    fn receive<'a>(&mut self, now: Duration, frame: Frame<'a>) -> Result<Vec<Action<'a>>, Fault> {
+        match (self.state, frame) {
+            (_, Frame::Message(Message::Cancel(cancel))) => Ok(self.end(Err(cancel.fault()))),
+            (State::Waiting, Frame::Message(Message::Hello(hello))) => {
+                let version = handshake::check(&hello, &self.expected)?;
+                self.state = State::Receiving;
+                self.began_at = now;
+                let ack = Action::Send(Message::HelloAck(HelloAck { version }));
+                Ok(vec![
+                    ack,
+                    Action::Reach("target.after_hello"),
+                    self.report(now, MigrationPhase::PreCopy),
+                ])
+            }
+            (State::Receiving, Frame::Pages(pages)) => {
+                self.round_pages += pages.runs.pages();
+                self.place(pages.round, pages.runs)?;
+                Ok(self.and_report(
+                    now,
+                    Action::Write {
+                        runs: pages.runs,
+                        data: pages.data,
+                    },
+                ))
+            }
+            (State::Receiving, Frame::Zeros(zeros)) => {
+                self.round_zero_pages = self.round_zero_pages.saturating_add(zeros.runs.pages());
+                self.place(zeros.round, zeros.runs)?;
+                Ok(self.and_report(now, Action::Zero { runs: zeros.runs }))
+            }
+            (State::Receiving, Frame::Message(Message::RoundEnd(end))) => self.end_round(now, end),
+            (State::Swept, Frame::Message(Message::State(frame))) => self.judge(frame),
+            (state, frame) => Err(bad(format!(
+                "the source sent {:?} while the target was {state:?}",
+                frame.kind()
+            ))),
+        }
+    }
+
+    /// Pages may stand here: the right round, inside memory, no more than memory has. Counted before.
+    fn place(&mut self, round: u32, runs: Runs<'_>) -> Result<(), Fault> {
+        if round != self.round {
+            return Err(bad(format!(
+                "pages of round {round} came in round {}",
+                self.round
+            )));
+        }
+        if runs.end() > self.total_pages {
+            return Err(bad(format!(
+                "page {} was sent, memory has {} pages",
+                runs.end() - 1,
+                self.total_pages
+            )));
+        }
+        if self.round_pages.saturating_add(self.round_zero_pages) > self.total_pages {
+            return Err(bad(format!(
+                "round {round} holds more pages than memory, which has {}",
+                self.total_pages
+            )));
+        }
+        if let Some(covered) = &mut self.covered {
+            runs.iter().for_each(|run| covered.insert(run));
+        }
+        Ok(())
+    }
+
+    fn end_round<'a>(&mut self, now: Duration, end: RoundEnd) -> Result<Vec<Action<'a>>, Fault> {
+        if end.round != self.round || end.round >= ROUNDS_ACCEPTED_MAX {
+            return Err(bad(format!(
+                "round {} was ended in round {}; {ROUNDS_ACCEPTED_MAX} are too many",
+                end.round, self.round
+            )));
+        }
+        if (end.pages, end.zero_pages) != (self.round_pages, self.round_zero_pages) {
+            return Err(Fault::new(
+                Code::DigestMismatch,
+                format!(
+                    "round {} had {} pages and {} zero pages for the source, {} and {} came",
+                    end.round, end.pages, end.zero_pages, self.round_pages, self.round_zero_pages
+                ),
+            ));
+        }
+        if let Some(missing) = self
+            .covered
+            .take()
+            .map(|covered| self.total_pages - covered.count())
+            && missing > 0
+        {
+            return Err(Fault::new(
+                Code::DigestMismatch,
+                format!("the first round left out {missing} of {} pages", self.total_pages),
+            ));
+        }
+        self.totals.rounds = end.round;
+        self.totals.pages += end.pages;
+        self.totals.zero_pages += end.zero_pages;
+        let ack = Action::Send(Message::RoundAck(RoundAck { round: end.round }));
+        if end.last {
+            self.state = State::Swept;
+            self.swept_at = now;
+            return Ok(vec![ack, Action::Reach("target.after_last_pages")]);
+        }
+        self.round += 1;
+        (self.round_pages, self.round_zero_pages) = (0, 0);
+        Ok(vec![
+            ack,
+            Action::Reach("target.round_end"),
+            self.report(now, MigrationPhase::PreCopy),
+        ])
+    }
+
+    fn judge<'a>(&mut self, frame: StateFrame) -> Result<Vec<Action<'a>>, Fault> {
+        let said = Totals {
+            rounds: frame.rounds,
+            pages: frame.pages,
+            zero_pages: frame.zero_pages,
+        };
+        if said != self.totals {
+            let came = self.totals;
+            return Err(Fault::new(
+                Code::DigestMismatch,
+                format!("the source counts {said:?}, {came:?} came"),
+            ));
+        }
+        self.digest = digest(&frame.state, said);
+        if frame.digest != self.digest {
+            return Err(Fault::new(
+                Code::DigestMismatch,
+                "the saved state is not the one that the source saved",
+            ));
+        }
+        let mut tracker = frame.tracker;
+        if tracker.len() > TRACKER_BYTES_MAX || !tracker.is_ascii() {
+            tracker = "unknown".to_owned();
+        }
+        self.done = Some(Done {
+            receipt: Receipt {
+                bytes: self.bytes,
+                rounds: said.rounds,
+                pages: said.pages,
+                zero_pages: said.zero_pages,
+                tracker,
+                blackout_us: Some(Blackout {
+                    pause: frame.pause_us,
+                    last_pages: frame.last_pages_us,
+                    ..Blackout::default()
+                }),
+                ..Receipt::default()
+            },
+            before_blackout: Duration::from_micros(frame.before_blackout_us),
+            ready_at: Duration::ZERO,
+        });
+        self.state = State::Restoring;
+        Ok(vec![
+            Action::Reach("target.before_restore"),
+            Action::Restore(frame.state),
+        ])
+    }
+
+    fn restored<'a>(&mut self, now: Duration) -> Vec<Action<'a>> {
+        let Some(mut done) = self.done.take() else {
+            return self.end(Err(Fault::new(
+                Code::Internal,
+                "a VM was restored before its state was judged",
+            )));
+        };
+        done.ready_at = now;
+        if let Some(blackout) = &mut done.receipt.blackout_us {
+            let state = now.saturating_sub(self.swept_at).as_micros();
+            blackout.state = u64::try_from(state).unwrap_or(u64::MAX);
+        }
+        let ready = Message::Ready(Ready {
+            digest: self.digest.to_vec(),
+            pages: self.totals.pages,
+            zero_pages: self.totals.zero_pages,
+        });
+        let report = self.report(now, MigrationPhase::Ready);
+        let mut actions = vec![Action::Reach("target.before_ready"), Action::Send(ready), report];
+        actions.push(Action::Reach("target.after_ready"));
+        actions.extend(self.end(Ok(done)));
+        actions
+    }
+
+    fn end<'a>(&mut self, result: Result<Done, Fault>) -> Vec<Action<'a>> {
+        self.state = State::Ended;
+        vec![Action::End(result)]
+    }
+
+    fn and_report<'a>(&mut self, now: Duration, action: Action<'a>) -> Vec<Action<'a>> {
+        let mut actions = vec![action];
+        if now.saturating_sub(self.reported_at) >= REPORT_EVERY {
+            actions.push(self.report(now, MigrationPhase::PreCopy));
+        }
+        actions
+    }
+
+    fn report<'a>(&mut self, now: Duration, phase: MigrationPhase) -> Action<'a> {
+        self.reported_at = now;
+        Action::Report(Progress {
+            phase: phase.into(),
+            round: self.round,
+            bytes_sent: self.bytes,
+            bytes_total: self.total_pages.saturating_mul(PAGE_SIZE as u64),
+            bandwidth_bytes_per_s: bandwidth::rate(self.bytes, now.saturating_sub(self.began_at)),
+            ..Progress::default()
+        })
+    }
+}

@@ -1,0 +1,305 @@
+//! Frames over a stream.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use drover_proto::{Code, Fault};
+
+use super::{SLICE, Stream, failure, is_slice_over};
+use crate::codec::{self, Frame, HEADER_BYTES, Message, bad};
+use crate::control::Control;
+
+/// How long the frame that says why may take; the peer may be gone.
+const LAST_WORD: Duration = Duration::from_secs(1);
+/// How long, and how much, a side that refused goes on reading, so that its refusal is not lost in a reset connection.
+const DRAIN_TIME: Duration = Duration::from_secs(1);
+const DRAIN_BYTES_MAX: usize = 256 << 20;
+const DRAIN_STEP: usize = 64 << 10;
+
+/// Why a call on the link ended early.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The cancel flag was raised.
+    Cancelled,
+    /// The link is of no more use.
+    Failed(Fault),
+}
+
+impl From<Fault> for Stop {
+    fn from(fault: Fault) -> Self {
+        Self::Failed(fault)
+    }
+}
+
+/// One end of the link between the two VMMs.
+#[derive(Debug)]
+pub struct Link<'c, S> {
+    stream: S,
+    control: &'c Control,
+    timeout: Duration,
+    sent: u64,
+    received: u64,
+    /// A frame was begun and not finished: nothing can follow it.
+    torn: bool,
+    scratch: Vec<u8>,
+}
+
+/// How long a call may take, and whether it heeds the cancel flag.
+#[derive(Clone, Copy)]
+struct Patience {
+    idle: Duration,
+    heeds_cancel: bool,
+}
+
+impl<'c, S: Stream> Link<'c, S> {
+    /// A link that counts as lost after `timeout` without a byte moved.
+    pub fn new(stream: S, timeout: Duration, control: &'c Control) -> Result<Self, Fault> {
+        let set = stream.set_slice(SLICE.min(timeout));
+        set.map_err(|error| Fault::new(Code::Internal, format!("cannot set a socket's timeouts: {error}")))?;
+        Ok(Self {
+            stream,
+            control,
+            timeout,
+            sent: 0,
+            received: 0,
+            torn: false,
+            scratch: Vec::new(),
+        })
+    }
+
+    /// The number that the next frame to be sent must carry.
+    pub fn next_sequence(&self) -> u64 {
+        self.sent
+    }
+
+    /// Sends a frame that was sealed with [`Link::next_sequence`].
+    pub fn send_frame(&mut self, frame: &[u8]) -> Result<(), Stop> {
+        self.write(
+            frame,
+            Patience {
+                idle: self.timeout,
+                heeds_cancel: true,
+            },
+        )
+    }
+
+    /// Sends a message.
+    pub fn send(&mut self, message: &Message) -> Result<(), Stop> {
+        self.send_with(
+            message,
+            Patience {
+                idle: self.timeout,
+                heeds_cancel: true,
+            },
+        )
+    }
+
+    /// Tells the peer why this side ends, if that is still possible.
+    pub fn last_word(&mut self, message: &Message) {
+        if let Err(stop) = self.send_with(
+            message,
+            Patience {
+                idle: LAST_WORD,
+                heeds_cancel: false,
+            },
+        ) {
+            tracing::debug!(?stop, "the peer could not be told why");
+        }
+    }
+
+    fn send_with(&mut self, message: &Message, patience: Patience) -> Result<(), Stop> {
+        let mut frame = std::mem::take(&mut self.scratch);
+        codec::encode(message, self.sent, &mut frame)?;
+        let result = self.write(&frame, patience);
+        self.scratch = frame;
+        result
+    }
+
+    fn write(&mut self, frame: &[u8], patience: Patience) -> Result<(), Stop> {
+        if self.torn {
+            return Err(Fault::new(Code::LinkLost, "the link to the peer is broken").into());
+        }
+        self.torn = true;
+        let (mut rest, mut moved_at) = (frame, Instant::now());
+        while !rest.is_empty() {
+            match self.stream.write(rest) {
+                Ok(0) => return Err(Fault::new(Code::LinkLost, "the peer takes no more bytes").into()),
+                Ok(count) => {
+                    rest = &rest[count..];
+                    moved_at = Instant::now();
+                }
+                Err(error) => self.bear("cannot send to the peer", &error, moved_at, patience)?,
+            }
+        }
+        while let Err(error) = self.stream.flush() {
+            self.bear("cannot send to the peer", &error, moved_at, patience)?;
+        }
+        self.torn = false;
+        self.sent += 1;
+        Ok(())
+    }
+
+    /// Reads one frame into `buffer`; gives it and its length on the wire.
+    pub fn receive<'b>(&mut self, buffer: &'b mut Vec<u8>) -> Result<(Frame<'b>, usize), Stop> {
+        let mut raw = [0; HEADER_BYTES];
+        self.read(&mut raw, 0)?;
+        let header = codec::decode_header(&raw, self.received)?;
+        if buffer.len() < header.length {
+            buffer.resize(header.length, 0);
+        }
+        let payload = &mut buffer[..header.length];
+        self.read(payload, HEADER_BYTES)?;
+        self.received += 1;
+        Ok((
+            codec::decode_payload(&raw, header, payload)?,
+            HEADER_BYTES + header.length,
+        ))
+    }
+
+    /// Fills `out`, before which `before` bytes of the frame were read.
+    fn read(&mut self, out: &mut [u8], before: usize) -> Result<(), Stop> {
+        let patience = Patience {
+            idle: self.timeout,
+            heeds_cancel: true,
+        };
+        let (mut filled, mut moved_at) = (0, Instant::now());
+        while filled < out.len() {
+            match self.stream.read(&mut out[filled..]) {
+                Ok(0) if before + filled == 0 => {
+                    return Err(Fault::new(Code::LinkLost, "the peer closed the link").into());
+                }
+                Ok(0) => {
+                    let message = format!("the stream ended inside a frame, after {} bytes", before + filled);
+                    return Err(bad(message).into());
+                }
+                Ok(count) => {
+                    filled += count;
+                    moved_at = Instant::now();
+                }
+                Err(error) => self.bear("cannot receive from the peer", &error, moved_at, patience)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// A call failed: whether it is to be tried again.
+    fn bear(
+        &self,
+        doing: &str,
+        error: &io::Error,
+        moved_at: Instant,
+        patience: Patience,
+    ) -> Result<(), Stop> {
+        if !is_slice_over(error) {
+            return Err(failure(doing, error).into());
+        }
+        if patience.heeds_cancel && self.control.is_cancelled() {
+            return Err(Stop::Cancelled);
+        }
+        if moved_at.elapsed() >= patience.idle {
+            let stalled = format!("{doing}: no byte moved for {} ms", patience.idle.as_millis());
+            return Err(Fault::new(Code::LinkLost, stalled).into());
+        }
+        Ok(())
+    }
+
+    /// Reads and drops what the peer still sends, for a bounded while. Closing a socket with unread bytes resets the
+    /// connection, and the peer might never see the last word.
+    pub fn drain(&mut self) {
+        let (until, mut bytes) = (Instant::now() + DRAIN_TIME, 0);
+        let mut sink = vec![0; DRAIN_STEP];
+        while bytes < DRAIN_BYTES_MAX && Instant::now() < until {
+            match self.stream.read(&mut sink) {
+                Ok(0) => return,
+                Ok(count) => bytes += count,
+                Err(error) if is_slice_over(&error) => {}
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::codec::RoundAck;
+
+    const SHORT: Duration = Duration::from_millis(200);
+
+    fn control() -> Control {
+        Control::new(|_| {})
+    }
+
+    fn ack(round: u32) -> Message {
+        Message::RoundAck(RoundAck { round })
+    }
+
+    #[test]
+    fn frames_come_out_as_they_went_in() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let (control, mut buffer) = (control(), Vec::new());
+        let mut sender = Link::new(near, SHORT, &control).unwrap();
+        let mut receiver = Link::new(far, SHORT, &control).unwrap();
+        for round in 1..=3 {
+            sender.send(&ack(round)).unwrap();
+            assert_eq!(
+                receiver.receive(&mut buffer).unwrap().0,
+                Frame::Message(ack(round))
+            );
+        }
+        drop(sender);
+        let Err(Stop::Failed(fault)) = receiver.receive(&mut buffer) else {
+            panic!("no fault")
+        };
+        assert_eq!(fault.code, Code::LinkLost);
+    }
+
+    #[test]
+    fn a_stream_that_ends_inside_a_frame_is_a_bad_frame() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let (control, mut frame) = (control(), Vec::new());
+        codec::encode(&ack(1), 0, &mut frame).unwrap();
+        (&near).write_all(&frame[..frame.len() - 1]).unwrap();
+        drop(near);
+        let Err(Stop::Failed(fault)) = Link::new(far, SHORT, &control).unwrap().receive(&mut Vec::new())
+        else {
+            panic!("no fault")
+        };
+        assert_eq!(fault.code, Code::BadFrame);
+    }
+
+    #[test]
+    fn a_peer_that_sends_nothing_or_takes_nothing_is_lost_after_the_timeout() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let control = control();
+        let mut link = Link::new(near, SHORT, &control).unwrap();
+        let Err(Stop::Failed(fault)) = link.receive(&mut Vec::new()) else {
+            panic!("no fault")
+        };
+        assert_eq!(fault.code, Code::LinkLost);
+        let refusal = loop {
+            if let Err(stop) = link.send(&ack(1)) {
+                break stop;
+            }
+        };
+        assert!(matches!(refusal, Stop::Failed(fault) if fault.code == Code::LinkLost));
+        drop(far);
+    }
+
+    #[test]
+    fn a_cancel_ends_a_wait_but_lets_the_last_word_out() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let control = control();
+        let mut link = Link::new(near, Duration::from_secs(60), &control).unwrap();
+        control.cancel();
+        assert_eq!(link.receive(&mut Vec::new()), Err(Stop::Cancelled));
+        link.last_word(&ack(9));
+        drop(link);
+        let mut bytes = Vec::new();
+        far.read_to_end(&mut bytes).unwrap();
+        assert_eq!(codec::decode(&bytes, 0).unwrap().0, Frame::Message(ack(9)));
+    }
+}
