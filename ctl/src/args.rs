@@ -1,0 +1,471 @@
+//! The command line's grammar, and nothing of what it does.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::failure::EXIT_CODES;
+use crate::units::{parse_bandwidth, parse_duration, parse_mib};
+
+/// How long a command waits for a VM's state unless told otherwise.
+const WAIT_DEFAULT: &str = "60s";
+
+/// Drover's command line.
+#[derive(Debug, Parser)]
+#[command(name = "ctl", version, about = "Drover's command line", after_help = EXIT_CODES, max_term_width = 110)]
+pub struct Cli {
+    /// Options that every command takes.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options that every command takes.
+#[derive(Clone, Debug, Args)]
+pub struct Global {
+    /// The form of the output; events and consoles become one JSON object a line
+    #[arg(short, long, value_enum, default_value_t, global = true, value_name = "FORM")]
+    pub output: Format,
+    /// Only what scripts need: lists print names, actions print nothing
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// The context file: cluster, controllers and identity [default: the development cluster's]
+    #[arg(long, global = true, env = "DROVER_CONTEXT", value_name = "FILE")]
+    pub context: Option<PathBuf>,
+}
+
+/// The form of the output.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Tables and sentences, for people
+    #[default]
+    Table,
+    /// JSON, for scripts
+    Json,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// A whole cluster on this machine: three controllers and three hosts
+    #[command(subcommand)]
+    Dev(DevCommand),
+    /// The controllers
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
+    /// The hosts that VMs run on
+    #[command(subcommand)]
+    Host(HostCommand),
+    /// The boot images that hosts have
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Virtual machines
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Move a running VM to another host and show how it went
+    Migrate(MigrateArgs),
+    /// Migrations, under way and ended
+    #[command(subcommand)]
+    Migration(MigrationCommand),
+    /// What happened in the cluster
+    Events(EventsArgs),
+    /// The cluster's certificate authority, for setting a cluster up
+    #[command(subcommand)]
+    Ca(CaCommand),
+    /// Print the completion script of a shell
+    Completion {
+        /// The shell
+        #[arg(value_enum)]
+        shell: Shell,
+    },
+}
+
+/// `ctl dev …`
+#[derive(Debug, Subcommand)]
+pub enum DevCommand {
+    /// Start the cluster, or whatever of it does not run
+    Up {
+        /// Where the cluster lives
+        #[command(flatten)]
+        dir: StateDir,
+        /// Copy an image in, for all hosts; may be repeated
+        #[arg(long = "image", value_name = "NAME=PATH", value_parser = parse_image)]
+        images: Vec<NamedImage>,
+        /// Give up when the cluster is not ready by then
+        #[arg(long, value_parser = parse_duration, default_value = "90s", value_name = "LENGTH")]
+        timeout: Duration,
+    },
+    /// Stop VMs, hosts and controllers
+    Down {
+        /// Where the cluster lives
+        #[command(flatten)]
+        dir: StateDir,
+        /// Remove the cluster's folder as well
+        #[arg(long)]
+        purge: bool,
+    },
+    /// Show what of the cluster runs
+    Status {
+        /// Where the cluster lives
+        #[command(flatten)]
+        dir: StateDir,
+    },
+}
+
+/// Where the development cluster lives.
+#[derive(Clone, Debug, Args)]
+pub struct StateDir {
+    /// The cluster's folder [default: $XDG_STATE_HOME/drover/dev, ~/.local/state/drover/dev]
+    #[arg(long, env = crate::context::DEV_DIR_VAR, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// `--image NAME=PATH`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedImage {
+    /// The name by which VMs refer to it.
+    pub name: String,
+    /// The file to copy.
+    pub path: PathBuf,
+}
+
+fn parse_image(text: &str) -> Result<NamedImage, String> {
+    let (name, path) = text
+        .split_once('=')
+        .ok_or("want NAME=PATH, as linux=/boot/vmlinuz")?;
+    let name_fits = !name.is_empty()
+        && name.len() <= 63
+        && !name.starts_with('.')
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    if !name_fits {
+        return Err(format!(
+            "\"{name}\" is not an image name: letters, digits, '.', '_' and '-', at most 63"
+        ));
+    }
+    if path.is_empty() {
+        return Err("the path is missing: want NAME=PATH".to_owned());
+    }
+    Ok(NamedImage {
+        name: name.to_owned(),
+        path: PathBuf::from(path),
+    })
+}
+
+/// `ctl cluster …`
+#[derive(Debug, Subcommand)]
+pub enum ClusterCommand {
+    /// Show the controllers and who leads
+    Status,
+}
+
+/// `ctl host …`
+#[derive(Debug, Subcommand)]
+pub enum HostCommand {
+    /// List the hosts
+    List,
+    /// Show one host
+    Show {
+        /// Its name
+        host: String,
+    },
+}
+
+/// `ctl image …`
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// List the images and the hosts that have them
+    List,
+}
+
+/// `ctl vm …`
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// Create a VM
+    Create(CreateArgs),
+    /// List the VMs
+    List,
+    /// Show one VM
+    Show {
+        /// Its name
+        vm: String,
+    },
+    /// Start a VM, and wait until it runs
+    Start(ActArgs),
+    /// Stop a VM, and wait until it has stopped
+    Stop(ActArgs),
+    /// Delete a VM, stopping it first, and wait until it is gone
+    Delete(ActArgs),
+    /// Show a VM's serial console and type into it; Ctrl-] leaves
+    Console(ConsoleArgs),
+}
+
+/// `ctl vm create …`
+#[derive(Debug, Args)]
+pub struct CreateArgs {
+    /// Its name: lower-case letters, digits and '-'
+    pub name: String,
+    /// The kernel to boot, an image's name (see `ctl image list`)
+    #[arg(long)]
+    pub image: String,
+    /// An initrd, an image's name
+    #[arg(long, value_name = "IMAGE")]
+    pub initrd: Option<String>,
+    /// The kernel's command line
+    #[arg(long, default_value = "", value_name = "TEXT")]
+    pub cmdline: String,
+    /// Memory in MiB, or with a unit, as 1GiB
+    #[arg(long, value_parser = parse_mib, default_value = "256", value_name = "SIZE")]
+    pub memory: u64,
+    /// Virtual CPUs
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..), default_value_t = 1, value_name = "N")]
+    pub vcpus: u32,
+    /// The CPU features that the guest sees: what every host has, a named level, or this host's
+    #[arg(long, value_parser = ["baseline", "x86-64-v2", "x86-64-v3", "host"], default_value = "baseline", value_name = "PROFILE")]
+    pub cpu_profile: String,
+    /// Whether the VM starts again by itself after it failed
+    #[arg(long, value_enum, default_value_t, value_name = "POLICY")]
+    pub restart: Restart,
+    /// Start on this host only [default: placement decides]
+    #[arg(long, value_name = "HOST")]
+    pub host: Option<String>,
+    /// Start it at once
+    #[arg(long)]
+    pub start: bool,
+    /// Wait until it runs; asks for --start
+    #[arg(long, requires = "start")]
+    pub wait: bool,
+    /// Give up waiting after this long
+    #[arg(long, value_parser = parse_duration, default_value = WAIT_DEFAULT, value_name = "LENGTH")]
+    pub timeout: Duration,
+}
+
+/// Whether a VM starts again by itself after it failed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Restart {
+    /// It stays failed
+    #[default]
+    Never,
+    /// It starts again, on any host that fits
+    OnFailure,
+}
+
+/// `ctl vm start|stop|delete …`
+#[derive(Debug, Args)]
+pub struct ActArgs {
+    /// The VM's name
+    pub vm: String,
+    /// Return as soon as the cluster has accepted it
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Give up waiting after this long
+    #[arg(long, value_parser = parse_duration, default_value = WAIT_DEFAULT, value_name = "LENGTH")]
+    pub timeout: Duration,
+}
+
+/// `ctl vm console …`
+#[derive(Debug, Args)]
+pub struct ConsoleArgs {
+    /// The VM's name
+    pub vm: String,
+    /// Show what is there and end
+    #[arg(long)]
+    pub no_follow: bool,
+    /// Begin at this absolute offset; below the oldest kept byte, at the oldest
+    #[arg(long, default_value_t = 0, value_name = "BYTES")]
+    pub offset: u64,
+}
+
+/// `ctl migrate …`
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    /// The VM to move
+    pub vm: String,
+    /// The host to move it to [default: placement decides]
+    pub host: Option<String>,
+    /// The longest the guest may stand still [default: the cluster's]
+    #[arg(long, value_parser = parse_duration, value_name = "LENGTH")]
+    pub max_downtime: Option<Duration>,
+    /// Abort when it has not ended by then
+    #[arg(long, value_parser = parse_duration, value_name = "LENGTH")]
+    pub deadline: Option<Duration>,
+    /// Use at most this much of the network, MiB a second, as 500MiB
+    #[arg(long, value_parser = parse_bandwidth, value_name = "SIZE")]
+    pub bandwidth: Option<u64>,
+    /// Return as soon as it is planned; `ctl migration show` tells the rest
+    #[arg(long)]
+    pub detach: bool,
+}
+
+/// `ctl migration …`
+#[derive(Debug, Subcommand)]
+pub enum MigrationCommand {
+    /// List migrations, the newest first
+    List {
+        /// Only this VM's
+        #[arg(long)]
+        vm: Option<String>,
+    },
+    /// Show one migration and its receipt
+    Show {
+        /// Its id, as m1
+        id: String,
+    },
+    /// Cancel a migration and wait for its end; the VM runs on where it was
+    Cancel {
+        /// Its id, as m1
+        id: String,
+        /// Return as soon as the cluster has accepted it
+        #[arg(long)]
+        no_wait: bool,
+        /// Give up waiting after this long
+        #[arg(long, value_parser = parse_duration, default_value = WAIT_DEFAULT, value_name = "LENGTH")]
+        timeout: Duration,
+    },
+}
+
+/// `ctl events …`
+#[derive(Debug, Args)]
+pub struct EventsArgs {
+    /// Go on with new events until Ctrl-C
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only events after this number
+    #[arg(long, default_value_t = 0, value_name = "SEQ")]
+    pub after: u64,
+}
+
+/// `ctl ca …`
+#[derive(Debug, Subcommand)]
+pub enum CaCommand {
+    /// Make the CA of a new cluster: ca.pem and ca.key
+    Create {
+        /// The folder to write to
+        dir: PathBuf,
+        /// The cluster's id: lower-case letters, digits and '-'
+        #[arg(long, value_name = "ID")]
+        cluster: String,
+    },
+    /// Issue an identity: ca.pem, NAME.pem and NAME.key
+    Issue {
+        /// The CA's folder
+        dir: PathBuf,
+        /// What it is for
+        #[arg(long, value_enum)]
+        role: CaRole,
+        /// The controller's, host's or user's name
+        #[arg(long)]
+        name: String,
+        /// The folder to write to
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
+}
+
+/// What an identity is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CaRole {
+    /// A drover-controller
+    Controller,
+    /// A drover-agent and its VMMs
+    Host,
+    /// A person or a script with ctl
+    User,
+}
+
+/// The shells that have a completion script.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Shell {
+    /// GNU bash
+    Bash,
+    /// zsh
+    Zsh,
+    /// fish
+    Fish,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn the_grammar_has_no_contradiction() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_migration_takes_its_intents() {
+        let cli =
+            parse("ctl migrate vm1 host2 --max-downtime 300ms --deadline 60s --bandwidth 500MiB -o json")
+                .unwrap();
+        assert_eq!(cli.global.output, Format::Json);
+        let Command::Migrate(args) = cli.command else {
+            panic!("{:?}", cli.command)
+        };
+        assert_eq!((args.vm.as_str(), args.host.as_deref()), ("vm1", Some("host2")));
+        assert_eq!(args.max_downtime, Some(Duration::from_millis(300)));
+        assert_eq!(args.deadline, Some(Duration::from_secs(60)));
+        assert_eq!(args.bandwidth, Some(500));
+        assert!(!args.detach);
+    }
+
+    #[test]
+    fn a_vm_takes_sizes_with_units_and_has_defaults() {
+        let cli = parse("ctl vm create vm1 --image probe --memory 1GiB --restart on-failure --start --wait")
+            .unwrap();
+        let Command::Vm(VmCommand::Create(args)) = cli.command else {
+            panic!("{:?}", cli.command)
+        };
+        assert_eq!(
+            (args.memory, args.vcpus, args.restart),
+            (1024, 1, Restart::OnFailure)
+        );
+        assert_eq!(args.cpu_profile, "baseline");
+        assert_eq!(args.timeout, Duration::from_secs(60));
+        assert!(args.start && args.wait);
+    }
+
+    #[test]
+    fn values_that_are_none_are_refused_at_once() {
+        for line in [
+            "ctl vm create vm1",
+            "ctl vm create vm1 --image probe --memory lots",
+            "ctl vm create vm1 --image probe --vcpus 0",
+            "ctl vm create vm1 --image probe --wait",
+            "ctl vm create vm1 --image probe --cpu-profile pentium",
+            "ctl migrate vm1 host2 --max-downtime 300",
+            "ctl dev up --image probe",
+            "ctl dev up --image ../x=/tmp/x",
+            "ctl completion powershell",
+            "ctl vm",
+        ] {
+            let error = parse(line).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn an_image_is_a_name_and_a_path() {
+        let image = parse_image("linux-6.1=/boot/vmlinuz=x").unwrap();
+        assert_eq!(
+            image,
+            NamedImage {
+                name: "linux-6.1".to_owned(),
+                path: PathBuf::from("/boot/vmlinuz=x")
+            }
+        );
+        assert!(parse_image("a b=/x").unwrap_err().contains("a b"));
+        assert!(parse_image(".hidden=/x").is_err());
+        assert!(parse_image("x=").is_err());
+    }
+}

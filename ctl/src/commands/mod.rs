@@ -1,0 +1,47 @@
+//! One file a noun: what each command asks of the cluster and how it waits for the end.
+
+pub mod ca;
+pub mod console;
+pub mod events;
+pub mod migrate;
+pub mod objects;
+mod progress;
+mod terminal;
+pub mod vm;
+
+use std::time::Duration;
+
+use crate::args::Global;
+use crate::client::Client;
+use crate::context::{self, Context};
+use crate::failure::Result;
+use crate::output::Out;
+
+/// How often a state that is waited for is asked for.
+const POLL: Duration = Duration::from_millis(100);
+
+/// What every command that talks to a cluster needs.
+pub struct Session {
+    /// The cluster.
+    pub client: Client,
+    /// Where results go.
+    pub out: Out,
+}
+
+impl Session {
+    /// Finds the context and makes the client.
+    pub fn open(global: &Global) -> Result<Self> {
+        let path = match &global.context {
+            Some(path) => path.clone(),
+            None => context::default_dev_dir(context::env_path)?.join(context::DEV_CONTEXT_FILE),
+        };
+        let client = Client::new(&Context::load(&path)?)?;
+        Ok(Self {
+            client,
+            out: Out {
+                format: global.output,
+                quiet: global.quiet,
+            },
+        })
+    }
+}

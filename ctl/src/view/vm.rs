@@ -1,0 +1,284 @@
+//! A VM as users see it.
+
+use drover_proto::v1;
+use serde::Serialize;
+
+use super::{ReasonView, dash, some};
+use crate::output::{Detailed, Tabular};
+use crate::units;
+
+/// A VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct VmView {
+    /// Its name.
+    pub name: String,
+    /// A word, see [`vm_state_word`].
+    pub state: &'static str,
+    /// Where it runs or ran last.
+    pub placement: PlacementView,
+    /// Whether it ought to run.
+    pub wanted_running: bool,
+    /// Why it is pending or failed.
+    pub reason: Option<ReasonView>,
+    /// The migration under way.
+    pub migration: Option<String>,
+    /// The newest migration, under way or ended.
+    pub last_migration: Option<String>,
+    /// What was asked for.
+    pub spec: SpecView,
+    /// Automatic restarts since the last start.
+    pub restarts: u32,
+    /// Whether it is being deleted.
+    pub deleting: bool,
+    /// Unix milliseconds.
+    pub created_ms: u64,
+    /// Unix milliseconds.
+    pub changed_ms: u64,
+}
+
+/// Where a VM runs or ran last.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PlacementView {
+    /// The host.
+    pub host: Option<String>,
+    /// The run epoch: rises by one with each start and hand-over; 0 before the first.
+    pub epoch: u64,
+}
+
+/// What was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SpecView {
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// An image's name.
+    pub kernel: String,
+    /// An image's name.
+    pub initrd: Option<String>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// The CPU features that the guest sees.
+    pub cpu_profile: String,
+    /// `never` or `on-failure`.
+    pub restart: &'static str,
+    /// The only host it starts on.
+    pub host: Option<String>,
+}
+
+/// The word for a VM's state.
+pub fn vm_state_word(state: v1::VmState) -> &'static str {
+    match state {
+        v1::VmState::Unspecified => "unspecified",
+        v1::VmState::Stopped => "stopped",
+        v1::VmState::Pending => "pending",
+        v1::VmState::Starting => "starting",
+        v1::VmState::Running => "running",
+        v1::VmState::Paused => "paused",
+        v1::VmState::Stopping => "stopping",
+        v1::VmState::Failed => "failed",
+        v1::VmState::Unknown => "unknown",
+    }
+}
+
+impl From<v1::Vm> for VmView {
+    fn from(vm: v1::Vm) -> Self {
+        let state = vm_state_word(vm.state());
+        let spec = vm.spec.unwrap_or_default();
+        let placement = vm.placement.unwrap_or_default();
+        let restart = match spec.restart() {
+            v1::RestartPolicy::OnFailure => "on-failure",
+            v1::RestartPolicy::Never | v1::RestartPolicy::Unspecified => "never",
+        };
+        Self {
+            name: spec.name,
+            state,
+            placement: PlacementView {
+                host: some(placement.host),
+                epoch: placement.epoch,
+            },
+            wanted_running: vm.wanted_running,
+            reason: ReasonView::of(vm.reason),
+            migration: some(vm.migration),
+            last_migration: some(vm.last_migration),
+            spec: SpecView {
+                vcpus: spec.vcpus,
+                memory_mib: spec.memory_mib,
+                kernel: spec.kernel,
+                initrd: some(spec.initrd),
+                cmdline: spec.cmdline,
+                cpu_profile: some(spec.cpu_profile).unwrap_or_else(|| "baseline".to_owned()),
+                restart,
+                host: some(spec.host),
+            },
+            restarts: vm.restarts,
+            deleting: vm.deleting,
+            created_ms: vm.created_ms,
+            changed_ms: vm.changed_ms,
+        }
+    }
+}
+
+impl VmView {
+    /// State and placement in a sentence: `vm1 is running on host1 (epoch 3)`.
+    pub fn sentence(&self) -> String {
+        let place = match (&self.placement.host, self.state) {
+            (Some(host), "starting" | "running" | "paused" | "stopping" | "unknown") => {
+                format!(" on {host} (epoch {})", self.placement.epoch)
+            }
+            _ => String::new(),
+        };
+        let reason = self
+            .reason
+            .as_ref()
+            .map(|reason| format!(": {}", reason.line()))
+            .unwrap_or_default();
+        format!("{} is {}{place}{reason}", self.name, self.state)
+    }
+}
+
+impl Tabular for VmView {
+    const HEAD: &'static [&'static str] = &[
+        "NAME",
+        "STATE",
+        "HOST",
+        "EPOCH",
+        "VCPUS",
+        "MEMORY",
+        "KERNEL",
+        "MIGRATION",
+    ];
+
+    fn id(&self) -> &str {
+        &self.name
+    }
+
+    fn row(&self) -> Vec<String> {
+        vec![
+            self.name.clone(),
+            if self.deleting {
+                format!("{}, deleting", self.state)
+            } else {
+                self.state.to_owned()
+            },
+            dash(self.placement.host.as_deref()),
+            self.placement.epoch.to_string(),
+            self.spec.vcpus.to_string(),
+            format!("{} MiB", self.spec.memory_mib),
+            self.spec.kernel.clone(),
+            dash(self.migration.as_deref()),
+        ]
+    }
+}
+
+impl Detailed for VmView {
+    fn fields(&self) -> Vec<(&'static str, String)> {
+        let mut fields = vec![
+            ("name", self.name.clone()),
+            ("state", self.state.to_owned()),
+            ("host", dash(self.placement.host.as_deref())),
+            ("epoch", self.placement.epoch.to_string()),
+        ];
+        if let Some(reason) = &self.reason {
+            fields.push(("reason", reason.line()));
+        }
+        fields.extend([
+            (
+                "wanted",
+                if self.wanted_running { "running" } else { "stopped" }.to_owned(),
+            ),
+            ("vcpus", self.spec.vcpus.to_string()),
+            ("memory", format!("{} MiB", self.spec.memory_mib)),
+            ("kernel", self.spec.kernel.clone()),
+            ("initrd", dash(self.spec.initrd.as_deref())),
+            ("cmdline", self.spec.cmdline.clone()),
+            ("cpu profile", self.spec.cpu_profile.clone()),
+            (
+                "restart",
+                format!("{} ({} so far)", self.spec.restart, self.restarts),
+            ),
+            ("pinned to", dash(self.spec.host.as_deref())),
+            ("migration", dash(self.migration.as_deref())),
+            ("last migration", dash(self.last_migration.as_deref())),
+            ("created", units::instant(self.created_ms)),
+            ("changed", units::instant(self.changed_ms)),
+        ]);
+        fields
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn running() -> v1::Vm {
+        v1::Vm {
+            spec: Some(v1::VmSpec {
+                name: "vm1".to_owned(),
+                vcpus: 2,
+                memory_mib: 256,
+                kernel: "probe".to_owned(),
+                ..Default::default()
+            }),
+            state: v1::VmState::Running.into(),
+            placement: Some(v1::Placement {
+                host: "host1".to_owned(),
+                epoch: 3,
+            }),
+            wanted_running: true,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_vms_json_has_the_promised_fields() {
+        let json = serde_json::to_value(VmView::from(running())).unwrap();
+        assert_eq!(json["name"], "vm1");
+        assert_eq!(json["state"], "running");
+        assert_eq!(json["placement"], json!({"host": "host1", "epoch": 3}));
+        assert_eq!(json["reason"], json!(null));
+        assert_eq!(json["migration"], json!(null));
+        assert_eq!(json["spec"]["cpu_profile"], "baseline");
+        assert_eq!(json["spec"]["restart"], "never");
+    }
+
+    #[test]
+    fn a_vm_never_placed_has_no_host() {
+        let vm = v1::Vm {
+            state: v1::VmState::Stopped.into(),
+            placement: None,
+            ..running()
+        };
+        let json = serde_json::to_value(VmView::from(vm)).unwrap();
+        assert_eq!(json["placement"], json!({"host": null, "epoch": 0}));
+    }
+
+    #[test]
+    fn a_sentence_tells_where_and_why() {
+        assert_eq!(
+            VmView::from(running()).sentence(),
+            "vm1 is running on host1 (epoch 3)"
+        );
+        let failed = v1::Vm {
+            state: v1::VmState::Failed.into(),
+            reason: Some(v1::Reason {
+                code: "vmm_died".to_owned(),
+                message: "the VMM ended".to_owned(),
+            }),
+            ..running()
+        };
+        assert_eq!(
+            VmView::from(failed).sentence(),
+            "vm1 is failed: the VMM ended [vmm_died]"
+        );
+    }
+
+    #[test]
+    fn a_row_has_a_cell_for_each_heading() {
+        let view = VmView::from(running());
+        assert_eq!(view.row().len(), VmView::HEAD.len());
+        assert_eq!(view.row()[1], "running");
+    }
+}
