@@ -21,7 +21,7 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 
 use super::terminal::{RawMode, input};
-use super::{POLL, Session};
+use super::{POLL, Session, not_too_soon};
 use crate::args::ConsoleArgs;
 use crate::failure::{Failure, Result};
 use crate::view::vm_state_word;
@@ -102,6 +102,7 @@ async fn follow(session: &Session, args: &ConsoleArgs) -> Result<()> {
     };
     let mut heard = Instant::now();
     loop {
+        let asked = Instant::now();
         match session.client.read_console(&args.vm, place.offset, WAIT).await {
             Ok(answer) => {
                 heard = Instant::now();
@@ -113,6 +114,9 @@ async fn follow(session: &Session, args: &ConsoleArgs) -> Result<()> {
                 };
                 if place.advance(&answer, moved) {
                     write(session, &answer)?;
+                    if answer.data.is_empty() {
+                        not_too_soon(asked).await;
+                    }
                 } else {
                     session
                         .out

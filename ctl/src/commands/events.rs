@@ -1,8 +1,8 @@
 //! `ctl events`: what happened, and with `--follow` what happens.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::Session;
+use super::{Session, not_too_soon};
 use crate::args::EventsArgs;
 use crate::failure::Result;
 use crate::output::print;
@@ -25,6 +25,7 @@ async fn tell(session: &Session, args: &EventsArgs) -> Result<()> {
     let mut past = Vec::new();
     loop {
         let wait = if args.follow { WAIT } else { Duration::ZERO };
+        let asked = Instant::now();
         let answer = session.client.events(after, wait).await?;
         let caught_up = answer.events.is_empty();
         for event in answer.events {
@@ -39,6 +40,9 @@ async fn tell(session: &Session, args: &EventsArgs) -> Result<()> {
         }
         if !args.follow && (caught_up || after >= answer.last_seq) {
             break;
+        }
+        if caught_up {
+            not_too_soon(asked).await;
         }
     }
     if session.out.json() {

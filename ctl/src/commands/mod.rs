@@ -9,7 +9,7 @@ mod progress;
 mod terminal;
 pub mod vm;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::args::Global;
 use crate::client::Client;
@@ -44,4 +44,9 @@ impl Session {
             },
         })
     }
+}
+
+/// Keeps a long poll that came back empty-handed at once from becoming a busy loop.
+async fn not_too_soon(asked: Instant) {
+    tokio::time::sleep(POLL.saturating_sub(asked.elapsed())).await;
 }

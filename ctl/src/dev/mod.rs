@@ -267,7 +267,9 @@ async fn down(root: &Path, purge: bool, out: Out) -> Result<()> {
         && !agents.is_empty()
         && let Err(failure) = stop_vms(&folder, out).await
     {
-        out.remark(&format!("VMs were not stopped through the cluster ({failure}); ending their VMMs"));
+        out.remark(&format!(
+            "VMs were not stopped through the cluster ({failure}); ending their VMMs"
+        ));
     }
     // Agents first, so that none starts what is about to be ended.
     let mut left = process::end(&agents, GRACE);
