@@ -1,0 +1,228 @@
+//! `kill -9` of each party at each pause point. What may come of it is the table in ARCHITECTURE §3.
+//!
+//! Killed daemons are started again, as systemd would do it; VMMs are not.
+
+use drover_chaos_cluster::points::{self, Stage, stage};
+use drover_proto::v1::VmState;
+
+use super::*;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Victim {
+    Leader,
+    SourceVmm,
+    TargetVmm,
+    SourceAgent,
+    TargetAgent,
+}
+
+/// How a migration and its VM can end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// Aborted; the VM runs on where it was.
+    Stayed,
+    /// Done; the VM runs on the target.
+    Moved,
+    /// Aborted, and the VM failed with its source's VMM.
+    LostWithSource,
+    /// Done, and the VM failed with its target's VMM.
+    LostWithTarget,
+}
+
+/// Points at which the target, or its agent, can go on to the commit while the one who reached the point waits.
+const UNDECIDED: [&str; 5] = [
+    "source.after_state",
+    "source.ready_received",
+    "target.after_ready",
+    "agent.before_commit",
+    "controller.before_commit_propose",
+];
+
+/// Points at which the target has all it needs, though it has not said so.
+const COMPLETE: [&str; 3] = [
+    "target.after_last_pages",
+    "target.before_restore",
+    "target.before_ready",
+];
+
+/// The table: what may come of a kill.
+fn allowed(victim: Victim, point: &str) -> &'static [Ending] {
+    use Ending::{LostWithSource, LostWithTarget, Moved, Stayed};
+    let committed = stage(point) == Stage::Committed;
+    let undecided = UNDECIDED.contains(&point);
+    match victim {
+        Victim::Leader if committed => &[Moved],
+        Victim::Leader if stage(point) == Stage::BeforePause => &[Moved],
+        // The source stays paused until a leader decides; the next one may find that it took too long.
+        Victim::Leader => &[Moved, Stayed],
+        Victim::SourceVmm if committed => &[Moved],
+        Victim::SourceVmm if undecided || COMPLETE.contains(&point) => &[LostWithSource, Moved],
+        Victim::SourceVmm => &[LostWithSource],
+        Victim::TargetVmm if committed => &[LostWithTarget],
+        Victim::TargetVmm if undecided => &[Stayed, LostWithTarget],
+        Victim::TargetVmm => &[Stayed],
+        Victim::SourceAgent | Victim::TargetAgent if committed => &[Moved],
+        Victim::SourceAgent | Victim::TargetAgent => &[Moved, Stayed],
+    }
+}
+
+/// What came of it.
+fn ending(cluster: &Cluster, migration: &Migration) -> Ending {
+    let vm = cluster.client.await_vm(VM, "running or failed", |vm| {
+        matches!(vm.state(), VmState::Running | VmState::Failed)
+    });
+    match (migration.phase(), vm.state()) {
+        (MigrationPhase::Done, VmState::Running) => Ending::Moved,
+        (MigrationPhase::Done, _) => Ending::LostWithTarget,
+        (_, VmState::Running) => Ending::Stayed,
+        _ => Ending::LostWithSource,
+    }
+}
+
+struct Killing {
+    cluster: Cluster,
+    console: Console,
+    victim: Victim,
+}
+
+impl Killing {
+    /// One kill at one point, and everything that must be true after it.
+    fn at(&mut self, point: &str) {
+        let victim = self.victim;
+        eprintln!("kill {victim:?} at {point}");
+        let (source, epoch) = self.cluster.await_runs_exactly_once(VM);
+        let target = next(source);
+        self.cluster.hold(point);
+        let planned = migrate_on(&self.cluster, source);
+        self.cluster.await_reached(point);
+        self.kill(source, target, point);
+
+        let ended = self.cluster.client.await_end(&planned.id);
+        let ending = self.settle(&ended, point);
+        let allowed = allowed(victim, point);
+        assert!(
+            allowed.contains(&ending),
+            "{victim:?} killed at {point}: {ending:?}, want {allowed:?}: {ended:?}"
+        );
+        match ending {
+            Ending::Stayed => self.assert_runs(source, epoch, point),
+            Ending::Moved => self.assert_runs(target, epoch + 1, point),
+            Ending::LostWithSource | Ending::LostWithTarget => {
+                let vm = self.cluster.client.vm(VM).expect("a failed VM is known");
+                assert_eq!(reason_of(&vm), "vmm_died", "{victim:?} killed at {point}: {vm:?}");
+                self.cluster.await_no_vmm(VM);
+                self.console = boot_again(&self.cluster);
+            }
+        }
+        self.cluster.witness.assert_clean();
+    }
+
+    fn kill(&mut self, source: usize, target: usize, point: &str) {
+        match self.victim {
+            Victim::Leader => {
+                // Started again once the others have dealt with it.
+                let leader = self.cluster.leader();
+                self.cluster.kill_controller(leader);
+                self.cluster.release(point);
+                let moved_on = self.cluster.leader();
+                assert_ne!(moved_on, leader, "a dead controller cannot lead");
+                self.cluster.start_controller(leader);
+            }
+            Victim::SourceVmm => {
+                assert_eq!(
+                    self.cluster.kill_vmms(source, VM),
+                    1,
+                    "there is one source VMM at {point}"
+                );
+                self.cluster.release(point);
+            }
+            Victim::TargetVmm => {
+                assert_eq!(
+                    self.cluster.kill_vmms(target, VM),
+                    1,
+                    "there is one target VMM at {point}"
+                );
+                self.cluster.release(point);
+            }
+            Victim::SourceAgent => self.restart_agent(source, point),
+            Victim::TargetAgent => self.restart_agent(target, point),
+        }
+    }
+
+    fn restart_agent(&mut self, host: usize, point: &str) {
+        self.cluster.kill_agent(host);
+        self.cluster.start_agent(host);
+        self.cluster.release(point);
+    }
+
+    fn settle(&self, ended: &Migration, point: &str) -> Ending {
+        // A target that was lost after the commit is reported by its agent, which takes a moment more.
+        if self.victim == Victim::TargetVmm && ended.phase() == MigrationPhase::Done {
+            self.cluster
+                .client
+                .await_vm(VM, &format!("failed after {point}"), |vm| {
+                    vm.state() == VmState::Failed
+                });
+        }
+        if self.victim == Victim::SourceVmm && ended.phase() == MigrationPhase::Aborted {
+            self.cluster
+                .client
+                .await_vm(VM, &format!("failed after {point}"), |vm| {
+                    vm.state() == VmState::Failed
+                });
+        }
+        ending(&self.cluster, ended)
+    }
+
+    fn assert_runs(&mut self, host: usize, epoch: u64, point: &str) {
+        assert_eq!(
+            self.cluster.await_runs_exactly_once(VM),
+            (host, epoch),
+            "{:?} killed at {point}",
+            self.victim
+        );
+        self.console.ping(&self.cluster.client, &format!("after-{point}"));
+    }
+}
+
+fn kill_at_each_point(victim: Victim) {
+    let Some(cluster) = cluster() else { return };
+    let console = boot(&cluster, 1, STEADY);
+    let mut killing = Killing {
+        cluster,
+        console,
+        victim,
+    };
+    for point in points::all() {
+        // Before it is prepared there is no target VMM to kill.
+        if (victim, point) != (Victim::TargetVmm, "agent.before_prepare") {
+            killing.at(point);
+        }
+    }
+    assert_sound_at_the_end(&killing.cluster, &mut killing.console);
+}
+
+#[test]
+fn a_leader_killed_at_any_step_leaves_the_vm_running_once() {
+    kill_at_each_point(Victim::Leader);
+}
+
+#[test]
+fn a_source_vmm_killed_at_any_step_is_the_vms_failure_or_nothing_is_lost() {
+    kill_at_each_point(Victim::SourceVmm);
+}
+
+#[test]
+fn a_target_vmm_killed_at_any_step_leaves_the_source_running_until_the_commit() {
+    kill_at_each_point(Victim::TargetVmm);
+}
+
+#[test]
+fn a_source_agent_killed_at_any_step_leaves_the_vm_running_once() {
+    kill_at_each_point(Victim::SourceAgent);
+}
+
+#[test]
+fn a_target_agent_killed_at_any_step_leaves_the_vm_running_once() {
+    kill_at_each_point(Victim::TargetAgent);
+}

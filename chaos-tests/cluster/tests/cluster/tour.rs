@@ -1,0 +1,77 @@
+//! Moving a VM that writes, all the way round.
+
+use drover_chaos_cluster::cluster::host_name;
+
+use super::*;
+
+fn tour(cluster: &Cluster, console: &mut Console, stops: &[usize]) {
+    let (mut at, mut epoch) = cluster.await_runs_exactly_once(VM);
+    for &stop in stops {
+        let planned = cluster
+            .client
+            .migrate(VM, &host_name(stop))
+            .expect("the migration is planned");
+        assert_eq!(
+            (planned.from.as_str(), planned.to.as_str()),
+            (&*host_name(at), &*host_name(stop))
+        );
+        let ended = cluster.client.await_end(&planned.id);
+        assert_done(&ended);
+        assert_receipt(&ended);
+        let (now, now_epoch) = cluster.await_runs_exactly_once(VM);
+        assert_eq!(
+            (now, now_epoch),
+            (stop, epoch + 1),
+            "where the VM runs, and its epoch"
+        );
+        console.ping(&cluster.client, &format!("leg-{epoch}"));
+        console.await_more(&cluster.client, 2);
+        (at, epoch) = (now, now_epoch);
+    }
+    assert_eq!(Some(&at), stops.last());
+}
+
+fn assert_receipt(migration: &Migration) {
+    let receipt = migration
+        .receipt
+        .as_ref()
+        .expect("a migration that is done leaves a receipt");
+    let blackout = receipt
+        .blackout_us
+        .as_ref()
+        .expect("a receipt splits the blackout");
+    let parts = blackout.pause + blackout.last_pages + blackout.state + blackout.commit + blackout.resume;
+    assert!(
+        receipt.rounds >= 1 && receipt.pages > 0 && receipt.bytes > receipt.pages * 4096,
+        "{receipt:?}"
+    );
+    assert!(
+        blackout.total > 0 && parts <= blackout.total + 1000,
+        "the parts exceed the whole: {blackout:?}"
+    );
+    assert!(blackout.total / 1000 <= receipt.total_ms, "{receipt:?}");
+}
+
+#[test]
+fn a_vm_tours_three_hosts_while_it_writes() {
+    let Some(cluster) = cluster() else { return };
+    let mut console = boot(&cluster, 1, FLAT_OUT);
+    let (first, _) = cluster.await_runs_exactly_once(VM);
+    tour(&cluster, &mut console, &[next(first), next(next(first)), first]);
+    assert_sound_at_the_end(&cluster, &mut console);
+}
+
+#[test]
+fn a_guest_with_two_vcpus_moves_under_load() {
+    let Some(cluster) = cluster() else { return };
+    let mut console = boot(&cluster, 2, FLAT_OUT);
+    let up = console
+        .lines
+        .iter()
+        .find(|line| line.contains("probe up"))
+        .expect("the guest says that it is up");
+    assert!(up.contains("cpus=2"), "{up}");
+    let (first, _) = cluster.await_runs_exactly_once(VM);
+    tour(&cluster, &mut console, &[next(first), first]);
+    assert_sound_at_the_end(&cluster, &mut console);
+}
