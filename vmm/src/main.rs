@@ -1,2 +1,87 @@
-//! Placeholder.
-fn main() {}
+//! `drover-vmm`: one virtual machine in one process.
+//!
+//! Reads its configuration, takes the lock of its folder, builds the VM and serves its agent until the VM is destroyed. A VM that cannot
+//! be built is served too, as FAILED with the reason; only what keeps the process from being heard ends it.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use drover_vmm::config::Config;
+use drover_vmm::control;
+use drover_vmm::machine::Machine;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::stat::{Mode, umask};
+use tracing::{error, info};
+use tracing_subscriber::EnvFilter;
+
+#[derive(Parser)]
+#[command(version, about = "Runs one Drover virtual machine; started by drover-agent")]
+struct Args {
+    /// The VM's configuration, JSON
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+fn log() {
+    let filter = EnvFilter::try_from_env("DROVER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    if std::env::var("DROVER_LOG_FORMAT").is_ok_and(|form| form == "json") {
+        builder.json().init();
+    } else {
+        builder.with_ansi(false).init();
+    }
+}
+
+/// Locks the folder for the process's life: by it an agent knows that its VMM lives. A lock that another holds at this
+/// moment means that the agent has given this VMM up.
+fn lock(folder: &Path) -> anyhow::Result<Flock<File>> {
+    let path = folder.join("lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .with_context(|| format!("{} cannot be opened", path.display()))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|(_, error)| error)
+        .with_context(|| format!("{} is held by another: this VMM was given up", path.display()))
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    let folder = args
+        .config
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
+    let _lock = lock(folder.unwrap_or(Path::new(".")))?;
+    let config = Config::read(&args.config)?;
+    info!(
+        vm = config.vm,
+        epoch = config.epoch,
+        incoming = config.incoming.is_some(),
+        "starting"
+    );
+    let machine = Machine::start(config)?;
+    control::serve(&machine)?;
+    info!("over");
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    log();
+    drover_pki::install_provider();
+    // The socket and whatever else this process creates is its user's alone.
+    umask(Mode::from_bits_truncate(0o077));
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

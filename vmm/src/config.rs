@@ -1,0 +1,190 @@
+//! The VMM's configuration: a JSON file that the agent writes into the VMM's own folder.
+//!
+//! Unknown fields are refused, relative paths are taken from the file's folder, and every value is checked before
+//! anything is built from it.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use drover_pki::TlsFiles;
+use drover_proto::{Code, Fault};
+use serde::Deserialize;
+
+use crate::cpu::profile::Profile;
+
+/// Most vCPUs of a VM.
+pub const VCPUS_MAX: u32 = 32;
+/// Least memory of a VM, MiB.
+pub const MEMORY_MIB_MIN: u64 = 16;
+/// Most memory of a VM, MiB.
+pub const MEMORY_MIB_MAX: u64 = 1 << 20;
+/// Longest kernel command line, bytes.
+pub const CMDLINE_BYTES_MAX: usize = 2048;
+/// Largest configuration file, bytes.
+const CONFIG_BYTES_MAX: u64 = 64 << 10;
+
+/// What one VMM process is to do.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The cluster that host and peers belong to.
+    pub cluster_id: String,
+    /// This host's name.
+    pub host: String,
+    /// The VM's name.
+    pub vm: String,
+    /// The run epoch this VMM is started for.
+    pub epoch: u64,
+    /// Number of vCPUs, 1..=32.
+    pub vcpus: u32,
+    /// Guest memory, MiB, 16..=1048576.
+    pub memory_mib: u64,
+    /// The kernel image; not read by an incoming VMM.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line, at most 2048 bytes.
+    pub cmdline: String,
+    /// What the guest sees of the CPU: see [`Profile`].
+    pub cpu_profile: Profile,
+    /// The control socket.
+    pub socket: PathBuf,
+    /// The host's identity, for migrations.
+    pub tls: TlsFiles,
+    /// Set where the VM is to be received from another host.
+    pub incoming: Option<Incoming>,
+}
+
+/// From whom an incoming VMM receives.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Incoming {
+    /// The migration's id.
+    pub migration: String,
+    /// The host whose VMM may connect.
+    pub from_host: String,
+    /// The address to listen on; the port is the kernel's choice.
+    pub listen_ip: IpAddr,
+}
+
+fn invalid(field: &str, message: String) -> Fault {
+    Fault::new(Code::InvalidArgument, message).field(field)
+}
+
+impl Config {
+    /// Reads and checks the file at `path`.
+    pub fn read(path: &Path) -> Result<Self, Fault> {
+        let fault = |what: String| invalid("config", format!("{}: {what}", path.display()));
+        let bytes = std::fs::metadata(path)
+            .map_err(|error| fault(error.to_string()))?
+            .len();
+        if bytes > CONFIG_BYTES_MAX {
+            return Err(fault(format!(
+                "{bytes} bytes are too many, at most {CONFIG_BYTES_MAX} are read"
+            )));
+        }
+        let text = std::fs::read_to_string(path).map_err(|error| fault(error.to_string()))?;
+        let mut config = Self::parse(&text)?;
+        let base = path.parent().unwrap_or(Path::new("."));
+        config.kernel = base.join(&config.kernel);
+        config.initrd = config.initrd.map(|initrd| base.join(initrd));
+        config.socket = base.join(&config.socket);
+        config.tls = config.tls.resolve(base);
+        Ok(config)
+    }
+
+    /// Parses and checks the file's text; paths stay as they are written.
+    pub fn parse(text: &str) -> Result<Self, Fault> {
+        let config: Self =
+            serde_json::from_str(text).map_err(|error| invalid("config", error.to_string()))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Guest memory, bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory_mib << 20
+    }
+
+    fn check(&self) -> Result<(), Fault> {
+        for (field, value) in [
+            ("cluster_id", &self.cluster_id),
+            ("host", &self.host),
+            ("vm", &self.vm),
+        ] {
+            if value.is_empty() {
+                return Err(invalid(field, format!("{field} is empty")));
+            }
+        }
+        if self.epoch == 0 {
+            return Err(invalid("epoch", "epoch is 0; epochs count from 1".to_owned()));
+        }
+        if !(1..=VCPUS_MAX).contains(&self.vcpus) {
+            return Err(invalid(
+                "vcpus",
+                format!("vcpus is {}, must be 1..={VCPUS_MAX}", self.vcpus),
+            ));
+        }
+        if !(MEMORY_MIB_MIN..=MEMORY_MIB_MAX).contains(&self.memory_mib) {
+            let range = format!("{MEMORY_MIB_MIN}..={MEMORY_MIB_MAX}");
+            return Err(invalid(
+                "memory_mib",
+                format!("memory_mib is {}, must be {range}", self.memory_mib),
+            ));
+        }
+        if self.cmdline.len() > CMDLINE_BYTES_MAX || self.cmdline.contains('\0') {
+            let message = format!("cmdline must be at most {CMDLINE_BYTES_MAX} bytes without a zero byte");
+            return Err(invalid("cmdline", message));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(change: impl FnOnce(&mut serde_json::Value)) -> String {
+        let mut value = serde_json::json!({
+            "cluster_id": "dev-1", "host": "host1", "vm": "vm1", "epoch": 1, "vcpus": 2, "memory_mib": 64,
+            "kernel": "k", "initrd": null, "cmdline": "", "cpu_profile": "baseline", "socket": "vmm.sock",
+            "tls": {"ca": "ca.pem", "cert": "h.pem", "key": "h.key"}, "incoming": null,
+        });
+        change(&mut value);
+        value.to_string()
+    }
+
+    #[test]
+    fn a_written_configuration_is_read_and_its_paths_are_taken_from_its_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        let incoming = serde_json::json!({"migration": "m1", "from_host": "host2", "listen_ip": "127.0.0.1"});
+        std::fs::write(&path, text(|v| v["incoming"] = incoming)).unwrap();
+        let config = Config::read(&path).unwrap();
+        assert_eq!(config.socket, dir.path().join("vmm.sock"));
+        assert_eq!(config.tls.key, dir.path().join("h.key"));
+        assert_eq!(config.incoming.unwrap().from_host, "host2");
+    }
+
+    #[test]
+    fn a_value_out_of_its_bounds_is_refused_with_its_field() {
+        let cases: [(&str, serde_json::Value); 6] = [
+            ("vcpus", 0.into()),
+            ("vcpus", 33.into()),
+            ("memory_mib", 8.into()),
+            ("epoch", 0.into()),
+            ("cmdline", "x".repeat(2049).into()),
+            ("vm", "".into()),
+        ];
+        for (field, value) in cases {
+            let fault = Config::parse(&text(|v| v[field] = value)).unwrap_err();
+            assert_eq!((fault.code, fault.field.as_str()), (Code::InvalidArgument, field));
+        }
+    }
+
+    #[test]
+    fn an_unknown_field_and_an_unknown_profile_are_refused() {
+        assert!(Config::parse(&text(|v| v["colour"] = 1.into())).is_err());
+        assert!(Config::parse(&text(|v| v["cpu_profile"] = "x86-64-v9".into())).is_err());
+    }
+}

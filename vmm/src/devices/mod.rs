@@ -1,0 +1,75 @@
+//! What a guest finds at its I/O ports and addresses beside what KVM emulates.
+//!
+//! | ports | device |
+//! | --- | --- |
+//! | 0x3f8..=0x3ff | serial port, IRQ 4: the console |
+//! | 0x604 | ACPI's PM1a control as QEMU places it: writing 0x2000 powers off |
+//! | 0x64 | keyboard controller, of which only the reset line exists: writing 0xfe resets |
+//!
+//! Everything else reads as all ones, as an empty bus does, and ignores writes. Guests are never reset in place: a reset ends
+//! the VM with a reason, and its restart policy decides.
+
+pub mod console;
+pub mod serial;
+
+use std::sync::Mutex;
+
+use drover_proto::{Code, Fault};
+
+use self::serial::SerialPort;
+use crate::vcpu::GuestEnd;
+
+const POWER_PORT: u16 = 0x604;
+/// PM1a control: SLP_EN with sleep type 0 (S5, as QEMU and the probe guest have it).
+const POWER_OFF: u16 = 0x2000;
+const KEYBOARD_COMMAND: u16 = 0x64;
+const KEYBOARD_RESET: u8 = 0xfe;
+
+/// The devices of one VM.
+pub struct Devices {
+    serial: Mutex<SerialPort>,
+}
+
+impl Devices {
+    /// The devices; today the serial port alone has a state.
+    pub fn new(serial: SerialPort) -> Self {
+        Self {
+            serial: Mutex::new(serial),
+        }
+    }
+
+    /// The serial port.
+    pub fn serial(&self) -> std::sync::MutexGuard<'_, SerialPort> {
+        self.serial
+            .lock()
+            .expect("no holder of the serial port's lock panics")
+    }
+
+    /// The guest writes `data` to `port`. The result is the VM's end, if the guest asked for it.
+    pub fn port_write(&self, port: u16, data: &[u8]) -> Option<GuestEnd> {
+        match port {
+            serial::BASE..=serial::LAST => self.serial().write(port, data),
+            POWER_PORT if data == POWER_OFF.to_le_bytes() => return Some(GuestEnd::Exited),
+            KEYBOARD_COMMAND if data.first() == Some(&KEYBOARD_RESET) => {
+                let message = "the guest reset itself through the keyboard controller";
+                return Some(GuestEnd::Failed(Fault::new(Code::GuestTripleFault, message)));
+            }
+            _ => {}
+        }
+        None
+    }
+
+    /// The guest reads from `port`.
+    pub fn port_read(&self, port: u16, data: &mut [u8]) {
+        match port {
+            serial::BASE..=serial::LAST => self.serial().read(port, data),
+            KEYBOARD_COMMAND => data.fill(0),
+            _ => data.fill(0xff),
+        }
+    }
+
+    /// The guest reads an address that is not memory.
+    pub fn mmio_read(&self, _gpa: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+}

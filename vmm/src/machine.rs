@@ -1,0 +1,581 @@
+//! A VM together with its right to run, its migration, and what is told of them: one owner, one lock.
+//!
+//! Every input (a grant, an outcome, the deadline's timer, the guest's end, the engine) changes the core under the lock and then
+//! [settles](Machine::settle): whether vCPUs run is made equal to what [`Right::may_run`] says, and what changed is published.
+//! Stopping vCPUs happens under the lock, so nobody sees "paused" before it is true.
+//!
+//! vCPU threads never take this lock: they park themselves and say so, and the watch thread takes it from there.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::time::{Duration, Instant};
+
+use drover_migration::Control;
+use drover_migration::target::Received;
+use drover_proto::v1::{
+    GrantRequest, OutcomeRequest, Progress, Reason, Receipt, StartOutgoingRequest, VmmInfo, VmmMigration,
+};
+use drover_proto::{Code, Fault};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use tokio::sync::watch;
+use tracing::{error, info, warn};
+
+use crate::config::Config;
+use crate::devices::console::Console;
+use crate::right::Right;
+use crate::time::{NS_PER_S, boottime_ns};
+use crate::vcpu::GuestEnd;
+use crate::vm::{Shape, Vm};
+use crate::{boot, incoming, outgoing};
+
+/// How long the watch thread sleeps at most, ms; only so that it notices when its machine is gone.
+const WATCH_PERIOD_MS: u16 = 1000;
+
+/// A migration that this VMM takes part in.
+struct Migration {
+    id: String,
+    outgoing: bool,
+    control: Arc<Control>,
+    progress: Option<Progress>,
+    failure: Option<Fault>,
+    receipt: Option<Receipt>,
+}
+
+struct Core {
+    right: Right,
+    running: bool,
+    ran_before: bool,
+    reason: Option<Fault>,
+    listen_addr: String,
+    migration: Option<Migration>,
+    /// An engine's thread is alive, perhaps of a migration that was aborted meanwhile.
+    engine_busy: bool,
+    received: Option<Received>,
+}
+
+/// One VM of this process.
+pub struct Machine {
+    config: Config,
+    vm: Option<Vm>,
+    console: Arc<Console>,
+    core: Mutex<Core>,
+    timer: TimerFd,
+    info: watch::Sender<VmmInfo>,
+    over: watch::Sender<bool>,
+}
+
+fn shape(config: &Config) -> Shape {
+    Shape {
+        vcpus: config.vcpus,
+        memory_bytes: config.memory_bytes(),
+        profile: config.cpu_profile,
+    }
+}
+
+fn build(config: &Config) -> Result<Vm, Fault> {
+    let vm = Vm::build(shape(config))?;
+    if config.incoming.is_none() {
+        let entry = boot::load(vm.memory(), config)?;
+        vm.boot(config.cpu_profile, entry)?;
+        vm.memory().forget_written();
+    }
+    Ok(vm)
+}
+
+impl Machine {
+    /// Builds what `config` says and starts watching it. A VM that cannot be built becomes a machine in the state FAILED,
+    /// so that its agent learns the reason. Only a failing watch is an error.
+    pub fn start(config: Config) -> Result<Arc<Self>, Fault> {
+        let built = build(&config);
+        let mut right = match &config.incoming {
+            Some(_) => Right::incoming(config.epoch),
+            None => Right::cold(config.epoch),
+        };
+        let (vm, reason) = match built {
+            Ok(vm) => (Some(vm), None),
+            Err(fault) => {
+                error!(%fault, "the VM cannot be built");
+                right.failed();
+                (None, Some(fault))
+            }
+        };
+        let internal = |error| Fault::new(Code::VmmStartFailed, format!("the lease's timer: {error}"));
+        let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
+        let timer = TimerFd::new(ClockId::CLOCK_BOOTTIME, flags).map_err(internal)?;
+        let machine = Arc::new(Self {
+            console: vm.as_ref().map_or_else(Arc::default, |vm| vm.console().clone()),
+            vm,
+            core: Mutex::new(Core {
+                right,
+                running: false,
+                ran_before: false,
+                reason,
+                listen_addr: String::new(),
+                migration: None,
+                engine_busy: false,
+                received: None,
+            }),
+            timer,
+            info: watch::Sender::new(VmmInfo::default()),
+            over: watch::Sender::new(false),
+            config,
+        });
+        machine.settle(&mut machine.core());
+        if machine.vm.is_some() {
+            spawn("watch", Arc::downgrade(&machine), watch_loop)?;
+            machine.start_incoming()?;
+        }
+        Ok(machine)
+    }
+
+    fn core(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().expect("no holder of the machine's lock panics")
+    }
+
+    /// What this machine was made from.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The VM, unless it could not be built.
+    pub fn vm(&self) -> Option<&Vm> {
+        self.vm.as_ref()
+    }
+
+    /// The VM of a machine whose engine runs: an engine is only started for a VM that was built.
+    pub(crate) fn built(&self) -> &Vm {
+        self.vm
+            .as_ref()
+            .expect("an engine is only started for a VM that was built")
+    }
+
+    /// The guest's console.
+    pub fn console(&self) -> &Arc<Console> {
+        &self.console
+    }
+
+    /// What is told of this machine, now.
+    pub fn info(&self) -> VmmInfo {
+        let mut info = self.info.borrow().clone();
+        info.console_next = self.console.next();
+        info
+    }
+
+    /// Told of every change of [`Self::info`] but the console's.
+    pub fn subscribe(&self) -> watch::Receiver<VmmInfo> {
+        self.info.subscribe()
+    }
+
+    /// Becomes true when the process is to end.
+    pub fn over(&self) -> watch::Receiver<bool> {
+        self.over.subscribe()
+    }
+
+    /// Makes the vCPUs run or stand as the right says, arms the deadline's timer, and publishes what changed.
+    fn settle(&self, core: &mut Core) {
+        let may_run = core.right.may_run(boottime_ns());
+        if let Some(vm) = &self.vm {
+            if may_run {
+                self.arm(core.right.deadline_ns());
+                if !core.running && core.ran_before {
+                    vm.announce_pause();
+                }
+                vm.resume(core.right.deadline_ns());
+                core.ran_before = true;
+            } else if core.running {
+                vm.pause();
+            }
+            core.running = may_run;
+        }
+        if core.right.destroyed() {
+            self.over.send_replace(true);
+        }
+        self.publish(core);
+    }
+
+    fn arm(&self, deadline_ns: u64) {
+        let part = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        let at = TimeSpec::new(part(deadline_ns / NS_PER_S), part(deadline_ns % NS_PER_S));
+        let set = self
+            .timer
+            .set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME);
+        if let Err(error) = set {
+            // The vCPUs still look at the clock whenever they are out of the guest.
+            error!(%error, "the lease's timer cannot be set");
+        }
+    }
+
+    fn publish(&self, core: &Core) {
+        let migration = core.migration.as_ref().map(|migration| VmmMigration {
+            id: migration.id.clone(),
+            outgoing: migration.outgoing,
+            progress: migration.progress,
+            failure: migration.failure.clone().map(Reason::from),
+            receipt: migration.receipt.clone(),
+        });
+        let mut next = VmmInfo {
+            seq: 0,
+            vm: self.config.vm.clone(),
+            epoch: core.right.epoch(),
+            state: core.right.state(boottime_ns()).into(),
+            reason: core.reason.clone().map(Reason::from),
+            listen_addr: core.listen_addr.clone(),
+            migration,
+            console_next: 0,
+            pid: std::process::id(),
+            deadline_boottime_ns: core.right.deadline_ns(),
+        };
+        self.info.send_if_modified(|info| {
+            next.seq = info.seq;
+            if *info == next {
+                return false;
+            }
+            next.seq += 1;
+            if info.state != next.state {
+                info!(state = next.state().as_str_name(), reason = ?next.reason, "state");
+            }
+            *info = next;
+            true
+        });
+    }
+
+    /// The deadline's timer or the guest's end woke the watch thread.
+    fn look(&self) {
+        let mut core = self.core();
+        if let Some(end) = self.vm.as_ref().and_then(Vm::end) {
+            Self::note_end(&mut core, end);
+        }
+        self.settle(&mut core);
+    }
+
+    fn note_end(core: &mut Core, end: GuestEnd) {
+        if core.reason.is_some() {
+            return;
+        }
+        match end {
+            GuestEnd::Exited => core.right.exited(),
+            GuestEnd::Failed(fault) => {
+                core.right.failed();
+                core.reason = Some(fault);
+            }
+        }
+        if let Some(migration) = &mut core.migration
+            && migration.outgoing
+        {
+            migration.control.cancel();
+            let message = "the VM ended while it was moved";
+            migration
+                .failure
+                .get_or_insert_with(|| Fault::new(Code::SourceFailed, message));
+        }
+    }
+
+    /// A lease. The first one of an incoming VM that is ready starts it.
+    pub fn grant(&self, request: &GrantRequest) -> Result<VmmInfo, Fault> {
+        let granted_at = Instant::now();
+        let starts_received = self.core().right.ready() && request.epoch == self.config.epoch;
+        if starts_received {
+            drover_points::reach("target.granted");
+        }
+        {
+            let mut core = self.core();
+            core.right.grant(request.epoch, request.deadline_boottime_ns)?;
+            self.settle(&mut core);
+            if core.running
+                && let Some(received) = core.received.take()
+            {
+                self.built().await_running();
+                let receipt = received.finish(granted_at, Instant::now());
+                info!(?receipt, "received and running");
+                if let Some(migration) = &mut core.migration {
+                    migration.receipt = Some(receipt);
+                }
+                self.publish(&core);
+            }
+        }
+        if starts_received {
+            drover_points::reach("target.running");
+        }
+        Ok(self.info())
+    }
+
+    /// The outcome of a migration from the log.
+    pub fn outcome(&self, request: &OutcomeRequest) -> Result<VmmInfo, Fault> {
+        let mut core = self.core();
+        let current = core
+            .migration
+            .as_ref()
+            .filter(|m| m.outgoing && m.id == request.migration);
+        let Some(migration) = current else {
+            if request.committed {
+                let message = format!("this VMM is not the source of migration {:?}", request.migration);
+                return Err(Fault::new(Code::MigrationNotFound, message).field("migration"));
+            }
+            // An abort that is told twice, or of a migration that never reached this VMM.
+            drop(core);
+            return Ok(self.info());
+        };
+        if request.committed {
+            core.right.committed()?;
+            info!(
+                migration = request.migration,
+                "committed: the VM runs on its target"
+            );
+        } else {
+            migration.control.cancel();
+            core.migration = None;
+            core.right.aborted();
+            info!(migration = request.migration, "aborted: the VM stays");
+        }
+        self.settle(&mut core);
+        drop(core);
+        Ok(self.info())
+    }
+
+    /// Ends the VM and, once that is answered, the process.
+    pub fn destroy(&self, reason: Option<&Reason>) -> VmmInfo {
+        let mut core = self.core();
+        info!(?reason, "destroyed");
+        if let Some(migration) = &core.migration {
+            migration.control.cancel();
+        }
+        core.right.destroy();
+        self.settle(&mut core);
+        drop(core);
+        self.info()
+    }
+
+    /// Types on the console. A VM that may be saved at any moment, or has ended, takes nothing.
+    pub fn type_in(&self, bytes: &[u8]) -> usize {
+        let core = self.core();
+        match &self.vm {
+            Some(vm) if core.running => vm.type_in(bytes),
+            _ => 0,
+        }
+    }
+
+    // What the engines' glue calls.
+
+    /// Starts sending the VM away. Asking again for the same migration changes nothing.
+    pub fn start_outgoing(self: &Arc<Self>, request: StartOutgoingRequest) -> Result<VmmInfo, Fault> {
+        {
+            let mut core = self.core();
+            if core
+                .migration
+                .as_ref()
+                .is_some_and(|m| m.outgoing && m.id == request.migration)
+            {
+                drop(core);
+                return Ok(self.info());
+            }
+            let under_way = core
+                .migration
+                .as_ref()
+                .filter(|m| m.outgoing)
+                .map(|m| m.id.clone());
+            if core.engine_busy || under_way.is_some() {
+                let id = under_way.unwrap_or_else(|| "an aborted one that winds down".to_owned());
+                return Err(Fault::new(
+                    Code::MigrationActive,
+                    format!("a migration is under way: {id}"),
+                ));
+            }
+            if self.vm.is_none() || !core.right.live() {
+                let state = self.info().state().as_str_name();
+                return Err(Fault::new(
+                    Code::VmState,
+                    format!("a VM in {state} cannot be moved"),
+                ));
+            }
+            let control = self.control(&request.migration);
+            core.engine_busy = true;
+            core.migration = Some(Migration::new(&request.migration, true, control.clone()));
+            let machine = self.clone();
+            let thread = std::thread::Builder::new().name("outgoing".to_owned());
+            if let Err(error) = thread.spawn(move || outgoing::run(&machine, &request, &control)) {
+                core.engine_busy = false;
+                core.migration = None;
+                return Err(Fault::new(
+                    Code::Internal,
+                    format!("no thread for the migration: {error}"),
+                ));
+            }
+            self.publish(&core);
+        }
+        Ok(self.info())
+    }
+
+    fn start_incoming(self: &Arc<Self>) -> Result<(), Fault> {
+        let Some(incoming) = self.config.incoming.clone() else {
+            return Ok(());
+        };
+        let control = self.control(&incoming.migration);
+        {
+            let mut core = self.core();
+            core.engine_busy = true;
+            core.migration = Some(Migration::new(&incoming.migration, false, control.clone()));
+            self.publish(&core);
+        }
+        let machine = self.clone();
+        std::thread::Builder::new()
+            .name("incoming".to_owned())
+            .spawn(move || incoming::run(&machine, &incoming, &control))
+            .map(drop)
+            .map_err(|error| Fault::new(Code::VmmStartFailed, format!("incoming thread: {error}")))
+    }
+
+    fn control(self: &Arc<Self>, id: &str) -> Arc<Control> {
+        let (machine, id) = (Arc::downgrade(self), id.to_owned());
+        Arc::new(Control::new(move |progress| {
+            if let Some(machine) = machine.upgrade() {
+                machine.with_migration(&id, |migration| migration.progress = Some(progress));
+            }
+        }))
+    }
+
+    /// Changes the migration `id`, if it is still the current one.
+    fn with_migration(&self, id: &str, change: impl FnOnce(&mut Migration)) {
+        let mut core = self.core();
+        if let Some(migration) = core.migration.as_mut().filter(|migration| migration.id == id) {
+            change(migration);
+            self.publish(&core);
+        }
+    }
+
+    /// Stops the VM for the switchover of migration `id`.
+    pub(crate) fn hand_over(&self, id: &str) -> Result<(), Fault> {
+        let mut core = self.core();
+        Self::check_current(&core, id)?;
+        core.right.hand_over()?;
+        self.settle(&mut core);
+        if let Some(end) = self.built().end() {
+            Self::note_end(&mut core, end);
+            self.settle(&mut core);
+            return Err(Fault::new(
+                Code::SourceFailed,
+                "the VM ended as it was paused for the switchover",
+            ));
+        }
+        Ok(())
+    }
+
+    /// The encoded state of the VM that was handed over for migration `id`.
+    ///
+    /// Under the lock, so that an abort cannot resume the VM in the middle of it.
+    pub(crate) fn save_handed_over(&self, id: &str) -> Result<Vec<u8>, Fault> {
+        let core = self.core();
+        Self::check_current(&core, id)?;
+        if !core.right.handed_over() {
+            return Err(Fault::new(Code::Cancelled, "the migration was aborted"));
+        }
+        Ok(crate::save::encode(&self.built().save()?))
+    }
+
+    fn check_current(core: &Core, id: &str) -> Result<(), Fault> {
+        match &core.migration {
+            Some(migration) if migration.id == id => Ok(()),
+            _ => Err(Fault::new(Code::Cancelled, "the migration was aborted")),
+        }
+    }
+
+    /// The engine of migration `id` cannot go on. An incoming VM will never run then.
+    pub(crate) fn migration_failed(&self, id: &str, fault: Fault) {
+        warn!(migration = id, %fault, "the migration failed");
+        let mut core = self.core();
+        let Some(migration) = core.migration.as_mut().filter(|migration| migration.id == id) else {
+            return;
+        };
+        let outgoing = migration.outgoing;
+        migration.failure.get_or_insert_with(|| fault.clone());
+        if !outgoing {
+            core.right.failed();
+            core.reason.get_or_insert(fault);
+        }
+        self.settle(&mut core);
+    }
+
+    /// The engine's thread ends.
+    pub(crate) fn engine_ended(&self) {
+        self.core().engine_busy = false;
+    }
+
+    /// An incoming VMM listens.
+    pub(crate) fn listening(&self, addr: String) {
+        let mut core = self.core();
+        core.listen_addr = addr;
+        self.publish(&core);
+    }
+
+    /// Everything was received and verified.
+    pub(crate) fn received(&self, received: Received) -> Result<(), Fault> {
+        let mut core = self.core();
+        core.right.received()?;
+        core.received = Some(received);
+        if drover_points::seeded_bug("resume-before-commit") {
+            let hour = Duration::from_secs(3600).as_nanos();
+            let deadline = boottime_ns() + u64::try_from(hour).expect("an hour fits");
+            core.right.grant(self.config.epoch, deadline)?;
+        }
+        self.settle(&mut core);
+        Ok(())
+    }
+
+    /// The seeded bug `resume-on-lost-reply`: the source takes its peer's silence for an abort.
+    pub(crate) fn resume_on_lost_reply(&self) {
+        if drover_points::seeded_bug("resume-on-lost-reply") {
+            let mut core = self.core();
+            core.right.aborted();
+            self.settle(&mut core);
+        }
+    }
+}
+
+impl Migration {
+    fn new(id: &str, outgoing: bool, control: Arc<Control>) -> Self {
+        Self {
+            id: id.to_owned(),
+            outgoing,
+            control,
+            progress: None,
+            failure: None,
+            receipt: None,
+        }
+    }
+}
+
+fn spawn(name: &str, machine: Weak<Machine>, body: fn(&Weak<Machine>)) -> Result<(), Fault> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || body(&machine))
+        .map(drop)
+        .map_err(|error| Fault::new(Code::VmmStartFailed, format!("{name} thread: {error}")))
+}
+
+/// Waits for the deadline and for the guest's end, and lets the machine look.
+fn watch_loop(machine: &Weak<Machine>) {
+    while let Some(machine) = machine.upgrade() {
+        let vm = machine.built();
+        let ended = vm.ended();
+        let mut fds = [
+            PollFd::new(machine.timer.as_fd(), PollFlags::POLLIN),
+            PollFd::new(borrow(ended), PollFlags::POLLIN),
+        ];
+        match poll(&mut fds, PollTimeout::from(WATCH_PERIOD_MS)) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => error!(%error, "the watch cannot wait"),
+        }
+        // Both are only bells: what they mean is read from the clock and the gate.
+        let _ = machine.timer.wait();
+        let _ = ended.read();
+        machine.look();
+    }
+}
+
+#[allow(unsafe_code)]
+fn borrow(fd: &vmm_sys_util::eventfd::EventFd) -> BorrowedFd<'_> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: the descriptor is open as long as the eventfd is borrowed.
+    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
+}

@@ -1,0 +1,319 @@
+//! Guest memory: one shared memfd, mapped in at most two regions around the 32-bit hole.
+//!
+//! ```text
+//!   0 ............ 3 GiB | hole: PCI, I/O APIC, local APIC | 4 GiB ............
+//!   region 0              no memory                        region 1
+//! ```
+//!
+//! Shared and in a memfd, so that another process can map the same pages. Every write that the VMM makes through
+//! `vm-memory` marks its page in a bitmap, because KVM's dirty log knows only of what vCPUs and the kernel write.
+//! A page that was never written is a hole of the memfd: reading it costs a fault but gives zeroes, and making it
+//! zero again punches the hole.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use drover_migration::vm::{Layout, PAGE_SIZE, PageSet, Region};
+use drover_proto::{Code, Fault};
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
+};
+
+/// Where the memory below 4 GiB ends and the hole begins.
+pub const HOLE_START: u64 = 3 << 30;
+/// Where the hole ends and the rest of the memory begins.
+pub const HOLE_END: u64 = 4 << 30;
+
+/// [`PAGE_SIZE`] as an address difference.
+pub const PAGE: u64 = PAGE_SIZE as u64;
+
+/// The guest's memory as `vm-memory` sees it.
+pub type Mapped = GuestMemoryMmap<AtomicBitmap>;
+
+/// The guest's memory.
+#[derive(Debug)]
+pub struct Memory {
+    mapped: Mapped,
+    layout: Layout,
+    bytes: u64,
+}
+
+/// The regions of a guest with `bytes` of memory.
+pub fn layout(bytes: u64) -> Layout {
+    let mut regions = vec![Region {
+        gpa: 0,
+        len: bytes.min(HOLE_START),
+    }];
+    if bytes > HOLE_START {
+        regions.push(Region {
+            gpa: HOLE_END,
+            len: bytes - HOLE_START,
+        });
+    }
+    regions
+}
+
+/// The pieces of regions that pages `first .. first + count` cover: (region, offset in it, length), bytes.
+fn pieces(layout: &Layout, first: u64, count: u64) -> Result<Vec<(usize, u64, u64)>, Fault> {
+    let total: u64 = layout.iter().map(|region| region.len).sum();
+    let end = first
+        .checked_add(count)
+        .and_then(|end| end.checked_mul(PAGE))
+        .filter(|&end| end <= total);
+    let Some(end) = end else {
+        let message = format!(
+            "pages {first}..+{count} lie outside the guest's {} pages",
+            total / PAGE
+        );
+        return Err(Fault::new(Code::BadFrame, message));
+    };
+    let (mut start, mut base, mut found) = (first * PAGE, 0, Vec::with_capacity(1));
+    for (index, region) in layout.iter().enumerate() {
+        let stop = end.min(base + region.len);
+        if start < stop {
+            found.push((index, start - base, stop - start));
+            start = stop;
+        }
+        base += region.len;
+    }
+    Ok(found)
+}
+
+fn broken(what: &str, error: impl std::fmt::Display) -> Fault {
+    Fault::new(Code::VmmStartFailed, format!("guest memory: {what}: {error}"))
+}
+
+impl Memory {
+    /// Maps `bytes` of zeroes, a multiple of 1 MiB.
+    pub fn new(bytes: u64) -> Result<Self, Fault> {
+        assert!(
+            bytes > 0 && bytes.is_multiple_of(1 << 20),
+            "guest memory is whole MiB"
+        );
+        let fd: OwnedFd = memfd_create(c"drover-guest", MFdFlags::MFD_CLOEXEC)
+            .map_err(|error| broken("memfd_create", error))?;
+        let file = File::from(fd);
+        file.set_len(bytes).map_err(|error| broken("size", error))?;
+        let layout = layout(bytes);
+        let mut ranges = Vec::with_capacity(layout.len());
+        let mut offset = 0;
+        for region in &layout {
+            let len = usize::try_from(region.len).map_err(|error| broken("size", error))?;
+            let file = file.try_clone().map_err(|error| broken("duplicate", error))?;
+            ranges.push((GuestAddress(region.gpa), len, Some(FileOffset::new(file, offset))));
+            offset += region.len;
+        }
+        let mapped = Mapped::from_ranges_with_files(&ranges).map_err(|error| broken("map", error))?;
+        Ok(Self {
+            mapped,
+            layout,
+            bytes,
+        })
+    }
+
+    /// The memory for reads and writes by guest address.
+    pub fn mapped(&self) -> &Mapped {
+        &self.mapped
+    }
+
+    /// The regions, lowest first.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// All memory, bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> u64 {
+        self.bytes / PAGE
+    }
+
+    /// The mapped regions, in the order of [`Self::layout`].
+    pub fn regions(&self) -> impl Iterator<Item = &GuestRegionMmap<AtomicBitmap>> {
+        self.mapped.iter()
+    }
+
+    fn region(&self, index: usize) -> &GuestRegionMmap<AtomicBitmap> {
+        self.mapped
+            .iter()
+            .nth(index)
+            .expect("every region of the layout is mapped")
+    }
+
+    /// Copies whole pages from `first` on.
+    pub fn read_pages(&self, first: u64, out: &mut [u8]) -> Result<(), Fault> {
+        let mut rest = out;
+        for (index, offset, len) in pieces(&self.layout, first, page_count(rest.len())?)? {
+            let (now, later) =
+                rest.split_at_mut(usize::try_from(len).expect("a piece of a slice fits usize"));
+            self.region(index)
+                .read_slice(now, MemoryRegionAddress(offset))
+                .map_err(|error| broken("read", error))?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Writes whole pages from `first` on.
+    pub fn write_pages(&self, first: u64, data: &[u8]) -> Result<(), Fault> {
+        let mut rest = data;
+        for (index, offset, len) in pieces(&self.layout, first, page_count(rest.len())?)? {
+            let (now, later) = rest.split_at(usize::try_from(len).expect("a piece of a slice fits usize"));
+            self.region(index)
+                .write_slice(now, MemoryRegionAddress(offset))
+                .map_err(|error| broken("write", error))?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Makes pages read as zero and gives their memory back. Pages that the VMM never wrote are skipped, so this is meant
+    /// for a guest that has not run here yet.
+    pub fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault> {
+        for (index, offset, len) in pieces(&self.layout, first, count)? {
+            let region = self.region(index);
+            let mut at = offset;
+            while at < offset + len {
+                let run = written_run(region, at, offset + len);
+                if run.len > 0 {
+                    self.punch(region, run.start, run.len)?;
+                }
+                at = run.start + run.len.max(PAGE);
+            }
+        }
+        Ok(())
+    }
+
+    fn punch(&self, region: &GuestRegionMmap<AtomicBitmap>, offset: u64, len: u64) -> Result<(), Fault> {
+        let file = region
+            .file_offset()
+            .expect("every region is a piece of the memfd");
+        let signed = |value: u64| i64::try_from(value).map_err(|error| broken("punch", error));
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(file.file(), mode, signed(file.start() + offset)?, signed(len)?)
+            .map_err(|error| broken("punch", error))
+    }
+
+    /// Forgets which pages the VMM wrote.
+    pub fn forget_written(&self) {
+        for region in self.mapped.iter() {
+            (**region).bitmap().reset();
+        }
+    }
+
+    /// Adds to `into` the pages that the VMM wrote since the last call or [`Self::forget_written`], and forgets them.
+    pub fn take_written(&self, into: &mut PageSet) {
+        let mut first = 0;
+        for region in self.mapped.iter() {
+            let words = (**region).bitmap().get_and_reset();
+            crate::dirty::merge_at(&mut into.words, first, &words, region.len() / PAGE);
+            first += region.len() / PAGE;
+        }
+    }
+}
+
+fn page_count(bytes: usize) -> Result<u64, Fault> {
+    if !bytes.is_multiple_of(PAGE_SIZE) {
+        return Err(Fault::new(
+            Code::BadFrame,
+            format!("{bytes} bytes are not whole pages of {PAGE_SIZE}"),
+        ));
+    }
+    Ok((bytes / PAGE_SIZE) as u64)
+}
+
+struct Run {
+    start: u64,
+    len: u64,
+}
+
+/// The run of written pages that begins at `at`, empty if that page was not written; never beyond `end`.
+fn written_run(region: &GuestRegionMmap<AtomicBitmap>, at: u64, end: u64) -> Run {
+    let bitmap = (**region).bitmap();
+    let mut stop = at;
+    while stop < end && usize::try_from(stop).is_ok_and(|offset| bitmap.dirty_at(offset)) {
+        stop += PAGE;
+    }
+    Run {
+        start: at,
+        len: stop - at,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_beyond_three_gibibytes_continues_after_the_hole() {
+        assert_eq!(
+            layout(64 << 20),
+            vec![Region {
+                gpa: 0,
+                len: 64 << 20
+            }]
+        );
+        assert_eq!(
+            layout((3 << 30) + (1 << 20)),
+            vec![
+                Region { gpa: 0, len: 3 << 30 },
+                Region {
+                    gpa: 4 << 30,
+                    len: 1 << 20
+                }
+            ]
+        );
+    }
+
+    #[test]
+    fn pages_are_numbered_densely_across_the_hole() {
+        let memory = Memory::new((3 << 30) + (1 << 20)).unwrap();
+        let edge = (3 << 30) / PAGE;
+        let data: Vec<u8> = (0..2 * PAGE_SIZE)
+            .map(|i| if i < PAGE_SIZE { 1 } else { 2 })
+            .collect();
+        memory.write_pages(edge - 1, &data).unwrap();
+        let byte: u8 = memory.mapped().read_obj(GuestAddress(HOLE_END)).unwrap();
+        assert_eq!(byte, 2);
+        let mut back = vec![0; data.len()];
+        memory.read_pages(edge - 1, &mut back).unwrap();
+        assert_eq!(back, data);
+        let mut written = PageSet::empty(memory.pages());
+        memory.take_written(&mut written);
+        assert_eq!(written.count(), 2);
+        memory.take_written(&mut written);
+        assert_eq!(written.count(), 2);
+    }
+
+    #[test]
+    fn pages_outside_the_guest_are_refused() {
+        let memory = Memory::new(1 << 20).unwrap();
+        for first in [256, u64::MAX, u64::MAX / PAGE] {
+            assert_eq!(
+                memory.write_pages(first, &[0; PAGE_SIZE]).unwrap_err().code,
+                Code::BadFrame
+            );
+            assert_eq!(memory.zero_pages(first, 1).unwrap_err().code, Code::BadFrame);
+        }
+        assert_eq!(memory.zero_pages(0, u64::MAX).unwrap_err().code, Code::BadFrame);
+        assert_eq!(memory.write_pages(0, &[0; 100]).unwrap_err().code, Code::BadFrame);
+    }
+
+    #[test]
+    fn a_written_page_reads_as_zero_after_it_was_zeroed() {
+        let memory = Memory::new(1 << 20).unwrap();
+        memory.write_pages(3, &[7; 3 * PAGE_SIZE]).unwrap();
+        memory.zero_pages(0, 5).unwrap();
+        let mut back = vec![0; 3 * PAGE_SIZE];
+        memory.read_pages(3, &mut back).unwrap();
+        assert!(back[..2 * PAGE_SIZE].iter().all(|&byte| byte == 0));
+        assert!(back[2 * PAGE_SIZE..].iter().all(|&byte| byte == 7));
+    }
+}

@@ -1,0 +1,115 @@
+//! The source's glue: this VM as the engine's [`SourceVm`], and what becomes of the engine's verdict.
+//!
+//! The engine may pause the VM, once; it never resumes it. After the pause only the outcome in the log does, through
+//! [`Machine::outcome`], whatever happened to the link.
+
+use std::net::SocketAddr;
+
+use drover_migration::source::{self, Outcome, Params};
+use drover_migration::transport::{self, LINK_TIMEOUT};
+use drover_migration::vm::{Layout, PageSet, SourceVm};
+use drover_migration::{Control, vm};
+use drover_pki::{Credentials, host_dns};
+use drover_proto::v1::StartOutgoingRequest;
+use drover_proto::{Code, Fault};
+use tracing::{info, warn};
+
+use crate::DEVICE_MODEL;
+use crate::machine::Machine;
+
+struct Source<'a> {
+    machine: &'a Machine,
+    migration: &'a str,
+}
+
+impl SourceVm for Source<'_> {
+    fn layout(&self) -> Layout {
+        self.machine.built().memory().layout().clone()
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), Fault> {
+        self.machine.built().start_dirty_log()
+    }
+
+    fn stop_dirty_log(&mut self) {
+        if let Err(fault) = self.machine.built().stop_dirty_log() {
+            warn!(%fault, "the dirty log stays on; the guest runs a little slower");
+        }
+    }
+
+    fn take_dirty(&mut self, into: &mut PageSet) -> Result<(), Fault> {
+        self.machine.built().take_dirty(into)
+    }
+
+    fn read_pages(&self, first: u64, out: &mut [u8]) {
+        debug_assert!(
+            out.len().is_multiple_of(vm::PAGE_SIZE),
+            "the engine asks for whole pages"
+        );
+        let read = self.machine.built().memory().read_pages(first, out);
+        read.expect("the engine asks for pages of the layout it was given");
+    }
+
+    fn pause(&mut self) -> Result<(), Fault> {
+        self.machine.hand_over(self.migration)
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, Fault> {
+        self.machine.save_handed_over(self.migration)
+    }
+}
+
+fn params(machine: &Machine, request: &StartOutgoingRequest) -> Params {
+    let config = machine.config();
+    Params {
+        migration: request.migration.clone(),
+        vm: config.vm.clone(),
+        from_host: config.host.clone(),
+        source_epoch: config.epoch,
+        target_epoch: request.target_epoch,
+        options: request.options.unwrap_or_default(),
+        device_model: DEVICE_MODEL,
+        cpu_profile: config.cpu_profile.name().to_owned(),
+        tracker: machine.built().tracker_name(),
+        link_timeout: LINK_TIMEOUT,
+    }
+}
+
+/// Sends the VM away; the body of the engine's thread.
+pub fn run(machine: &Machine, request: &StartOutgoingRequest, control: &Control) {
+    let id = &request.migration;
+    info!(
+        migration = id,
+        to = request.target_host,
+        addr = request.target_addr,
+        "sending the VM"
+    );
+    let dial = || {
+        let addr: SocketAddr = request.target_addr.parse().map_err(|_| {
+            let message = format!("target_addr {:?} is no ip:port", request.target_addr);
+            Fault::new(Code::InvalidArgument, message).field("target_addr")
+        })?;
+        let config = machine.config();
+        let credentials = Credentials::load(&config.tls, &config.cluster_id)
+            .map_err(|error| Fault::new(error.code(), error.to_string()))?;
+        transport::connect(
+            addr,
+            &host_dns(&request.target_host),
+            credentials.rustls_client(),
+            control,
+        )
+    };
+    let mut source = Source {
+        machine,
+        migration: id,
+    };
+    match source::run(&mut source, dial, &params(machine, request), control) {
+        Outcome::AwaitOutcome => info!(migration = id, "the target is ready; waiting for the outcome"),
+        Outcome::FailedRunning(fault) => machine.migration_failed(id, fault),
+        Outcome::FailedPaused(fault) => {
+            machine.migration_failed(id, fault);
+            machine.resume_on_lost_reply();
+        }
+    }
+    machine.engine_ended();
+}

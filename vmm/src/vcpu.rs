@@ -1,0 +1,415 @@
+//! vCPU threads: who may be inside `KVM_RUN`, and how they are got out.
+//!
+//! ```text
+//!   parked ──enter: wanted, lease alive, guest not over──► running ──kick, lease over, guest over──► parked
+//! ```
+//!
+//! A thread leaves `KVM_RUN` for good only through `EINTR`: after an I/O exit it always enters again, so that KVM completes
+//! the instruction, and `immediate_exit` turns that entry back at once (Linux, Documentation/virt/kvm/api.rst, 4.10 and 5).
+//! So a parked vCPU has no half-done instruction, and its state can be saved.
+//!
+//! To kick: set `immediate_exit`, then send the signal. Whichever the thread meets first brings it out; there is no moment in which
+//! both are missed. The thread itself looks at the clock each time it is out, so a process that was stopped with
+//! `SIGSTOP` past its deadline does not enter again before anybody else has noticed.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::time::Duration;
+
+use drover_proto::{Code, Fault};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use tracing::{error, info};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::devices::Devices;
+use crate::memory::Memory;
+use crate::time::boottime_ns;
+
+/// How long [`Gate::stop`] waits before it kicks again. One kick is enough; this is only a net under it.
+const KICK_AGAIN: Duration = Duration::from_millis(20);
+/// Bytes of code that are logged when the guest cannot go on (the longest instruction has 15).
+const CODE_BYTES: usize = 16;
+
+/// How a guest ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestEnd {
+    /// It shut itself down.
+    Exited,
+    /// It cannot go on.
+    Failed(Fault),
+}
+
+/// A vCPU and what it takes to get its thread out of it.
+#[derive(Debug)]
+pub struct VcpuCell {
+    /// The vCPU's number and APIC id.
+    pub id: u32,
+    fd: Mutex<VcpuFd>,
+    immediate_exit: raw::ImmediateExit,
+    thread: OnceLock<libc::pthread_t>,
+}
+
+impl VcpuCell {
+    /// Wraps vCPU `id`.
+    pub fn new(id: u32, mut fd: VcpuFd) -> Self {
+        let immediate_exit = raw::ImmediateExit::of(&mut fd);
+        Self {
+            id,
+            fd: Mutex::new(fd),
+            immediate_exit,
+            thread: OnceLock::new(),
+        }
+    }
+
+    /// The vCPU. Its thread holds this while it runs: only to be called while it is parked, else this waits.
+    pub fn fd(&self) -> MutexGuard<'_, VcpuFd> {
+        self.fd.lock().expect("no holder of a vCPU's lock panics")
+    }
+
+    fn kick(&self) {
+        self.immediate_exit.get().store(1, Ordering::SeqCst);
+        if let Some(&thread) = self.thread.get() {
+            raw::signal(thread);
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    wanted: bool,
+    quit: bool,
+    running: u32,
+    end: Option<GuestEnd>,
+}
+
+/// Where vCPU threads wait until they may run.
+#[derive(Debug)]
+pub struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+    deadline_ns: AtomicU64,
+    ended: EventFd,
+}
+
+impl Gate {
+    /// A closed gate; `ended` is written when a guest has ended.
+    pub fn new(ended: EventFd) -> Self {
+        Self {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            deadline_ns: AtomicU64::new(0),
+            ended,
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no holder of the gate's lock panics")
+    }
+
+    /// Lets vCPUs run until the `CLOCK_BOOTTIME` `deadline_ns`.
+    pub fn open(&self, deadline_ns: u64) {
+        let mut state = self.state();
+        self.deadline_ns.store(deadline_ns, Ordering::SeqCst);
+        state.wanted = true;
+        self.changed.notify_all();
+    }
+
+    /// Stops all vCPUs; on return none executes.
+    pub fn stop(&self, cells: &[Arc<VcpuCell>]) {
+        let mut state = self.state();
+        state.wanted = false;
+        while state.running > 0 {
+            for cell in cells {
+                cell.kick();
+            }
+            let waited = self.changed.wait_timeout(state, KICK_AGAIN);
+            state = waited.expect("no holder of the gate's lock panics").0;
+        }
+    }
+
+    /// Stops all vCPUs and ends their threads.
+    pub fn quit(&self, cells: &[Arc<VcpuCell>]) {
+        self.stop(cells);
+        self.state().quit = true;
+        self.changed.notify_all();
+    }
+
+    /// How the guest ended, if it has.
+    pub fn end(&self) -> Option<GuestEnd> {
+        self.state().end.clone()
+    }
+
+    /// Waits until this vCPU may run. False: its thread is to end.
+    fn enter(&self, cell: &VcpuCell) -> bool {
+        let mut state = self.state();
+        loop {
+            if state.quit {
+                return false;
+            }
+            if state.wanted && state.end.is_none() && !self.expired() {
+                break;
+            }
+            state = self
+                .changed
+                .wait(state)
+                .expect("no holder of the gate's lock panics");
+        }
+        // Under the lock, so that a `stop` comes either wholly before, and is seen, or wholly after, and kicks.
+        cell.immediate_exit.get().store(0, Ordering::SeqCst);
+        state.running += 1;
+        self.changed.notify_all();
+        true
+    }
+
+    /// Waits, but not for long, until a vCPU has passed the gate: for measuring how long a resume takes.
+    pub fn await_running(&self) {
+        let waited = self
+            .changed
+            .wait_timeout_while(self.state(), KICK_AGAIN, |state| state.running == 0);
+        drop(waited.expect("no holder of the gate's lock panics"));
+    }
+
+    fn leave(&self, end: Option<GuestEnd>) {
+        let mut state = self.state();
+        state.running -= 1;
+        if let Some(end) = end {
+            state.end.get_or_insert(end);
+            if let Err(error) = self.ended.write(1) {
+                error!(%error, "the guest's end cannot be announced");
+            }
+        }
+        self.changed.notify_all();
+    }
+
+    fn expired(&self) -> bool {
+        boottime_ns() >= self.deadline_ns.load(Ordering::SeqCst)
+    }
+
+    fn keep_running(&self) -> bool {
+        if self.expired() {
+            return false;
+        }
+        let state = self.state();
+        state.wanted && state.end.is_none()
+    }
+}
+
+/// What a vCPU thread works with.
+pub struct Context {
+    /// The vCPU.
+    pub cell: Arc<VcpuCell>,
+    /// Its gate.
+    pub gate: Arc<Gate>,
+    /// Its devices.
+    pub devices: Arc<Devices>,
+    /// The guest's memory.
+    pub memory: Arc<Memory>,
+}
+
+/// The body of a vCPU's thread: runs whenever the gate lets it, until the gate says quit.
+pub fn run(context: &Context) {
+    let thread = raw::this_thread();
+    context.cell.thread.get_or_init(|| thread);
+    while context.gate.enter(&context.cell) {
+        let end = execute(context);
+        context.gate.leave(end);
+    }
+}
+
+/// Executes the vCPU until it is kicked out or the guest ends.
+fn execute(context: &Context) -> Option<GuestEnd> {
+    let Context {
+        cell,
+        gate,
+        devices,
+        memory,
+    } = context;
+    let mut fd = cell.fd();
+    loop {
+        let exit = match fd.run() {
+            Ok(exit) => exit,
+            Err(error) if error.errno() == libc::EINTR => {
+                if gate.keep_running() {
+                    cell.immediate_exit.get().store(0, Ordering::SeqCst);
+                    // A `stop` between the question and the store has its kick overwritten: ask again.
+                    if gate.keep_running() {
+                        continue;
+                    }
+                }
+                return None;
+            }
+            Err(error) if error.errno() == libc::EAGAIN => continue,
+            Err(error) => return Some(kvm_failure(&fd, memory, &format!("KVM_RUN failed: {error}"))),
+        };
+        let end = match exit {
+            VcpuExit::IoOut(port, data) => devices.port_write(port, data),
+            VcpuExit::IoIn(port, data) => {
+                devices.port_read(port, data);
+                None
+            }
+            VcpuExit::MmioRead(gpa, data) => {
+                devices.mmio_read(gpa, data);
+                None
+            }
+            VcpuExit::MmioWrite(..) | VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => None,
+            other => {
+                let seen = Ended::of(&other);
+                Some(seen.describe(&mut fd, memory, cell.id))
+            }
+        };
+        if end.is_some() {
+            return end;
+        }
+        if gate.expired() {
+            // The pending exit is completed by one more entry, which returns at once.
+            cell.immediate_exit.get().store(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// The exits that end a guest, freed of their borrow of the vCPU.
+enum Ended {
+    TripleFault,
+    Internal,
+    System(u32),
+    Other(String),
+}
+
+impl Ended {
+    fn of(exit: &VcpuExit) -> Self {
+        match exit {
+            VcpuExit::Shutdown => Self::TripleFault,
+            VcpuExit::InternalError => Self::Internal,
+            VcpuExit::SystemEvent(kind, _) => Self::System(*kind),
+            other => Self::Other(format!("{other:?}")),
+        }
+    }
+
+    fn describe(self, fd: &mut VcpuFd, memory: &Memory, id: u32) -> GuestEnd {
+        match self {
+            Self::System(kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN) => {
+                info!("the guest shut itself down");
+                GuestEnd::Exited
+            }
+            Self::TripleFault | Self::System(kvm_bindings::KVM_SYSTEM_EVENT_RESET) => {
+                let at = log_state(fd, memory, "triple fault");
+                let message = format!("vCPU {id} triple-faulted at {at}");
+                GuestEnd::Failed(Fault::new(Code::GuestTripleFault, message))
+            }
+            Self::Internal if raw::suberror(fd) == kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => {
+                let at = log_state(fd, memory, "emulation failure");
+                let message = format!("KVM cannot emulate what vCPU {id} executes at {at}");
+                GuestEnd::Failed(Fault::new(Code::GuestEmulationFailure, message))
+            }
+            Self::Internal => {
+                let what = format!("internal error {} of vCPU {id}", raw::suberror(fd));
+                kvm_failure(fd, memory, &what)
+            }
+            Self::System(kind) => kvm_failure(fd, memory, &format!("system event {kind} of vCPU {id}")),
+            Self::Other(exit) => kvm_failure(fd, memory, &format!("vCPU {id} exited with {exit}")),
+        }
+    }
+}
+
+fn kvm_failure(fd: &VcpuFd, memory: &Memory, what: &str) -> GuestEnd {
+    let at = log_state(fd, memory, what);
+    GuestEnd::Failed(Fault::new(Code::GuestKvmFailure, format!("{what}, at {at}")))
+}
+
+/// Logs registers and the bytes at the instruction pointer; returns both in short.
+fn log_state(fd: &VcpuFd, memory: &Memory, what: &str) -> String {
+    let Ok(regs) = fd.get_regs() else {
+        return "an address that KVM does not tell".to_owned();
+    };
+    let cs_base = fd
+        .get_sregs()
+        .map_or(0, |sregs| if sregs.cs.l == 1 { 0 } else { sregs.cs.base });
+    let mut code = [0u8; CODE_BYTES];
+    let linear = cs_base.wrapping_add(regs.rip);
+    let bytes = fd
+        .translate_gva(linear)
+        .ok()
+        .filter(|translated| translated.valid != 0)
+        .and_then(|translated| {
+            memory
+                .mapped()
+                .read(&mut code, GuestAddress(translated.physical_address))
+                .ok()
+        })
+        .map_or(&[][..], |read| &code[..read]);
+    let bytes: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let bytes = bytes.join(" ");
+    error!(
+        what,
+        ?regs,
+        rip = format!("{:#x}", regs.rip),
+        bytes,
+        "the guest cannot go on"
+    );
+    if let Ok(sregs) = fd.get_sregs() {
+        error!(?sregs, "its system registers");
+    }
+    format!(
+        "rip {:#x}, bytes {}",
+        regs.rip,
+        if bytes.is_empty() { "unreadable" } else { &bytes }
+    )
+}
+
+/// What touches the shared `kvm_run` page and signals.
+#[allow(unsafe_code)]
+mod raw {
+    use std::ptr::NonNull;
+    use std::sync::Once;
+    use std::sync::atomic::AtomicU8;
+
+    use kvm_ioctls::VcpuFd;
+    use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+    /// The flag in a vCPU's `kvm_run` page that turns an entry back.
+    #[derive(Debug)]
+    pub struct ImmediateExit(NonNull<AtomicU8>);
+
+    // SAFETY: the pointer is to one byte of a shared mapping, used only as an atomic.
+    unsafe impl Send for ImmediateExit {}
+    // SAFETY: as above.
+    unsafe impl Sync for ImmediateExit {}
+
+    impl ImmediateExit {
+        /// The flag of `fd`, which must live at least as long (it does: both are fields of one cell).
+        pub fn of(fd: &mut VcpuFd) -> Self {
+            let flag = &raw mut fd.get_kvm_run().immediate_exit;
+            Self(NonNull::new(flag.cast()).expect("a field of a mapped structure is not null"))
+        }
+
+        pub fn get(&self) -> &AtomicU8 {
+            // SAFETY: the mapping lives as long as the cell that holds both, see `of`; a byte is always aligned.
+            unsafe { self.0.as_ref() }
+        }
+    }
+
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+    /// The calling thread, prepared to be kicked.
+    pub fn this_thread() -> libc::pthread_t {
+        static HANDLER: Once = Once::new();
+        HANDLER.call_once(|| {
+            register_signal_handler(SIGRTMIN(), nothing).expect("SIGRTMIN can be handled");
+        });
+        // SAFETY: always succeeds.
+        unsafe { libc::pthread_self() }
+    }
+
+    /// Interrupts `KVM_RUN` of `thread`.
+    pub fn signal(thread: libc::pthread_t) {
+        // SAFETY: the thread is a vCPU's, which is joined only after it was last signalled, so its id is valid.
+        unsafe { libc::pthread_kill(thread, SIGRTMIN()) };
+    }
+
+    /// The suberror of an exit that was `KVM_EXIT_INTERNAL_ERROR`.
+    pub fn suberror(fd: &mut VcpuFd) -> u32 {
+        // SAFETY: the exit's reason says that this member of the union is the one that was filled in.
+        unsafe { fd.get_kvm_run().__bindgen_anon_1.internal.suberror }
+    }
+}

@@ -1,0 +1,331 @@
+//! A VM as one thing: built, resumed, paused, saved, restored. It knows nothing of leases and epochs.
+//!
+//! ```text
+//!   build ──► paused ◄──resume / pause──► running
+//!                │
+//!                ├── save: the VmSave of this instant; memory is read by pages
+//!                └── restore: before the first resume, into a VM built without a kernel
+//! ```
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+
+use drover_migration::vm::PageSet;
+use drover_proto::{Code, Fault};
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_cpuid_entry2, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, VmFd};
+use tracing::debug;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::start::{self, Entry};
+use crate::caps::Caps;
+use crate::cpu::profile::{self, Profile};
+use crate::cpu::state;
+use crate::devices::Devices;
+use crate::devices::console::Console;
+use crate::devices::serial::{IRQ, SerialPort};
+use crate::dirty::{Bitmap, DirtyTracker};
+use crate::irqchip;
+use crate::memory::Memory;
+use crate::save::{self, Saved, bad};
+use crate::vcpu::{self, Context, Gate, GuestEnd, VcpuCell};
+
+/// Three pages for KVM's task-state segment on Intel hosts without unrestricted guests, within the 32-bit hole.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+/// One page for its identity map.
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// What a VM is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest memory, bytes, whole MiB.
+    pub memory_bytes: u64,
+    /// What the guest sees of the CPU.
+    pub profile: Profile,
+}
+
+/// A VM.
+pub struct Vm {
+    fd: VmFd,
+    caps: Caps,
+    msr_indices: Vec<u32>,
+    supported_cpuid: Vec<kvm_cpuid_entry2>,
+    memory: Arc<Memory>,
+    devices: Arc<Devices>,
+    console: Arc<Console>,
+    cells: Vec<Arc<VcpuCell>>,
+    gate: Arc<Gate>,
+    ended: EventFd,
+    tracker: Mutex<Box<dyn DirtyTracker>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+fn start_failed(what: &str, error: impl std::fmt::Display) -> Fault {
+    Fault::new(Code::VmmStartFailed, format!("{what}: {error}"))
+}
+
+impl Vm {
+    /// Builds a paused VM without a kernel: to be booted with [`Vm::boot`] or filled with [`Vm::restore`].
+    pub fn build(shape: Shape) -> Result<Self, Fault> {
+        let kvm = Kvm::new()
+            .map_err(|error| Fault::new(Code::KvmUnusable, format!("/dev/kvm cannot be opened: {error}")))?;
+        let mut caps = Caps::ask(&kvm)?;
+        let fd = kvm
+            .create_vm()
+            .map_err(|error| start_failed("KVM creates no VM", error))?;
+        caps.enable(&fd);
+        debug!(?caps, "KVM");
+        fd.set_tss_address(TSS_ADDRESS)
+            .map_err(|error| start_failed("task-state address", error))?;
+        if caps.identity_map {
+            fd.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+                .map_err(|error| start_failed("identity map", error))?;
+        }
+        irqchip::create(&fd)?;
+        let memory = Arc::new(Memory::new(shape.memory_bytes)?);
+        set_slots(&fd, &memory, false)?;
+        let eventfd = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        let line = eventfd().map_err(|error| start_failed("eventfd", error))?;
+        fd.register_irqfd(&line, IRQ)
+            .map_err(|error| start_failed("serial port's interrupt", error))?;
+        let console = Arc::new(Console::default());
+        let devices = Arc::new(Devices::new(SerialPort::new(line, console.clone())?));
+        let ended = eventfd().map_err(|error| start_failed("eventfd", error))?;
+        let announce = ended
+            .try_clone()
+            .map_err(|error| start_failed("eventfd", error))?;
+        let vm = Self {
+            msr_indices: state::msr_indices(&kvm)?,
+            supported_cpuid: supported_cpuid(&kvm)?,
+            cells: cells(&fd, shape.vcpus)?,
+            tracker: Mutex::new(Box::new(Bitmap::new(&caps))),
+            gate: Arc::new(Gate::new(announce)),
+            threads: Mutex::default(),
+            fd,
+            caps,
+            memory,
+            devices,
+            console,
+            ended,
+        };
+        vm.start_threads()?;
+        Ok(vm)
+    }
+
+    /// Prepares the vCPUs for the kernel that was loaded at `entry`.
+    pub fn boot(&self, profile: Profile, entry: Entry) -> Result<(), Fault> {
+        let count = u32::try_from(self.cells.len()).expect("a VM has at most 32 vCPUs");
+        let cpuid = profile.apply(&self.supported_cpuid, count)?;
+        for cell in &self.cells {
+            let fd = cell.fd();
+            state::init(&fd, &profile::for_vcpu(&cpuid, cell.id))?;
+            if cell.id == 0 {
+                let reset = fd
+                    .get_sregs()
+                    .map_err(|error| start_failed("system registers", error))?;
+                fd.set_sregs(&start::sregs(entry, reset))
+                    .map_err(|error| start_failed("system registers", error))?;
+                fd.set_regs(&start::regs(entry))
+                    .map_err(|error| start_failed("registers", error))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn start_threads(&self) -> Result<(), Fault> {
+        let mut threads = self
+            .threads
+            .lock()
+            .expect("no holder of the threads' lock panics");
+        for cell in &self.cells {
+            let context = Context {
+                cell: cell.clone(),
+                gate: self.gate.clone(),
+                devices: self.devices.clone(),
+                memory: self.memory.clone(),
+            };
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{}", cell.id))
+                .spawn(move || vcpu::run(&context))
+                .map_err(|error| start_failed("vCPU thread", error))?;
+            threads.push(thread);
+        }
+        Ok(())
+    }
+
+    /// Lets the vCPUs run until the `CLOCK_BOOTTIME` `deadline_ns`, at the latest.
+    pub fn resume(&self, deadline_ns: u64) {
+        self.gate.open(deadline_ns);
+    }
+
+    /// Waits, but not for long, until a vCPU executes after [`Vm::resume`].
+    pub fn await_running(&self) {
+        self.gate.await_running();
+    }
+
+    /// Tells the guest that it was paused, so that its watchdogs do not take that for a hang. vCPUs must be parked.
+    pub fn announce_pause(&self) {
+        if !self.caps.kvmclock_ctrl {
+            return;
+        }
+        for cell in &self.cells {
+            // Refused where the guest uses no kvmclock: then there is nobody to tell.
+            let _ = cell.fd().kvmclock_ctrl();
+        }
+    }
+
+    /// Stops the vCPUs; on return none executes, and none has a half-done instruction.
+    pub fn pause(&self) {
+        self.gate.stop(&self.cells);
+    }
+
+    /// How the guest ended, if it has.
+    pub fn end(&self) -> Option<GuestEnd> {
+        self.gate.end()
+    }
+
+    /// Becomes readable when the guest has ended.
+    pub fn ended(&self) -> &EventFd {
+        &self.ended
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// The guest's console.
+    pub fn console(&self) -> &Arc<Console> {
+        &self.console
+    }
+
+    /// Types on the console; returns how many bytes fitted.
+    pub fn type_in(&self, bytes: &[u8]) -> usize {
+        self.devices.serial().type_in(bytes)
+    }
+
+    /// The state of a paused VM.
+    pub fn save(&self) -> Result<Saved, Fault> {
+        let mut vcpus = Vec::with_capacity(self.cells.len());
+        // All clocks are read before and together: the TSC offsets belong to this instant.
+        let clock = state::save_clock(&self.fd)?;
+        for cell in &self.cells {
+            vcpus.push(state::save(&cell.fd(), &self.caps, &self.msr_indices)?);
+        }
+        Ok(Saved {
+            vcpus,
+            irqchip: irqchip::save(&self.fd)?,
+            clock,
+            serial: self.devices.serial().save(),
+            memory_bytes: self.memory.bytes(),
+        })
+    }
+
+    /// Takes over a saved VM; memory has been written already. A VM that refused may be used no further.
+    pub fn restore(&self, saved: &Saved) -> Result<(), Fault> {
+        if saved.vcpus.len() != self.cells.len() || saved.memory_bytes != self.memory.bytes() {
+            return Err(bad(format!(
+                "the saved VM has {} vCPUs and {} bytes of memory, this one was built with {} and {}",
+                saved.vcpus.len(),
+                saved.memory_bytes,
+                self.cells.len(),
+                self.memory.bytes()
+            )));
+        }
+        state::check_cpuid(&saved.vcpus, &self.supported_cpuid)?;
+        let plan = state::restore_clock(&self.fd, &self.caps, &saved.clock)?;
+        irqchip::restore(&self.fd, &saved.irqchip)?;
+        for (cell, vcpu) in self.cells.iter().zip(&saved.vcpus) {
+            state::restore(&cell.fd(), &self.caps, vcpu, &plan)
+                .map_err(|fault| Fault::new(fault.code, format!("vCPU {}: {}", cell.id, fault.message)))?;
+        }
+        // Last: it may raise its interrupt, which the controllers restored above must not forget.
+        self.devices.serial().restore(&saved.serial)
+    }
+
+    /// [`Vm::restore`] of an encoded state.
+    pub fn restore_encoded(&self, bytes: &[u8]) -> Result<(), Fault> {
+        self.restore(&save::decode(bytes)?)
+    }
+
+    fn tracker(&self) -> MutexGuard<'_, Box<dyn DirtyTracker>> {
+        self.tracker
+            .lock()
+            .expect("no holder of the tracker's lock panics")
+    }
+
+    /// How dirty pages are found, for receipts.
+    pub fn tracker_name(&self) -> &'static str {
+        self.tracker().name()
+    }
+
+    /// Starts the dirty log.
+    pub fn start_dirty_log(&self) -> Result<(), Fault> {
+        self.tracker().start(&self.fd, &self.memory)
+    }
+
+    /// Ends the dirty log.
+    pub fn stop_dirty_log(&self) -> Result<(), Fault> {
+        self.tracker().stop(&self.fd, &self.memory)
+    }
+
+    /// Adds to `into` the pages written since the last call, by the guest and by the VMM.
+    pub fn take_dirty(&self, into: &mut PageSet) -> Result<(), Fault> {
+        self.tracker().take(&self.fd, &self.memory, into)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.gate.quit(&self.cells);
+        let mut threads = self
+            .threads
+            .lock()
+            .expect("no holder of the threads' lock panics");
+        for thread in threads.drain(..) {
+            // A panic in it was logged by the panic hook; there is nothing to add here.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn cells(fd: &VmFd, count: u32) -> Result<Vec<Arc<VcpuCell>>, Fault> {
+    (0..count)
+        .map(|id| {
+            let vcpu = fd
+                .create_vcpu(u64::from(id))
+                .map_err(|error| start_failed(&format!("KVM creates no vCPU {id}"), error))?;
+            Ok(Arc::new(VcpuCell::new(id, vcpu)))
+        })
+        .collect()
+}
+
+fn supported_cpuid(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, Fault> {
+    let cpuid = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|error| Fault::new(Code::KvmUnusable, format!("KVM names no CPUID: {error}")))?;
+    Ok(cpuid.as_slice().to_vec())
+}
+
+/// Tells KVM where the guest's memory is, one slot a region, with or without a dirty log.
+#[allow(unsafe_code)]
+pub fn set_slots(vm: &VmFd, memory: &Memory, log_dirty: bool) -> Result<(), Fault> {
+    for (slot, (region, mapped)) in (0u32..).zip(memory.layout().iter().zip(memory.regions())) {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: if log_dirty { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            guest_phys_addr: region.gpa,
+            memory_size: region.len,
+            userspace_addr: mapped.as_ptr() as u64,
+        };
+        // SAFETY: the range is a live shared mapping of exactly this size. It is unmapped only with `Memory`, which
+        // `Vm` holds beside the VM's descriptor and the vCPU threads hold as long as they run.
+        unsafe { vm.set_user_memory_region(slot) }
+            .map_err(|error| start_failed("KVM refuses the guest's memory", error))?;
+    }
+    Ok(())
+}
