@@ -74,6 +74,8 @@ pub struct Status {
     pub term: u64,
     /// The log is applied up to this index on this member.
     pub applied: u64,
+    /// The entries up to this index are gone from this member's log: a snapshot stands for them. 0: none.
+    pub purged: u64,
     /// The leader, if one is known here.
     pub leader: Option<Peer>,
     /// Every member with its role; `matched` and "unreachable" only where the leader answers.
@@ -259,6 +261,7 @@ impl Consensus {
     pub fn status(&self) -> Status {
         let metrics = self.inner.raft.metrics().borrow().clone();
         let applied = metrics.last_applied.map_or(0, |last| last.index);
+        let purged = metrics.purged.map_or(0, |purged| purged.index);
         let leader = leader_of(&metrics);
         let membership = metrics.membership_config.membership();
         let mut peers: Vec<Peer> = membership.nodes().map(|(&id, node)| peer(id, node)).collect();
@@ -276,6 +279,7 @@ impl Consensus {
         Status {
             term: metrics.current_term,
             applied,
+            purged,
             leader,
             members,
         }
