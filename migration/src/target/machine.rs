@@ -1,7 +1,7 @@
 //! The target's protocol without IO: an event goes in, a list of actions comes out.
 //!
 //! ```text
-//!  Waiting ──Hello──▶ Receiving ──RoundEnd{last}──▶ Swept ──State──▶ Restoring ──Restored──▶ Ended{Ready}
+//!  Waiting ──Hello──▶ Receiving ──RoundEnd{last}──▶ Swept ──State──▶ Restoring ──Restored──▶ Answering ──Ready went out──▶ Ended{Done}
 //!  any ──a frame out of place, a count that differs, the link, the VM──▶ Ended{Failed}
 //! ```
 //!
@@ -87,6 +87,8 @@ enum State {
     Receiving,
     Swept,
     Restoring,
+    /// The list that says Ready and ends is being done; it may still fail.
+    Answering,
     Ended,
 }
 
@@ -132,7 +134,8 @@ impl Machine {
         })
     }
 
-    /// One step. `now`: time since any fixed instant; it never goes back. After the end nothing is done any more.
+    /// One step. `now`: time since any fixed instant; it never goes back. If an action fails, the rest of its list is
+    /// dropped for the list that the failure brings. After an `End` was done nothing more is to be told.
     pub fn handle<'a>(&mut self, now: Duration, event: Event<'a>) -> Vec<Action<'a>> {
         if self.state == State::Ended {
             return Vec::new();
@@ -147,20 +150,20 @@ impl Machine {
                 Code::Internal,
                 "the VM was restored without being asked to",
             )),
-            Event::LinkFailed(fault) if fault.code == Code::LinkLost => return self.end(Err(fault)),
+            Event::LinkFailed(fault) if fault.code == Code::LinkLost => return self.fail(fault),
             Event::LinkFailed(fault) | Event::VmFailed(fault) => Err(fault),
             Event::Cancelled => Err(Fault::new(Code::Cancelled, "the target's VMM was asked to end")),
         };
         step.unwrap_or_else(|fault| {
             let mut actions = vec![Action::Send(Message::Refusal(Refusal::from(&fault)))];
-            actions.extend(self.end(Err(fault)));
+            actions.extend(self.fail(fault));
             actions
         })
     }
 
     fn receive<'a>(&mut self, now: Duration, frame: Frame<'a>) -> Result<Vec<Action<'a>>, Fault> {
         match (self.state, frame) {
-            (_, Frame::Message(Message::Cancel(cancel))) => Ok(self.end(Err(cancel.fault()))),
+            (_, Frame::Message(Message::Cancel(cancel))) => Ok(self.fail(cancel.fault())),
             (State::Waiting, Frame::Message(Message::Hello(hello))) => {
                 let version = handshake::check(&hello, &self.expected)?;
                 self.state = State::Receiving;
@@ -319,10 +322,10 @@ impl Machine {
 
     fn restored<'a>(&mut self, now: Duration) -> Vec<Action<'a>> {
         let Some(mut done) = self.done.take() else {
-            return self.end(Err(Fault::new(
+            return self.fail(Fault::new(
                 Code::Internal,
                 "a VM was restored before its state was judged",
-            )));
+            ));
         };
         done.ready_at = now;
         if let Some(blackout) = &mut done.receipt.blackout_us {
@@ -336,14 +339,14 @@ impl Machine {
         });
         let report = self.report(now, MigrationPhase::Ready);
         let mut actions = vec![Action::Reach("target.before_ready"), Action::Send(ready), report];
-        actions.push(Action::Reach("target.after_ready"));
-        actions.extend(self.end(Ok(done)));
+        actions.extend([Action::Reach("target.after_ready"), Action::End(Ok(done))]);
+        self.state = State::Answering;
         actions
     }
 
-    fn end<'a>(&mut self, result: Result<Done, Fault>) -> Vec<Action<'a>> {
+    fn fail<'a>(&mut self, fault: Fault) -> Vec<Action<'a>> {
         self.state = State::Ended;
-        vec![Action::End(result)]
+        vec![Action::End(Err(fault))]
     }
 
     fn and_report<'a>(&mut self, now: Duration, action: Action<'a>) -> Vec<Action<'a>> {

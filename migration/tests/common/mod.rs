@@ -1,0 +1,205 @@
+//! A VM made of a byte array, with a dirty log as exact as the contract asks for: marking and writing are one step.
+
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use drover_migration::codec::Run;
+use drover_migration::vm::{Layout, PAGE_SIZE, PageSet, Region, SourceVm, TargetVm};
+use drover_proto::{Code, Fault};
+
+/// What the fake VM does wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flaw {
+    StartLog,
+    TakeDirty,
+    Pause,
+    Save,
+    Write,
+    Restore,
+}
+
+pub struct Inner {
+    pub memory: Vec<u8>,
+    pub dirty: Option<PageSet>,
+    pub paused: bool,
+    pub pauses: u32,
+    pub restored: Option<Vec<u8>>,
+    pub flaw: Option<Flaw>,
+}
+
+/// A handle on the VM; the guest's writer has another.
+#[derive(Clone)]
+pub struct FakeVm {
+    pub inner: Arc<Mutex<Inner>>,
+    layout: Layout,
+}
+
+/// Three regions with holes between them when there are pages enough.
+pub fn layout(pages: u64) -> Layout {
+    let page = PAGE_SIZE as u64;
+    let parts = if pages >= 3 {
+        vec![pages / 3, 1, pages - pages / 3 - 1]
+    } else {
+        vec![pages]
+    };
+    let mut gpa = 0;
+    parts
+        .into_iter()
+        .map(|count| {
+            let region = Region {
+                gpa,
+                len: count * page,
+            };
+            gpa += region.len + 16 * page;
+            region
+        })
+        .collect()
+}
+
+impl FakeVm {
+    pub fn new(pages: u64) -> Self {
+        let bytes = usize::try_from(pages).unwrap() * PAGE_SIZE;
+        let inner = Inner {
+            memory: vec![0; bytes],
+            dirty: None,
+            paused: false,
+            pauses: 0,
+            restored: None,
+            flaw: None,
+        };
+        Self {
+            inner: Arc::new(Mutex::new(inner)),
+            layout: layout(pages),
+        }
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap()
+    }
+
+    /// The guest writes a page, unless it is paused. Says whether it did.
+    pub fn guest_writes(&self, page: usize, value: u8) -> bool {
+        let mut inner = self.lock();
+        if inner.paused {
+            return false;
+        }
+        inner.memory[page * PAGE_SIZE..][..PAGE_SIZE].fill(value);
+        if let Some(dirty) = &mut inner.dirty {
+            dirty.insert(Run {
+                first: page as u64,
+                count: 1,
+            });
+        }
+        true
+    }
+
+    fn flawed(&self, flaw: Flaw) -> Result<(), Fault> {
+        match self.lock().flaw {
+            Some(found) if found == flaw => Err(Fault::new(Code::BadState, format!("{flaw:?} fails"))),
+            _ => Ok(()),
+        }
+    }
+
+    /// No run may cross a region's end.
+    fn in_one_region(&self, first: u64, count: u64) {
+        let mut end = 0;
+        let inside = self.layout.iter().any(|region| {
+            let begin = end;
+            end += region.len / PAGE_SIZE as u64;
+            first >= begin && first + count <= end
+        });
+        assert!(inside, "pages {first}..{} are not in one region", first + count);
+    }
+}
+
+impl SourceVm for FakeVm {
+    fn layout(&self) -> Layout {
+        self.layout.clone()
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), Fault> {
+        self.flawed(Flaw::StartLog)?;
+        let pages = (self.lock().memory.len() / PAGE_SIZE) as u64;
+        self.lock().dirty = Some(PageSet::empty(pages));
+        Ok(())
+    }
+
+    fn stop_dirty_log(&mut self) {
+        self.lock().dirty = None;
+    }
+
+    fn take_dirty(&mut self, into: &mut PageSet) -> Result<(), Fault> {
+        self.flawed(Flaw::TakeDirty)?;
+        let mut inner = self.lock();
+        let dirty = inner.dirty.as_mut().expect("the log is on");
+        into.merge(dirty);
+        dirty.words.fill(0);
+        Ok(())
+    }
+
+    fn read_pages(&self, first: u64, out: &mut [u8]) {
+        self.in_one_region(first, (out.len() / PAGE_SIZE) as u64);
+        out.copy_from_slice(&self.lock().memory[usize::try_from(first).unwrap() * PAGE_SIZE..][..out.len()]);
+    }
+
+    fn pause(&mut self) -> Result<(), Fault> {
+        self.lock().pauses += 1;
+        self.flawed(Flaw::Pause)?;
+        self.lock().paused = true;
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, Fault> {
+        assert!(self.lock().paused, "only a paused VM is saved");
+        self.flawed(Flaw::Save)?;
+        Ok(b"registers and devices".to_vec())
+    }
+}
+
+impl TargetVm for FakeVm {
+    fn layout(&self) -> Layout {
+        self.layout.clone()
+    }
+
+    fn write_pages(&mut self, first: u64, data: &[u8]) -> Result<(), Fault> {
+        self.flawed(Flaw::Write)?;
+        self.in_one_region(first, (data.len() / PAGE_SIZE) as u64);
+        self.lock().memory[usize::try_from(first).unwrap() * PAGE_SIZE..][..data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn zero_pages(&mut self, first: u64, count: u64) -> Result<(), Fault> {
+        self.in_one_region(first, count);
+        let bytes = usize::try_from(count).unwrap() * PAGE_SIZE;
+        self.lock().memory[usize::try_from(first).unwrap() * PAGE_SIZE..][..bytes].fill(0);
+        Ok(())
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), Fault> {
+        self.flawed(Flaw::Restore)?;
+        self.lock().restored = Some(state.to_vec());
+        Ok(())
+    }
+}
+
+/// SplitMix64: the tests' only randomness, so that a seed replays a run.
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, bound: usize) -> usize {
+        usize::try_from(self.next() % bound as u64).unwrap()
+    }
+
+    pub fn byte(&mut self) -> u8 {
+        self.next().to_le_bytes()[0]
+    }
+}

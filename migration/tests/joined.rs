@@ -1,0 +1,667 @@
+//! Both machines, joined by a link that breaks in every way, around a guest that writes between any two steps; either
+//! side may die or fail at any step. Time is simulated, one thread, one seed replays a run.
+
+mod common;
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use common::{FakeVm, Flaw, Rng, layout};
+use drover_migration::codec::{self, Batch, Frame, Hello, Message, Run};
+use drover_migration::convergence::{Intent, fits};
+use drover_migration::handshake::{Expected, VERSIONS, regions};
+use drover_migration::source::{self, Outcome};
+use drover_migration::target;
+use drover_migration::vm::{PAGE_SIZE, PageSet, SourceVm, TargetVm};
+use drover_proto::{Code, Fault};
+use proptest::prelude::*;
+
+/// A run that takes more steps has lost its end.
+const STEPS_MAX: usize = 200_000;
+/// What the simulated link carries.
+const LINK_BYTES_PER_S: u64 = 100 << 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    None,
+    CutLink,
+    TruncateFrame,
+    CorruptFrame,
+    LoseFrame,
+    SwapFrames,
+    RepeatFrame,
+    KillSource,
+    KillTarget,
+    CancelSource,
+    CancelTarget,
+    Source(Flaw),
+    Target(Flaw),
+}
+
+const TROUBLES: [Trouble; 17] = [
+    Trouble::None,
+    Trouble::CutLink,
+    Trouble::TruncateFrame,
+    Trouble::CorruptFrame,
+    Trouble::LoseFrame,
+    Trouble::SwapFrames,
+    Trouble::RepeatFrame,
+    Trouble::KillSource,
+    Trouble::KillTarget,
+    Trouble::CancelSource,
+    Trouble::CancelTarget,
+    Trouble::Source(Flaw::StartLog),
+    Trouble::Source(Flaw::TakeDirty),
+    Trouble::Source(Flaw::Pause),
+    Trouble::Source(Flaw::Save),
+    Trouble::Target(Flaw::Write),
+    Trouble::Target(Flaw::Restore),
+];
+
+#[derive(Clone, Debug)]
+struct Plan {
+    seed: u64,
+    pages: u64,
+    /// Pages that the guest writes, from a random place on.
+    hot: u64,
+    /// Out of 16 steps so many are the guest's.
+    eagerness: usize,
+    max_downtime_ms: u64,
+    trouble: Trouble,
+    /// Steps before the trouble.
+    at: usize,
+    skip_final_pass: bool,
+}
+
+fn plans() -> impl Strategy<Value = Plan> {
+    (
+        any::<u64>(),
+        1_u64..700,
+        1_u64..200,
+        0_usize..15,
+        prop::sample::select(vec![1_u64, 20, 300]),
+        prop::sample::select(TROUBLES.to_vec()),
+        0_usize..120,
+    )
+        .prop_map(
+            |(seed, pages, hot, eagerness, max_downtime_ms, trouble, at)| Plan {
+                seed,
+                pages,
+                hot: hot.min(pages),
+                eagerness,
+                max_downtime_ms,
+                trouble,
+                at,
+                skip_final_pass: false,
+            },
+        )
+}
+
+/// One direction of the link: whole frames on their way.
+#[derive(Default)]
+struct Wire {
+    frames: VecDeque<Vec<u8>>,
+    sent: u64,
+    received: u64,
+}
+
+impl Wire {
+    fn send(&mut self, message: &Message) {
+        let mut frame = Vec::new();
+        codec::encode(message, self.sent, &mut frame).unwrap();
+        self.push(frame);
+    }
+
+    fn push(&mut self, frame: Vec<u8>) {
+        self.sent += 1;
+        self.frames.push_back(frame);
+    }
+}
+
+struct Side<A> {
+    alive: bool,
+    actions: VecDeque<A>,
+}
+
+struct World {
+    plan: Plan,
+    rng: Rng,
+    now: Duration,
+    cut: bool,
+    struck: bool,
+    source_vm: FakeVm,
+    target_vm: FakeVm,
+    source_machine: source::Machine,
+    target_machine: target::Machine,
+    source: Side<source::Action>,
+    target_alive: bool,
+    to_target: Wire,
+    to_source: Wire,
+    batch: Batch,
+    hot_from: usize,
+    outcome: Option<Outcome>,
+    target_end: Option<Result<target::Done, Fault>>,
+    ready_said: bool,
+    memory_differed: bool,
+    cancel_source: bool,
+    cancel_target: bool,
+}
+
+fn lost() -> Fault {
+    Fault::new(Code::LinkLost, "the link was cut")
+}
+
+impl World {
+    fn new(plan: Plan) -> Self {
+        let mut rng = Rng(plan.seed);
+        let source_vm = FakeVm::new(plan.pages);
+        for page in 0..usize::try_from(plan.pages).unwrap() {
+            if rng.below(3) > 0 {
+                source_vm.guest_writes(page, rng.byte());
+            }
+        }
+        let target_vm = FakeVm::new(plan.pages);
+        match plan.trouble {
+            Trouble::Source(flaw) => source_vm.lock().flaw = Some(flaw),
+            Trouble::Target(flaw) => target_vm.lock().flaw = Some(flaw),
+            _ => {}
+        }
+        let hello = Hello {
+            version_min: *VERSIONS.start(),
+            version_max: *VERSIONS.end(),
+            migration: "m1".into(),
+            vm: "vm1".into(),
+            from_host: "host1".into(),
+            source_epoch: 4,
+            target_epoch: 5,
+            page_size: 4096,
+            regions: regions(&layout(plan.pages)),
+            device_model: 1,
+            cpu_profile: "baseline".into(),
+        };
+        let source_machine = source::Machine::new(source::Config {
+            hello,
+            total_pages: plan.pages,
+            intent: Intent {
+                max_downtime: Duration::from_millis(plan.max_downtime_ms),
+                deadline: None,
+                bandwidth: None,
+            },
+            tracker: "bitmap".into(),
+            skip_final_pass: plan.skip_final_pass,
+        });
+        let target_machine = target::Machine::new(Expected {
+            versions: VERSIONS,
+            migration: "m1".into(),
+            vm: "vm1".into(),
+            from_host: "host1".into(),
+            epoch: 5,
+            layout: layout(plan.pages),
+            device_model: 1,
+            cpu_profile: "baseline".into(),
+        })
+        .unwrap();
+        Self {
+            hot_from: rng.below(usize::try_from(plan.pages - plan.hot + 1).unwrap()),
+            plan,
+            rng,
+            now: Duration::from_secs(100),
+            cut: false,
+            struck: false,
+            source_vm,
+            target_vm,
+            source_machine,
+            target_machine,
+            source: Side {
+                alive: true,
+                actions: VecDeque::new(),
+            },
+            target_alive: true,
+            to_target: Wire::default(),
+            to_source: Wire::default(),
+            batch: Batch::default(),
+            outcome: None,
+            target_end: None,
+            ready_said: false,
+            memory_differed: false,
+            cancel_source: false,
+            cancel_target: false,
+        }
+    }
+
+    /// Plays until both sides have ended or are dead.
+    fn play(&mut self) {
+        self.source.actions = self
+            .source_machine
+            .handle(self.now, source::Event::Connected)
+            .into();
+        for step in 0..STEPS_MAX {
+            let source_over = self.outcome.is_some() || !self.source.alive;
+            let target_over = self.target_end.is_some() || !self.target_alive;
+            if source_over && target_over {
+                return;
+            }
+            self.now += Duration::from_micros(self.rng.next() % 20);
+            if step >= self.plan.at && !self.struck {
+                self.struck = self.strike();
+            }
+            if self.rng.below(16) < self.plan.eagerness {
+                let page = self.hot_from + self.rng.below(usize::try_from(self.plan.hot).unwrap());
+                let value = self.rng.byte() & 3;
+                self.source_vm.guest_writes(page, value);
+                continue;
+            }
+            let source_first = self.rng.below(2) == 0;
+            let moved = if source_first {
+                self.step_source() || self.step_target()
+            } else {
+                self.step_target() || self.step_source()
+            };
+            if !moved {
+                // Both wait for a frame that will never come: their time-outs end it.
+                self.cut = true;
+            }
+        }
+        panic!("the migration did not end in {STEPS_MAX} steps");
+    }
+
+    /// Brings the trouble about, if there is something to hit.
+    fn strike(&mut self) -> bool {
+        match self.plan.trouble {
+            Trouble::CutLink => self.cut = true,
+            Trouble::KillSource => (self.source.alive, self.cut) = (false, true),
+            Trouble::KillTarget => (self.target_alive, self.cut) = (false, true),
+            Trouble::CancelSource => self.cancel_source = true,
+            Trouble::CancelTarget => self.cancel_target = true,
+            Trouble::None | Trouble::Source(_) | Trouble::Target(_) => {}
+            frame_trouble => return self.strike_frame(frame_trouble),
+        }
+        true
+    }
+
+    fn strike_frame(&mut self, trouble: Trouble) -> bool {
+        let back = self.rng.below(2) == 0;
+        let frames = if back {
+            &mut self.to_source.frames
+        } else {
+            &mut self.to_target.frames
+        };
+        let due = if trouble == Trouble::SwapFrames { 2 } else { 1 };
+        if frames.len() < due {
+            return false;
+        }
+        let at = self.rng.below(frames.len());
+        match trouble {
+            Trouble::TruncateFrame => {
+                let keep = self.rng.below(frames[at].len());
+                frames[at].truncate(keep);
+                frames.truncate(at + 1);
+            }
+            Trouble::CorruptFrame => {
+                let byte = self.rng.below(frames[at].len());
+                frames[at][byte] ^= 1 << self.rng.below(8);
+            }
+            Trouble::LoseFrame => {
+                frames.remove(at);
+            }
+            Trouble::SwapFrames => frames.swap(0, 1),
+            _ => {
+                let again = frames[at].clone();
+                frames.insert(at, again);
+            }
+        }
+        true
+    }
+
+    fn step_source(&mut self) -> bool {
+        if !self.source.alive || self.outcome.is_some() {
+            return false;
+        }
+        let Some(action) = self.source.actions.front() else {
+            panic!("a machine's list ended without an end")
+        };
+        if *action == source::Action::Receive
+            && self.to_source.frames.is_empty()
+            && !self.cut
+            && !self.cancel_source
+        {
+            return false;
+        }
+        let action = self.source.actions.pop_front().unwrap();
+        if let Some(event) = self.perform_source(action) {
+            self.source.actions = self.source_machine.handle(self.now, event).into();
+            let ends = self
+                .source
+                .actions
+                .iter()
+                .filter(|action| matches!(action, source::Action::End(_)))
+                .count();
+            assert!(ends <= 1 && !self.source.actions.is_empty());
+        }
+        true
+    }
+
+    fn perform_source(&mut self, action: source::Action) -> Option<source::Event> {
+        use source::{Action, Event};
+        match action {
+            Action::Reach(_) => return None,
+            Action::Report(progress) => {
+                assert!(progress.bytes_remaining <= progress.bytes_total);
+                return None;
+            }
+            Action::Send(message) => {
+                if self.cut {
+                    let farewell = matches!(message, Message::Cancel(_));
+                    return (!farewell).then(|| Event::LinkFailed(lost()));
+                }
+                self.to_target.send(&message);
+                return None;
+            }
+            Action::End(outcome) => {
+                assert!(self.source.actions.is_empty(), "an end is the last action");
+                self.source_ended(outcome);
+                return None;
+            }
+            _ if self.cancel_source => return Some(Event::Cancelled),
+            _ => {}
+        }
+        let took = Duration::from_micros(self.rng.next() % 1000);
+        let result = match action {
+            Action::Receive => Ok(self.source_receives()),
+            Action::SendBatch { round, runs, .. } => Ok(self.send_batch(round, &runs)),
+            Action::StartLog => self.source_vm.start_dirty_log().map(|()| Event::LogStarted),
+            Action::TakeDirty => {
+                let mut dirty = PageSet::empty(self.plan.pages);
+                self.source_vm
+                    .take_dirty(&mut dirty)
+                    .map(|()| Event::DirtyTaken(dirty))
+            }
+            Action::Pause => {
+                let sample = self.source_machine.sample(self.now);
+                let intent = Intent {
+                    max_downtime: Duration::from_millis(self.plan.max_downtime_ms),
+                    deadline: None,
+                    bandwidth: None,
+                };
+                assert!(
+                    fits(&sample, &intent),
+                    "paused before the stop rule held: {sample:?}"
+                );
+                self.now += took;
+                self.source_vm.pause().map(|()| Event::Paused { took })
+            }
+            other => {
+                assert_eq!(other, Action::Save);
+                self.source_vm.save().map(|state| Event::Saved { state, took })
+            }
+        };
+        Some(result.unwrap_or_else(Event::VmFailed))
+    }
+
+    fn source_receives(&mut self) -> source::Event {
+        let Some(bytes) = self.to_source.frames.pop_front() else {
+            return source::Event::LinkFailed(lost());
+        };
+        match codec::decode(&bytes, self.to_source.received) {
+            Ok((Frame::Message(message), [])) => {
+                self.to_source.received += 1;
+                source::Event::Received(message)
+            }
+            Ok(_) => source::Event::LinkFailed(Fault::new(Code::BadFrame, "not a message")),
+            Err(fault) => source::Event::LinkFailed(fault),
+        }
+    }
+
+    fn send_batch(&mut self, round: u32, runs: &[Run]) -> source::Event {
+        if self.cut {
+            return source::Event::LinkFailed(lost());
+        }
+        self.batch.begin(round);
+        for run in runs {
+            for page in run.first..run.end() {
+                let vm = &self.source_vm;
+                self.batch.add(
+                    Run {
+                        first: page,
+                        count: 1,
+                    },
+                    |first, out| vm.read_pages(first, out),
+                );
+            }
+        }
+        let mut sent = source::Sent {
+            pages: self.batch.pages(),
+            zero_pages: self.batch.zero_pages(),
+            bytes: 0,
+        };
+        for content in [true, false] {
+            let sequence = self.to_target.sent;
+            let frame = if content {
+                self.batch.seal_pages(sequence)
+            } else {
+                self.batch.seal_zeros(sequence)
+            };
+            if let Some(frame) = frame.unwrap() {
+                sent.bytes += frame.len() as u64;
+                self.to_target.push(frame.to_vec());
+            }
+        }
+        self.now += Duration::from_nanos(sent.bytes * 1_000_000_000 / LINK_BYTES_PER_S);
+        source::Event::BatchSent(sent)
+    }
+
+    fn source_ended(&mut self, outcome: Outcome) {
+        let vm = self.source_vm.lock();
+        assert!(vm.pauses <= 1, "paused once an attempt at most");
+        match &outcome {
+            Outcome::AwaitOutcome => assert!(vm.paused && self.ready_said),
+            Outcome::FailedRunning(_) => assert_eq!(vm.pauses, 0, "a VM said to run was paused"),
+            Outcome::FailedPaused(_) => assert_eq!(vm.pauses, 1),
+        }
+        drop(vm);
+        self.outcome = Some(outcome);
+    }
+
+    fn step_target(&mut self) -> bool {
+        if !self.target_alive || self.target_end.is_some() {
+            return false;
+        }
+        let bytes = self.to_target.frames.pop_front();
+        let event = match &bytes {
+            _ if self.cancel_target => target::Event::Cancelled,
+            Some(bytes) => match codec::decode(bytes, self.to_target.received) {
+                Ok((frame, rest)) => {
+                    assert!(rest.is_empty(), "one frame at a time");
+                    self.to_target.received += 1;
+                    target::Event::Received(frame, bytes.len())
+                }
+                Err(fault) => target::Event::LinkFailed(fault),
+            },
+            None if self.cut || self.outcome.is_some() => target::Event::LinkFailed(lost()),
+            None => return false,
+        };
+        let mut actions = VecDeque::from(self.target_machine.handle(self.now, event));
+        while let Some(action) = actions.pop_front() {
+            let followed = match self.perform_target(action) {
+                Ok(None) => continue,
+                Ok(Some(event)) => event,
+                Err(fault) => target::Event::VmFailed(fault),
+            };
+            actions = self.target_machine.handle(self.now, followed).into();
+        }
+        true
+    }
+
+    fn perform_target(
+        &mut self,
+        action: target::Action<'_>,
+    ) -> Result<Option<target::Event<'static>>, Fault> {
+        use target::{Action, Event};
+        match action {
+            Action::Reach(_) | Action::Report(_) => {}
+            Action::Send(message) => {
+                if matches!(message, Message::Ready(_)) {
+                    self.check_ready();
+                }
+                if !self.cut {
+                    self.to_source.send(&message);
+                } else if !matches!(message, Message::Refusal(_)) {
+                    return Ok(Some(Event::LinkFailed(lost())));
+                }
+            }
+            Action::Write { runs, mut data } => {
+                for page in runs.iter().flat_map(|run| run.first..run.end()) {
+                    let (one, rest) = data.split_at(PAGE_SIZE);
+                    self.target_vm.write_pages(page, one)?;
+                    data = rest;
+                }
+                assert!(data.is_empty());
+            }
+            Action::Zero { runs } => {
+                for page in runs.iter().flat_map(|run| run.first..run.end()) {
+                    self.target_vm.zero_pages(page, 1)?;
+                }
+            }
+            Action::Restore(state) => {
+                self.target_vm.restore(&state)?;
+                return Ok(Some(Event::Restored));
+            }
+            Action::End(result) => {
+                // A Ready that could not be sent ends in failure: nobody was told, nobody may commit it.
+                assert!(result.is_err() || self.ready_said, "an end without Ready");
+                self.target_end = Some(result);
+            }
+        }
+        Ok(None)
+    }
+
+    /// Ready is being said: all that a target may not be wrong about.
+    fn check_ready(&mut self) {
+        assert!(!self.ready_said, "Ready is said once");
+        self.ready_said = true;
+        let (source, target) = (self.source_vm.lock(), self.target_vm.lock());
+        assert!(source.paused, "Ready while the source's guest runs");
+        assert_eq!(target.restored.as_deref(), Some(&b"registers and devices"[..]));
+        self.memory_differed = source.memory != target.memory;
+    }
+}
+
+fn play(plan: Plan) -> World {
+    let mut world = World::new(plan);
+    world.play();
+    world
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_breaks_it_ends_and_ready_means_that_the_memories_are_equal(plan in plans()) {
+        let world = play(plan.clone());
+        prop_assert!(!world.memory_differed, "Ready was said over different memory");
+        if let Some(Ok(done)) = &world.target_end {
+            let counted = done.receipt.pages + done.receipt.zero_pages;
+            prop_assert!(counted >= plan.pages && done.receipt.rounds >= 2);
+        }
+        if plan.trouble == Trouble::None {
+            let fine = matches!(world.outcome, Some(Outcome::AwaitOutcome)) && matches!(world.target_end, Some(Ok(_)));
+            let gave_up = matches!(
+                &world.outcome,
+                Some(Outcome::FailedRunning(fault)) if fault.code == Code::NoConvergence
+            );
+            prop_assert!(fine || gave_up, "{:?}", world.outcome);
+        }
+    }
+}
+
+/// Plans that differ in the seed and in when the trouble comes.
+fn swept(trouble: Trouble, seeds: u64) -> impl Iterator<Item = Plan> {
+    (0..seeds).map(move |seed| Plan {
+        seed,
+        pages: 300,
+        hot: 40,
+        eagerness: 6,
+        max_downtime_ms: 300,
+        trouble,
+        at: usize::try_from(seed).unwrap(),
+        skip_final_pass: false,
+    })
+}
+
+#[test]
+fn an_undisturbed_migration_succeeds() {
+    for plan in swept(Trouble::None, 50) {
+        let world = play(plan);
+        assert_eq!(world.outcome, Some(Outcome::AwaitOutcome));
+        assert!(matches!(world.target_end, Some(Ok(_))) && !world.memory_differed);
+    }
+}
+
+#[test]
+fn a_frame_that_was_harmed_on_the_way_is_never_taken_for_a_good_one() {
+    for trouble in [
+        Trouble::TruncateFrame,
+        Trouble::CorruptFrame,
+        Trouble::LoseFrame,
+        Trouble::SwapFrames,
+        Trouble::RepeatFrame,
+    ] {
+        let mut harmed = 0;
+        for plan in swept(trouble, 60) {
+            let world = play(plan);
+            // A harmed acknowledgement of Ready is the one case in which the target is done and the source is not.
+            if world.struck && world.outcome != Some(Outcome::AwaitOutcome) {
+                harmed += 1;
+            }
+            assert!(!world.memory_differed);
+        }
+        assert!(harmed > 10, "{trouble:?} was hardly tried");
+    }
+}
+
+#[test]
+fn a_cancel_at_any_step_ends_both_sides_and_the_source_says_whether_it_paused() {
+    let (mut running, mut paused) = (0, 0);
+    for plan in swept(Trouble::CancelSource, 150) {
+        match play(plan).outcome {
+            Some(Outcome::FailedRunning(fault)) if fault.code == Code::Cancelled => running += 1,
+            Some(Outcome::FailedPaused(fault)) if fault.code == Code::Cancelled => paused += 1,
+            Some(Outcome::AwaitOutcome) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(
+        running > 0 && paused > 0,
+        "{running} before the pause, {paused} after it"
+    );
+}
+
+#[test]
+fn a_vm_that_fails_to_restore_leaves_the_source_paused_with_the_targets_reason() {
+    for plan in swept(Trouble::Target(Flaw::Restore), 20) {
+        let world = play(plan);
+        let Some(Outcome::FailedPaused(fault)) = world.outcome else {
+            panic!("{:?}", world.outcome)
+        };
+        assert_eq!(fault.code, Code::BadState);
+        assert!(
+            fault.message.contains("the target says: Restore fails"),
+            "{fault}"
+        );
+        assert!(!world.ready_said);
+    }
+}
+
+#[test]
+fn without_the_final_pass_the_harness_sees_lost_pages() {
+    let differed = swept(Trouble::None, 50)
+        .map(|plan| {
+            play(Plan {
+                skip_final_pass: true,
+                ..plan
+            })
+        })
+        .filter(|world| world.memory_differed)
+        .count();
+    assert!(differed > 0, "the seeded bug went unnoticed");
+}
