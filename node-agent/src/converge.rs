@@ -1,0 +1,504 @@
+//! What a host has to do next: a pure function of what is desired and what is observed.
+//!
+//! It is called after every change of either, its actions are carried out at leisure and may be lost or repeated: the next
+//! call sees what came of them. Of one VMM it asks one thing at a time.
+//!
+//! ```text
+//!   desired                      no VMM here                 a VMM here
+//!   ─────────────────────────    ─────────────────────────   ─────────────────────────────────────────────
+//!   RUN                          start it, once an epoch;    run on; StartOutgoing in PRE_COPY; Outcome
+//!                                else report it FAILED       aborted when the log says so; its end is
+//!                                                            reported, then it is destroyed
+//!   INCOMING                     start it in PREPARING,      wait for the source; abort when it ended
+//!                                once; else abort
+//!   neither                      –                           destroy it: Outcome committed when HANDED_OVER
+//!   stopping                     report it STOPPED           destroy it, then report it STOPPED
+//! ```
+//!
+//! Two things are never done here. A VMM is never destroyed for want of an answer: without desired state nothing is called, and
+//! that a VMM is *not* desired is believed only when it is [`Observed::confirmed`] or a higher epoch of the VM is desired, which
+//! is final. And no VMM is started for an epoch that had one, or that lies below the highest seen.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use drover_proto::v1::{
+    HostDesired, Migration, MigrationPhase, Reason, StartOutgoingRequest, VmDesired, VmRole, VmState,
+    VmmState,
+};
+use drover_proto::{Code, Fault};
+
+use crate::key::{Key, Kind, migration_number};
+
+/// What an agent knows of its host.
+#[derive(Clone, Debug, Default)]
+pub struct Observed {
+    /// The host's name.
+    pub host: String,
+    /// Every VMM whose end is not reported and forgotten.
+    pub vmms: Vec<Seen>,
+    /// Every VMM that was ever started and whose marker still stands; those in `vmms` among them.
+    pub markers: BTreeSet<Key>,
+    /// By VM: the highest epoch that a VMM was started for.
+    pub highest: BTreeMap<String, u64>,
+    /// Whether the desired state was confirmed by a leader with a quorum after it was received.
+    pub confirmed: bool,
+    /// `(vm, epoch)` without a VMM whose end was reported under this desired state.
+    pub told: BTreeSet<(String, u64)>,
+}
+
+/// One VMM as it is seen.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// Which one.
+    pub key: Key,
+    /// How it stands.
+    pub life: Life,
+    /// Known to have the right to run, or to have had it: booted here, or its hand-over is known to be committed.
+    pub had_right: bool,
+    /// `CommitHandover` was answered with the abort.
+    pub commit_refused: bool,
+    /// The migration for which the VMM took `StartOutgoing`.
+    pub outgoing_taken: Option<String>,
+    /// The migration whose outcome the VMM took, and whether it was the commit.
+    pub outcome_taken: Option<(String, bool)>,
+    /// A controller has answered the report of its end.
+    pub end_reported: bool,
+}
+
+/// How a VMM stands.
+#[derive(Clone, Debug)]
+pub enum Life {
+    /// It is being started.
+    Starting,
+    /// Its process lives but has not answered yet.
+    Silent,
+    /// It said so.
+    Alive(Alive),
+    /// Its process is gone, or could not be started.
+    Gone(Reason),
+}
+
+/// What a VMM says of itself.
+#[derive(Clone, Debug)]
+pub struct Alive {
+    /// Its state.
+    pub state: VmmState,
+    /// Why it failed or ended.
+    pub reason: Option<Reason>,
+    /// The outgoing migration it knows of, under way or ended.
+    pub outgoing: Option<String>,
+}
+
+/// One thing to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Write the marker and start a VMM.
+    StartVmm {
+        /// Which one.
+        key: Key,
+        /// What for.
+        desired: Box<VmDesired>,
+    },
+    /// Let the source's VMM connect to the target's.
+    StartOutgoing {
+        /// The source's VMM.
+        key: Key,
+        /// Where to.
+        request: StartOutgoingRequest,
+    },
+    /// Tell the source what the log says.
+    Outcome {
+        /// The source's VMM.
+        key: Key,
+        /// The migration.
+        migration: String,
+        /// Whether the hand-over is committed.
+        committed: bool,
+    },
+    /// The log holds the hand-over to this VMM: grants are for it.
+    Committed {
+        /// The target's VMM.
+        key: Key,
+    },
+    /// End a VMM.
+    Destroy {
+        /// Which one.
+        key: Key,
+        /// What its log will say.
+        reason: Reason,
+    },
+    /// Report the end of a VMM.
+    ReportEnd {
+        /// Which one.
+        key: Key,
+        /// FAILED or STOPPED.
+        state: VmState,
+        /// Why.
+        reason: Reason,
+    },
+    /// Report the end of a run that has no VMM here.
+    ReportGone {
+        /// The VM.
+        vm: String,
+        /// Its epoch.
+        epoch: u64,
+        /// FAILED or STOPPED.
+        state: VmState,
+        /// Why.
+        reason: Reason,
+    },
+    /// Propose the abort of a migration whose target is lost.
+    Abort {
+        /// The migration.
+        migration: String,
+        /// Why.
+        reason: Reason,
+        /// The phase it was seen in.
+        phase: MigrationPhase,
+    },
+    /// Nothing is left of this VMM but its marker and its log.
+    Forget {
+        /// Which one.
+        key: Key,
+    },
+    /// Ask a leader whether the desired state still stands.
+    Confirm,
+}
+
+/// Everything to be done now.
+pub fn converge(desired: &HostDesired, observed: &Observed) -> Vec<Action> {
+    let mut actions: Vec<Action> = observed
+        .vmms
+        .iter()
+        .filter_map(|seen| for_vmm(desired, observed, seen))
+        .collect();
+    actions.extend(
+        desired
+            .vms
+            .iter()
+            .filter_map(|wanted| for_wanted(observed, wanted)),
+    );
+    for stopping in &desired.stopping {
+        let here = observed
+            .vmms
+            .iter()
+            .any(|seen| seen.key.vm == stopping.vm && seen.key.epoch == stopping.epoch);
+        if !here && !observed.told.contains(&(stopping.vm.clone(), stopping.epoch)) {
+            let reason = reason(Code::VmStopped, "no VMM of this epoch is on the host");
+            let (vm, epoch) = (stopping.vm.clone(), stopping.epoch);
+            actions.push(Action::ReportGone {
+                vm,
+                epoch,
+                state: VmState::Stopped,
+                reason,
+            });
+        }
+    }
+    actions
+}
+
+/// What the desired state says of one VMM.
+enum Want<'a> {
+    Run(&'a VmDesired),
+    Incoming(&'a VmDesired),
+    Nothing { certain: bool },
+}
+
+fn reason(code: Code, message: impl Into<String>) -> Reason {
+    Fault::new(code, message).into()
+}
+
+/// Whether `wanted` is a run that a migration brought to this host, and by which.
+fn arrived_by<'a>(observed: &Observed, wanted: &'a VmDesired) -> Option<&'a Migration> {
+    let committed = |m: &&Migration| matches!(m.phase(), MigrationPhase::Committed | MigrationPhase::Done);
+    wanted
+        .migration
+        .as_ref()
+        .filter(|m| m.to == observed.host && m.epoch == wanted.epoch)
+        .filter(committed)
+}
+
+fn matches(observed: &Observed, seen: &Seen, wanted: &VmDesired) -> bool {
+    if seen.key.vm != wanted.vm || seen.key.epoch != wanted.epoch {
+        return false;
+    }
+    let migration = wanted.migration.as_ref().map(|migration| migration.id.as_str());
+    match (wanted.role(), &seen.key.kind) {
+        (VmRole::Run, Kind::Start) => true,
+        (VmRole::Run, Kind::Incoming(id)) => {
+            seen.had_right || arrived_by(observed, wanted).is_some_and(|migration| migration.id == *id)
+        }
+        (VmRole::Incoming, Kind::Incoming(id)) => migration == Some(id.as_str()),
+        (VmRole::Incoming, Kind::Start) | (VmRole::Unspecified, _) => false,
+    }
+}
+
+fn want<'a>(desired: &'a HostDesired, observed: &Observed, seen: &Seen) -> Want<'a> {
+    match desired.vms.iter().find(|wanted| matches(observed, seen, wanted)) {
+        Some(wanted) if wanted.role() == VmRole::Run => Want::Run(wanted),
+        Some(wanted) => Want::Incoming(wanted),
+        None => {
+            let higher = desired
+                .vms
+                .iter()
+                .any(|other| other.vm == seen.key.vm && other.epoch > seen.key.epoch);
+            Want::Nothing {
+                certain: observed.confirmed || higher,
+            }
+        }
+    }
+}
+
+fn for_vmm(desired: &HostDesired, observed: &Observed, seen: &Seen) -> Option<Action> {
+    let key = seen.key.clone();
+    let want = want(desired, observed, seen);
+    if let Want::Nothing { certain: false } = want {
+        return Some(Action::Confirm);
+    }
+    match (&seen.life, want) {
+        (Life::Gone(why), want) => for_gone(seen, why, want),
+        (Life::Starting | Life::Silent, Want::Nothing { .. }) => Some(Action::Destroy {
+            key,
+            reason: not_desired(),
+        }),
+        (Life::Starting | Life::Silent, _) => None,
+        (Life::Alive(_), _) if seen.commit_refused => Some(Action::Destroy {
+            key,
+            reason: reason(Code::MigrationEnded, "the migration was aborted"),
+        }),
+        (Life::Alive(alive), Want::Run(wanted)) => for_running(observed, seen, alive, wanted),
+        (Life::Alive(alive), Want::Incoming(wanted)) => match alive.state {
+            VmmState::Failed | VmmState::Exited => Some(abort(wanted, end_of(alive).1)),
+            _ => None,
+        },
+        (Life::Alive(alive), Want::Nothing { .. }) => {
+            let stopping = desired
+                .stopping
+                .iter()
+                .any(|vm| vm.vm == key.vm && vm.epoch == key.epoch);
+            match &alive.outgoing {
+                Some(migration) if alive.state == VmmState::HandedOver && !stopping => {
+                    Some(Action::Outcome {
+                        key,
+                        migration: migration.clone(),
+                        committed: true,
+                    })
+                }
+                _ => Some(Action::Destroy {
+                    key,
+                    reason: not_desired(),
+                }),
+            }
+        }
+    }
+}
+
+fn not_desired() -> Reason {
+    reason(Code::VmStopped, "it is not desired on this host")
+}
+
+fn abort(wanted: &VmDesired, reason: Reason) -> Action {
+    let migration = wanted.migration.clone().unwrap_or_default();
+    let phase = migration.phase();
+    Action::Abort {
+        migration: migration.id,
+        reason,
+        phase,
+    }
+}
+
+fn for_gone(seen: &Seen, why: &Reason, want: Want<'_>) -> Option<Action> {
+    let key = seen.key.clone();
+    match want {
+        // A controller knows, and what it makes of it comes as another desired state.
+        Want::Run(_) if seen.end_reported => None,
+        Want::Run(_) => Some(Action::ReportEnd {
+            key,
+            state: VmState::Failed,
+            reason: why.clone(),
+        }),
+        Want::Incoming(wanted) => Some(abort(wanted, why.clone())),
+        Want::Nothing { .. } => {
+            let handed_over = seen
+                .outcome_taken
+                .as_ref()
+                .is_some_and(|(_, committed)| *committed);
+            if !seen.had_right || seen.end_reported || handed_over {
+                return Some(Action::Forget { key });
+            }
+            let reason = reason(Code::VmStopped, "its VMM is gone, as desired");
+            Some(Action::ReportEnd {
+                key,
+                state: VmState::Stopped,
+                reason,
+            })
+        }
+    }
+}
+
+/// How the end of a VMM is reported.
+fn end_of(alive: &Alive) -> (VmState, Reason) {
+    let given = |code, message: &str| alive.reason.clone().unwrap_or_else(|| reason(code, message));
+    match alive.state {
+        VmmState::Failed => (
+            VmState::Failed,
+            given(Code::Internal, "the VMM failed without a reason"),
+        ),
+        _ => (
+            VmState::Stopped,
+            given(Code::VmStopped, "the guest shut itself down"),
+        ),
+    }
+}
+
+fn for_running(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired) -> Option<Action> {
+    let key = seen.key.clone();
+    if matches!(alive.state, VmmState::Failed | VmmState::Exited) {
+        let (state, reason) = end_of(alive);
+        return Some(match seen.end_reported {
+            false => Action::ReportEnd { key, state, reason },
+            true => Action::Destroy { key, reason },
+        });
+    }
+    if !seen.had_right {
+        return Some(Action::Committed { key });
+    }
+    let migration = wanted.migration.as_ref();
+    let migration =
+        migration.filter(|m| m.from == observed.host && m.epoch == wanted.epoch.saturating_add(1))?;
+    if let Some(outgoing) = &alive.outgoing
+        && is_aborted(outgoing, migration)
+        && seen.outcome_taken.as_ref().is_none_or(|(id, _)| id != outgoing)
+    {
+        return Some(Action::Outcome {
+            key,
+            migration: outgoing.clone(),
+            committed: false,
+        });
+    }
+    let runs = matches!(alive.state, VmmState::Running | VmmState::Frozen);
+    let begun = [&alive.outgoing, &seen.outgoing_taken]
+        .into_iter()
+        .flatten()
+        .any(|id| *id == migration.id);
+    let asked = migration.phase() == MigrationPhase::PreCopy && !migration.target_addr.is_empty();
+    (runs && asked && !begun).then(|| Action::StartOutgoing {
+        key,
+        request: outgoing_request(migration),
+    })
+}
+
+/// Whether the log holds the abort of the migration `outgoing`, given the newest one of a run that is still placed here: it is
+/// that one and is aborted, or it is a later one, which could not have been planned before the earlier had ended.
+fn is_aborted(outgoing: &str, newest: &Migration) -> bool {
+    if outgoing == newest.id {
+        return newest.phase() == MigrationPhase::Aborted;
+    }
+    migration_number(outgoing) < migration_number(&newest.id)
+}
+
+fn outgoing_request(migration: &Migration) -> StartOutgoingRequest {
+    StartOutgoingRequest {
+        migration: migration.id.clone(),
+        target_addr: migration.target_addr.clone(),
+        target_host: migration.to.clone(),
+        target_epoch: migration.epoch,
+        options: migration.options,
+    }
+}
+
+/// What to do about something desired that has no VMM here.
+fn for_wanted(observed: &Observed, wanted: &VmDesired) -> Option<Action> {
+    if observed.vmms.iter().any(|seen| matches(observed, seen, wanted)) {
+        return None;
+    }
+    let same_vm = |seen: &&Seen| seen.key.vm == wanted.vm;
+    if observed
+        .vmms
+        .iter()
+        .filter(same_vm)
+        .any(|seen| !matches!(seen.life, Life::Gone(_)))
+    {
+        // What is left of an earlier run goes first: two of them may not fit.
+        return None;
+    }
+    match wanted.role() {
+        VmRole::Run => for_wanted_run(observed, wanted),
+        VmRole::Incoming => Some(for_wanted_incoming(observed, wanted)),
+        VmRole::Unspecified => None,
+    }
+}
+
+fn for_wanted_run(observed: &Observed, wanted: &VmDesired) -> Option<Action> {
+    let (vm, epoch) = (wanted.vm.clone(), wanted.epoch);
+    if observed.told.contains(&(vm.clone(), epoch)) {
+        return None;
+    }
+    let key = Key::start(&vm, epoch);
+    let failed = |code, message: String| {
+        Some(Action::ReportGone {
+            vm: vm.clone(),
+            epoch,
+            state: VmState::Failed,
+            reason: reason(code, message),
+        })
+    };
+    if let Some(migration) = arrived_by(observed, wanted) {
+        return failed(
+            Code::VmmDied,
+            format!("the VMM that received it by {} is gone", migration.id),
+        );
+    }
+    if observed.markers.contains(&key) {
+        return failed(
+            Code::VmmDied,
+            format!("its VMM for epoch {epoch} was started before and is gone"),
+        );
+    }
+    match observed.highest.get(&vm) {
+        Some(&highest) if epoch < highest => failed(
+            Code::VmmStartFailed,
+            format!("epoch {epoch} is below {highest}, which this host has seen"),
+        ),
+        _ if !key.is_well_formed() => failed(Code::VmmStartFailed, format!("{vm:?} is no VM's name")),
+        _ => Some(Action::StartVmm {
+            key,
+            desired: Box::new(wanted.clone()),
+        }),
+    }
+}
+
+fn for_wanted_incoming(observed: &Observed, wanted: &VmDesired) -> Action {
+    let migration = wanted.migration.clone().unwrap_or_default();
+    let key = Key::incoming(&wanted.vm, wanted.epoch, &migration.id);
+    let refused = |code, message: String| abort(wanted, reason(code, message));
+    if observed.markers.contains(&key) {
+        return refused(
+            Code::VmmDied,
+            "the target's VMM was started before and is gone".to_owned(),
+        );
+    }
+    if migration.phase() != MigrationPhase::Preparing {
+        return refused(Code::TargetFailed, "the target's VMM is gone".to_owned());
+    }
+    match observed.highest.get(&wanted.vm) {
+        Some(&highest) if wanted.epoch < highest => refused(
+            Code::StaleEpoch,
+            format!(
+                "epoch {} is below {highest}, which the target host has seen",
+                wanted.epoch
+            ),
+        ),
+        _ if !key.is_well_formed() => refused(Code::VmmStartFailed, format!("{key} is no VM and migration")),
+        _ => Action::StartVmm {
+            key,
+            desired: Box::new(wanted.clone()),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests;
+
+#[cfg(test)]
+mod tests;

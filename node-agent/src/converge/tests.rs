@@ -1,0 +1,625 @@
+//! Every row of the table, and what holds whatever is desired and observed.
+
+use drover_proto::v1::VmRef;
+use proptest::prelude::*;
+
+use super::*;
+
+const HOST: &str = "host1";
+
+fn migration(id: &str, from: &str, to: &str, epoch: u64, phase: MigrationPhase) -> Migration {
+    Migration {
+        id: id.into(),
+        vm: "vm1".into(),
+        from: from.into(),
+        to: to.into(),
+        epoch,
+        phase: phase.into(),
+        target_addr: "127.0.0.1:9".into(),
+        ..Migration::default()
+    }
+}
+
+fn wanted(role: VmRole, epoch: u64, migration: Option<Migration>) -> VmDesired {
+    VmDesired {
+        vm: "vm1".into(),
+        epoch,
+        spec: None,
+        role: role.into(),
+        migration,
+    }
+}
+
+fn run(epoch: u64, migration: Option<Migration>) -> HostDesired {
+    HostDesired {
+        revision: 1,
+        vms: vec![wanted(VmRole::Run, epoch, migration)],
+        stopping: vec![],
+    }
+}
+
+fn incoming(epoch: u64, id: &str, phase: MigrationPhase) -> HostDesired {
+    let migration = migration(id, "host2", HOST, epoch, phase);
+    HostDesired {
+        revision: 1,
+        vms: vec![wanted(VmRole::Incoming, epoch, Some(migration))],
+        stopping: vec![],
+    }
+}
+
+fn seen(key: Key, life: Life) -> Seen {
+    Seen {
+        had_right: key.migration().is_none(),
+        key,
+        life,
+        commit_refused: false,
+        outgoing_taken: None,
+        outcome_taken: None,
+        end_reported: false,
+    }
+}
+
+fn alive(state: VmmState) -> Life {
+    Life::Alive(Alive {
+        state,
+        reason: None,
+        outgoing: None,
+    })
+}
+
+fn handed_over(id: &str) -> Life {
+    Life::Alive(Alive {
+        state: VmmState::HandedOver,
+        reason: None,
+        outgoing: Some(id.into()),
+    })
+}
+
+fn gone() -> Life {
+    Life::Gone(reason(Code::VmmDied, "killed"))
+}
+
+fn observed(vmms: Vec<Seen>) -> Observed {
+    let markers = vmms.iter().map(|seen| seen.key.clone()).collect();
+    let highest = vmms
+        .iter()
+        .map(|seen| (seen.key.vm.clone(), seen.key.epoch))
+        .collect();
+    Observed {
+        host: HOST.into(),
+        vmms,
+        markers,
+        highest,
+        confirmed: true,
+        told: BTreeSet::new(),
+    }
+}
+
+fn nothing() -> HostDesired {
+    HostDesired {
+        revision: 1,
+        ..HostDesired::default()
+    }
+}
+
+#[test]
+fn a_vm_that_is_to_run_is_started_once() {
+    let desired = run(3, None);
+    let actions = converge(&desired, &observed(vec![]));
+    assert!(
+        matches!(&actions[..], [Action::StartVmm { key, .. }] if *key == Key::start("vm1", 3)),
+        "{actions:?}"
+    );
+    let starting = observed(vec![seen(Key::start("vm1", 3), Life::Starting)]);
+    assert_eq!(converge(&desired, &starting), []);
+    let running = observed(vec![seen(Key::start("vm1", 3), alive(VmmState::Running))]);
+    assert_eq!(converge(&desired, &running), []);
+}
+
+#[test]
+fn an_epoch_with_a_marker_or_below_the_highest_is_reported_failed() {
+    let mut before = observed(vec![]);
+    before.markers.insert(Key::start("vm1", 3));
+    let mut below = observed(vec![]);
+    below.highest.insert("vm1".into(), 4);
+    for (observed, code) in [(before, Code::VmmDied), (below, Code::VmmStartFailed)] {
+        let actions = converge(&run(3, None), &observed);
+        let [
+            Action::ReportGone {
+                epoch: 3,
+                state: VmState::Failed,
+                reason,
+                ..
+            },
+        ] = &actions[..]
+        else {
+            panic!("{actions:?}")
+        };
+        assert_eq!(reason.code, code.as_str());
+        let told = Observed {
+            told: [("vm1".to_owned(), 3)].into(),
+            ..observed
+        };
+        assert_eq!(converge(&run(3, None), &told), []);
+    }
+}
+
+#[test]
+fn a_run_that_a_migration_brought_is_never_booted() {
+    let arrived = migration("m1", "host2", HOST, 3, MigrationPhase::Committed);
+    let actions = converge(&run(3, Some(arrived)), &observed(vec![]));
+    assert!(
+        matches!(
+            &actions[..],
+            [Action::ReportGone {
+                state: VmState::Failed,
+                ..
+            }]
+        ),
+        "{actions:?}"
+    );
+}
+
+#[test]
+fn what_is_left_of_an_earlier_run_goes_before_the_next_starts() {
+    let old = seen(Key::start("vm1", 3), alive(VmmState::Running));
+    let actions = converge(&run(4, None), &observed(vec![old]));
+    assert!(
+        matches!(&actions[..], [Action::Destroy { key, .. }] if key.epoch == 3),
+        "{actions:?}"
+    );
+}
+
+#[test]
+fn an_incoming_vmm_is_started_in_preparing_only_and_once_a_migration() {
+    let actions = converge(&incoming(4, "m1", MigrationPhase::Preparing), &observed(vec![]));
+    assert!(matches!(&actions[..], [Action::StartVmm { key, .. }] if *key == Key::incoming("vm1", 4, "m1")));
+    let late = converge(&incoming(4, "m1", MigrationPhase::PreCopy), &observed(vec![]));
+    assert!(matches!(&late[..], [Action::Abort { .. }]), "{late:?}");
+    let mut before = observed(vec![]);
+    before.markers.insert(Key::incoming("vm1", 4, "m1"));
+    before.highest.insert("vm1".into(), 4);
+    let again = converge(&incoming(4, "m1", MigrationPhase::Preparing), &before);
+    assert!(matches!(&again[..], [Action::Abort { .. }]), "{again:?}");
+    let next = converge(&incoming(4, "m2", MigrationPhase::Preparing), &before);
+    assert!(matches!(&next[..], [Action::StartVmm { .. }]), "{next:?}");
+}
+
+#[test]
+fn the_end_of_a_target_aborts_its_migration() {
+    for life in [gone(), alive(VmmState::Failed), alive(VmmState::Exited)] {
+        let target = seen(Key::incoming("vm1", 4, "m1"), life);
+        let actions = converge(
+            &incoming(4, "m1", MigrationPhase::PreCopy),
+            &observed(vec![target]),
+        );
+        let [Action::Abort { migration, phase, .. }] = &actions[..] else {
+            panic!("{actions:?}")
+        };
+        assert_eq!((migration.as_str(), *phase), ("m1", MigrationPhase::PreCopy));
+    }
+}
+
+#[test]
+fn the_end_of_a_committed_target_is_the_vms_failure() {
+    let arrived = migration("m1", "host2", HOST, 4, MigrationPhase::Committed);
+    let target = seen(Key::incoming("vm1", 4, "m1"), gone());
+    let actions = converge(&run(4, Some(arrived)), &observed(vec![target]));
+    assert!(
+        matches!(
+            &actions[..],
+            [Action::ReportEnd {
+                state: VmState::Failed,
+                ..
+            }]
+        ),
+        "{actions:?}"
+    );
+}
+
+#[test]
+fn a_target_learns_of_its_commit_from_the_desired_state_too() {
+    let arrived = migration("m1", "host2", HOST, 4, MigrationPhase::Committed);
+    let target = seen(Key::incoming("vm1", 4, "m1"), alive(VmmState::Ready));
+    let actions = converge(&run(4, Some(arrived)), &observed(vec![target]));
+    assert_eq!(
+        actions,
+        [Action::Committed {
+            key: Key::incoming("vm1", 4, "m1")
+        }]
+    );
+}
+
+#[test]
+fn a_ready_target_of_an_aborted_migration_never_gets_a_run_of_the_same_epoch() {
+    let left = seen(Key::incoming("vm1", 4, "m1"), alive(VmmState::Ready));
+    let actions = converge(&run(4, None), &observed(vec![left.clone()]));
+    assert!(matches!(&actions[..], [Action::Destroy { .. }]), "{actions:?}");
+    let mut over = observed(vec![Seen { life: gone(), ..left }]);
+    let actions = converge(&run(4, None), &over);
+    assert!(
+        matches!(&actions[..], [Action::Forget { .. }, Action::StartVmm { .. }]),
+        "{actions:?}"
+    );
+    over.vmms.clear();
+    assert!(
+        matches!(&converge(&run(4, None), &over)[..], [Action::StartVmm { key, .. }] if key.kind == Kind::Start)
+    );
+}
+
+#[test]
+fn a_source_connects_in_pre_copy_once() {
+    let planned = migration("m1", HOST, "host2", 4, MigrationPhase::PreCopy);
+    let source = seen(Key::start("vm1", 3), alive(VmmState::Running));
+    let actions = converge(&run(3, Some(planned.clone())), &observed(vec![source.clone()]));
+    let [Action::StartOutgoing { request, .. }] = &actions[..] else {
+        panic!("{actions:?}")
+    };
+    assert_eq!((request.target_host.as_str(), request.target_epoch), ("host2", 4));
+    let taken = Seen {
+        outgoing_taken: Some("m1".into()),
+        ..source.clone()
+    };
+    assert_eq!(
+        converge(&run(3, Some(planned.clone())), &observed(vec![taken])),
+        []
+    );
+    let begun = Life::Alive(Alive {
+        state: VmmState::Running,
+        reason: None,
+        outgoing: Some("m1".into()),
+    });
+    assert_eq!(
+        converge(
+            &run(3, Some(planned.clone())),
+            &observed(vec![Seen {
+                life: begun,
+                ..source.clone()
+            }])
+        ),
+        []
+    );
+    let preparing = Migration {
+        phase: MigrationPhase::Preparing.into(),
+        ..planned.clone()
+    };
+    assert_eq!(
+        converge(&run(3, Some(preparing)), &observed(vec![source.clone()])),
+        []
+    );
+    let no_address = Migration {
+        target_addr: String::new(),
+        ..planned
+    };
+    assert_eq!(converge(&run(3, Some(no_address)), &observed(vec![source])), []);
+}
+
+#[test]
+fn a_paused_source_waits_until_the_log_decides() {
+    let source = seen(Key::start("vm1", 3), handed_over("m1"));
+    let under_way = migration("m1", HOST, "host2", 4, MigrationPhase::PreCopy);
+    assert_eq!(
+        converge(&run(3, Some(under_way.clone())), &observed(vec![source.clone()])),
+        []
+    );
+
+    let aborted = Migration {
+        phase: MigrationPhase::Aborted.into(),
+        ..under_way.clone()
+    };
+    let actions = converge(&run(3, Some(aborted.clone())), &observed(vec![source.clone()]));
+    let resume = Action::Outcome {
+        key: source.key.clone(),
+        migration: "m1".into(),
+        committed: false,
+    };
+    assert_eq!(actions, [resume.clone()]);
+    let told = Seen {
+        outcome_taken: Some(("m1".into(), false)),
+        ..source.clone()
+    };
+    assert_eq!(converge(&run(3, Some(aborted)), &observed(vec![told])), []);
+
+    // A later migration of the same run: the earlier one must have been aborted.
+    let later = migration("m2", HOST, "host3", 4, MigrationPhase::Planned);
+    assert_eq!(
+        converge(&run(3, Some(later)), &observed(vec![source.clone()])),
+        [resume]
+    );
+
+    let over = Action::Outcome {
+        key: source.key.clone(),
+        migration: "m1".into(),
+        committed: true,
+    };
+    assert_eq!(converge(&nothing(), &observed(vec![source])), [over]);
+}
+
+#[test]
+fn absence_counts_only_when_confirmed_or_when_a_higher_epoch_is_desired() {
+    let vmm = || seen(Key::start("vm1", 3), handed_over("m1"));
+    let unconfirmed = Observed {
+        confirmed: false,
+        ..observed(vec![vmm()])
+    };
+    assert_eq!(converge(&nothing(), &unconfirmed), [Action::Confirm]);
+    let actions = converge(&incoming(5, "m2", MigrationPhase::Preparing), &unconfirmed);
+    assert!(
+        matches!(&actions[..], [Action::Outcome { committed: true, .. }]),
+        "{actions:?}"
+    );
+    let gone = Observed {
+        confirmed: false,
+        ..observed(vec![Seen {
+            life: gone(),
+            ..vmm()
+        }])
+    };
+    assert_eq!(converge(&nothing(), &gone), [Action::Confirm]);
+}
+
+#[test]
+fn an_end_is_reported_before_the_vmm_is_destroyed_and_forgotten_when_no_longer_desired() {
+    for (state, reported) in [
+        (VmmState::Failed, VmState::Failed),
+        (VmmState::Exited, VmState::Stopped),
+    ] {
+        let vmm = seen(Key::start("vm1", 3), alive(state));
+        let actions = converge(&run(3, None), &observed(vec![vmm.clone()]));
+        assert!(
+            matches!(&actions[..], [Action::ReportEnd { state, .. }] if *state == reported),
+            "{actions:?}"
+        );
+        let told = Seen {
+            end_reported: true,
+            ..vmm
+        };
+        assert!(matches!(
+            &converge(&run(3, None), &observed(vec![told.clone()]))[..],
+            [Action::Destroy { .. }]
+        ));
+        let gone = Seen { life: gone(), ..told };
+        assert_eq!(converge(&run(3, None), &observed(vec![gone.clone()])), []);
+        assert_eq!(
+            converge(&nothing(), &observed(vec![gone.clone()])),
+            [Action::Forget { key: gone.key }]
+        );
+    }
+}
+
+#[test]
+fn a_stopped_vm_is_destroyed_then_reported_stopped_then_forgotten() {
+    let stopping = HostDesired {
+        stopping: vec![VmRef {
+            vm: "vm1".into(),
+            epoch: 3,
+        }],
+        ..nothing()
+    };
+    let vmm = seen(Key::start("vm1", 3), handed_over("m1"));
+    assert!(matches!(
+        &converge(&stopping, &observed(vec![vmm.clone()]))[..],
+        [Action::Destroy { .. }]
+    ));
+    let gone = Seen { life: gone(), ..vmm };
+    let actions = converge(&stopping, &observed(vec![gone.clone()]));
+    assert!(
+        matches!(
+            &actions[..],
+            [Action::ReportEnd {
+                state: VmState::Stopped,
+                ..
+            }]
+        ),
+        "{actions:?}"
+    );
+    let told = Seen {
+        end_reported: true,
+        ..gone
+    };
+    assert!(matches!(
+        &converge(&stopping, &observed(vec![told]))[..],
+        [Action::Forget { .. }]
+    ));
+    let never = converge(&stopping, &observed(vec![]));
+    assert!(
+        matches!(
+            &never[..],
+            [Action::ReportGone {
+                state: VmState::Stopped,
+                epoch: 3,
+                ..
+            }]
+        ),
+        "{never:?}"
+    );
+}
+
+#[test]
+fn an_aborted_target_is_destroyed_and_forgotten_without_a_report() {
+    let target = seen(Key::incoming("vm1", 4, "m1"), alive(VmmState::Ready));
+    assert!(matches!(
+        &converge(&nothing(), &observed(vec![target.clone()]))[..],
+        [Action::Destroy { .. }]
+    ));
+    let refused = Seen {
+        commit_refused: true,
+        ..target.clone()
+    };
+    let still_listed = incoming(4, "m1", MigrationPhase::PreCopy);
+    assert!(matches!(
+        &converge(&still_listed, &observed(vec![refused]))[..],
+        [Action::Destroy { .. }]
+    ));
+    let gone = Seen {
+        life: gone(),
+        ..target
+    };
+    assert_eq!(
+        converge(&nothing(), &observed(vec![gone.clone()])),
+        [Action::Forget { key: gone.key }]
+    );
+}
+
+fn key() -> impl Strategy<Value = Key> {
+    (
+        "vm[12]",
+        1u64..5,
+        prop_oneof![Just(None), (1u8..4).prop_map(Some)],
+    )
+        .prop_map(|(vm, epoch, id)| match id {
+            None => Key::start(&vm, epoch),
+            Some(id) => Key::incoming(&vm, epoch, &format!("m{id}")),
+        })
+}
+
+fn life() -> impl Strategy<Value = Life> {
+    let alive = (1i32..9, proptest::option::of("m[123]")).prop_map(|(state, outgoing)| {
+        let state = VmmState::try_from(state).unwrap();
+        Life::Alive(Alive {
+            state,
+            reason: None,
+            outgoing,
+        })
+    });
+    prop_oneof![4 => alive, 1 => Just(Life::Starting), 1 => Just(Life::Silent), 1 => Just(gone())]
+}
+
+fn any_migration() -> impl Strategy<Value = Migration> {
+    ("m[123]", 0usize..3, 0usize..3, 1u64..6, 1i32..9).prop_map(|(id, from, to, epoch, phase)| {
+        let hosts = [HOST, "host2", "host3"];
+        migration(
+            &id,
+            hosts[from],
+            hosts[to],
+            epoch,
+            MigrationPhase::try_from(phase).unwrap(),
+        )
+    })
+}
+
+prop_compose! {
+    fn any_seen()(key in key(), life in life(), flags in any::<[bool; 3]>(), ids in any::<[Option<bool>; 2]>()) -> Seen {
+        let [had_right, commit_refused, end_reported] = flags;
+        Seen {
+            had_right: had_right || key.migration().is_none(),
+            key, life, commit_refused, end_reported,
+            outgoing_taken: ids[0].map(|_| "m1".into()),
+            outcome_taken: ids[1].map(|committed| ("m1".into(), committed)),
+        }
+    }
+}
+
+prop_compose! {
+    fn any_observed()(
+        vmms in proptest::collection::vec(any_seen(), 0..4),
+        markers in proptest::collection::btree_set(key(), 0..4),
+        highest in proptest::collection::btree_map("vm[12]", 1u64..5, 0..3),
+        confirmed in any::<bool>(),
+    ) -> Observed {
+        let mut vmms = vmms;
+        vmms.sort_by(|a, b| a.key.cmp(&b.key));
+        vmms.dedup_by(|a, b| a.key == b.key);
+        let markers = markers.into_iter().chain(vmms.iter().map(|seen| seen.key.clone())).collect();
+        Observed { host: HOST.into(), vmms, markers, highest, confirmed, told: BTreeSet::new() }
+    }
+}
+
+prop_compose! {
+    fn any_desired()(
+        vms in proptest::collection::vec(
+            ("vm[12]", 1u64..6, any::<bool>(), proptest::option::of(any_migration())), 0..4),
+        stopping in proptest::collection::vec(("vm[12]", 1u64..5), 0..2),
+    ) -> HostDesired {
+        let vms = vms.into_iter().map(|(vm, epoch, run, migration)| VmDesired {
+            vm, epoch, spec: None, role: if run { VmRole::Run } else { VmRole::Incoming }.into(), migration,
+        }).collect();
+        let stopping = stopping.into_iter().map(|(vm, epoch)| VmRef { vm, epoch }).collect();
+        HostDesired { revision: 1, vms, stopping }
+    }
+}
+
+fn is_desired(desired: &HostDesired, observed: &Observed, seen: &Seen) -> bool {
+    desired.vms.iter().any(|wanted| matches(observed, seen, wanted))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4096))]
+
+    #[test]
+    fn no_epoch_is_started_twice_or_below_the_highest_or_beside_another(desired in any_desired(), observed in any_observed()) {
+        for action in converge(&desired, &observed) {
+            let Action::StartVmm { key, desired: wanted } = action else { continue };
+            prop_assert!(!observed.markers.contains(&key), "{key} has a marker");
+            prop_assert!(observed.highest.get(&key.vm).is_none_or(|&highest| key.epoch >= highest));
+            prop_assert!(desired.vms.contains(&wanted) && (key.vm.as_str(), key.epoch) == (&wanted.vm, wanted.epoch));
+            let beside = observed.vmms.iter().any(|seen| seen.key.vm == key.vm && !matches!(seen.life, Life::Gone(_)));
+            prop_assert!(!beside, "{key} beside a VMM that lives");
+        }
+    }
+
+    #[test]
+    fn what_is_desired_ends_only_after_its_end_was_reported_or_its_commit_refused(
+        desired in any_desired(), observed in any_observed(),
+    ) {
+        for action in converge(&desired, &observed) {
+            let (Action::Destroy { key, .. } | Action::Outcome { key, committed: true, .. }) = &action else { continue };
+            let seen = observed.vmms.iter().find(|seen| seen.key == *key).expect("only what is here is destroyed");
+            if is_desired(&desired, &observed, seen) {
+                prop_assert!(seen.end_reported || seen.commit_refused, "{action:?}");
+            } else {
+                let higher = desired.vms.iter().any(|wanted| wanted.vm == key.vm && wanted.epoch > key.epoch);
+                prop_assert!(observed.confirmed || higher, "{action:?} without a confirmation");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_desired_is_gone_in_the_end(desired in any_desired(), observed in any_observed()) {
+        let mut observed = Observed { confirmed: true, ..observed };
+        for _ in 0..16 {
+            let actions = converge(&desired, &observed);
+            for action in actions {
+                let of = |key: &Key| move |seen: &&mut Seen| seen.key == *key;
+                match action {
+                    Action::Destroy { key, .. } | Action::Outcome { key, committed: true, .. } => {
+                        observed.vmms.iter_mut().find(of(&key)).unwrap().life = gone();
+                    }
+                    Action::ReportEnd { key, .. } => observed.vmms.iter_mut().find(of(&key)).unwrap().end_reported = true,
+                    Action::Forget { key } => observed.vmms.retain(|seen| seen.key != key),
+                    _ => {}
+                }
+            }
+        }
+        for seen in &observed.vmms {
+            prop_assert!(is_desired(&desired, &observed, seen), "{seen:?} stayed");
+        }
+    }
+
+    #[test]
+    fn a_source_resumes_only_by_an_abort_that_the_desired_state_shows(desired in any_desired(), observed in any_observed()) {
+        for action in converge(&desired, &observed) {
+            let Action::Outcome { key, migration: id, committed: false } = action else { continue };
+            let shown = desired.vms.iter().filter(|wanted| (&wanted.vm, wanted.epoch) == (&key.vm, key.epoch));
+            let proves = |m: &Migration| {
+                (m.id == id && m.phase() == MigrationPhase::Aborted)
+                    || migration_number(&m.id) > migration_number(&id)
+            };
+            prop_assert!(shown.filter_map(|wanted| wanted.migration.as_ref()).any(proves));
+        }
+    }
+
+    #[test]
+    fn one_thing_is_asked_of_a_vmm_at_a_time(desired in any_desired(), observed in any_observed()) {
+        let actions = converge(&desired, &observed);
+        for seen in &observed.vmms {
+            let asked = actions.iter().filter(|action| match action {
+                Action::StartOutgoing { key, .. } | Action::Outcome { key, .. } | Action::Committed { key }
+                | Action::Destroy { key, .. } | Action::ReportEnd { key, .. } | Action::Forget { key } => *key == seen.key,
+                _ => false,
+            });
+            prop_assert!(asked.count() <= 1);
+        }
+        prop_assert_eq!(&actions, &converge(&desired, &observed));
+    }
+}

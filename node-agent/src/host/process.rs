@@ -1,0 +1,170 @@
+//! VMM processes: started so that they outlive the agent, and watched by the lock they hold, not by process ids.
+//!
+//! Who gets a VMM's `lock` decides what it is: the VMM holds it for its life, and an agent that gets it has given the VMM up,
+//! keeps the lock, and so makes sure that a VMM which was slow to start ends at once. Only a VMM that this agent did not start
+//! is asked by its lock; of its own child an agent knows by waiting for it.
+#![allow(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::process::Child;
+use tokio::sync::oneshot;
+
+/// Longest path of a Unix socket: `sun_path` holds 108 bytes with the closing zero (unix(7)).
+pub const SOCKET_PATH_MAX: usize = 107;
+/// The end of a log that is searched for an error, bytes.
+const LOG_TAIL_BYTES: u64 = 16 * 1024;
+/// Longest error taken from a log, characters.
+const LOG_ERROR_MAX: usize = 400;
+
+/// The lock of a VMM that is gone; held so that it cannot come back.
+pub struct Abandoned(#[allow(dead_code, reason = "held, not read")] Flock<File>);
+
+/// Starts `program --config <folder>/config.json` in a session of its own, its output in `<folder>/vmm.log`.
+pub fn spawn(program: &Path, folder: &Path) -> io::Result<Child> {
+    let log = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(folder.join("vmm.log"))?;
+    let mut command = Command::new(program);
+    command
+        .arg("--config")
+        .arg(folder.join("config.json"))
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    // SAFETY: between fork and exec the closure makes one system call, which is async-signal-safe (signal-safety(7)).
+    unsafe {
+        command.pre_exec(|| nix::unistd::setsid().map(drop).map_err(io::Error::from));
+    }
+    tokio::process::Command::from(command).spawn()
+}
+
+/// Whether the VMM of `folder`, which this agent did not start, is gone: then its lock is ours.
+pub fn take_lock(folder: &Path) -> io::Result<Option<Abandoned>> {
+    match Flock::lock(open_lock(folder)?, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Some(Abandoned(lock))),
+        Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+        Err((_, errno)) => Err(errno.into()),
+    }
+}
+
+/// Resolves when the VMM of `folder` is gone, with its lock. Waits in a thread of its own, since only a blocked thread is told
+/// by the kernel; it ends with the VMM or with the agent.
+pub async fn gone(folder: &Path) -> io::Result<Abandoned> {
+    let file = open_lock(folder)?;
+    let (answer, got) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("vmm-lock".into())
+        .spawn(move || {
+            let mut file = file;
+            let taken = loop {
+                match Flock::lock(file, FlockArg::LockExclusive) {
+                    Ok(lock) => break Ok(Abandoned(lock)),
+                    Err((back, Errno::EINTR)) => file = back,
+                    Err((_, errno)) => break Err(io::Error::from(errno)),
+                }
+            };
+            let _ = answer.send(taken);
+        })?;
+    got.await.map_err(io::Error::other)?
+}
+
+fn open_lock(folder: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(folder.join("lock"))
+}
+
+/// Ends a VMM that does not answer. `pid` is what it said of itself, or our child; it must be known to live.
+pub fn kill_hard(pid: u32) {
+    if let Ok(pid) = i32::try_from(pid)
+        && pid > 1
+    {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
+/// The last error in the VMM's log, or its last line; `None` when the log says nothing.
+pub fn last_error(folder: &Path) -> Option<String> {
+    let mut log = File::open(folder.join("vmm.log")).ok()?;
+    let length = log.metadata().ok()?.len();
+    log.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_BYTES)))
+        .ok()?;
+    let mut tail = Vec::new();
+    log.take(LOG_TAIL_BYTES).read_to_end(&mut tail).ok()?;
+    let tail = String::from_utf8_lossy(&tail);
+    let lines = || tail.lines().map(str::trim).filter(|line| !line.is_empty()).rev();
+    let is_error = |line: &&str| {
+        ["ERROR", "panicked", "rror:"]
+            .iter()
+            .any(|word| line.contains(word))
+    };
+    let line = lines().find(is_error).or_else(|| lines().next())?;
+    let plain = without_escapes(line);
+    Some(plain.chars().take(LOG_ERROR_MAX).collect())
+}
+
+/// Drops terminal colours: ESC, "[", up to the letter that ends the sequence (ECMA-48 §5.4).
+fn without_escapes(line: &str) -> String {
+    let mut plain = String::with_capacity(line.len());
+    let mut chars = line.chars();
+    while let Some(char) = chars.next() {
+        if char == '\u{1b}' {
+            let _ = chars
+                .by_ref()
+                .skip_while(|next| *next == '[')
+                .find(char::is_ascii_alphabetic);
+        } else if !char.is_control() {
+            plain.push(char);
+        }
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_end_of_a_lock_holder_is_noticed_and_the_lock_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = take_lock(dir.path()).unwrap().expect("nobody holds it");
+        assert!(take_lock(dir.path()).unwrap().is_none());
+        let folder = dir.path().to_owned();
+        let waiting = tokio::spawn(async move { gone(&folder).await });
+        drop(held);
+        let taken = waiting.await.unwrap().unwrap();
+        assert!(
+            take_lock(dir.path()).unwrap().is_none(),
+            "an abandoned VMM could come back"
+        );
+        drop(taken);
+    }
+
+    #[test]
+    fn the_last_error_of_a_log_is_found_without_colours() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(last_error(dir.path()), None);
+        let log =
+            "INFO starts\n\u{1b}[2m12:00\u{1b}[0m \u{1b}[31mERROR\u{1b}[0m vmm: no kernel\nINFO ends\n\n";
+        std::fs::write(dir.path().join("vmm.log"), log).unwrap();
+        assert_eq!(last_error(dir.path()).unwrap(), "12:00 ERROR vmm: no kernel");
+        std::fs::write(dir.path().join("vmm.log"), "just this\n").unwrap();
+        assert_eq!(last_error(dir.path()).unwrap(), "just this");
+    }
+}

@@ -1,0 +1,535 @@
+//! The one owner of what is known about this host's VMMs: gathers, asks [`converge`] what to do, and has it done.
+//!
+//! ```text
+//!   desired state ─┐
+//!   VMMs' news ────┼─► know ──► converge ──► actions, each in a task of its own ──┐
+//!   grants ────────┘    ▲                                                         │
+//!                       └──────────────── what came of it ◄───────────────────────┘
+//! ```
+//!
+//! An action is asked for as long as it is due; one at a time is under way for a VMM. An action that failed reports so only after a
+//! pause, which paces the next attempt: there is no other retry.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use drover_proto::v1::{
+    DestroyRequest, HostDesired, OutcomeRequest, Reason, ReportVmRequest, VmState, VmmInfo,
+};
+use drover_proto::{Code, Fault};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+use tonic::{Response, Status};
+
+use crate::agent::Context;
+use crate::converge::{Action, Alive, Life, Observed, Seen, converge};
+use crate::host::process::{self, Abandoned};
+use crate::key::Key;
+use crate::vmm::{self, Link, News, VMM_CALL_MAX};
+
+/// Between two attempts of an action.
+const RETRY: Duration = Duration::from_millis(200);
+/// A VMM that was told to end and lives on is killed after this.
+const DESTROY_GRACE: Duration = Duration::from_secs(10);
+
+/// What the supervisor hears.
+pub enum Event {
+    /// Another desired state.
+    Desired {
+        /// What it is.
+        desired: HostDesired,
+        /// When it was received, `CLOCK_BOOTTIME`.
+        received_ns: u64,
+    },
+    /// Something about a VMM.
+    Vmm {
+        /// Which one.
+        key: Key,
+        /// What.
+        news: News,
+    },
+    /// An action came to its end.
+    Done {
+        /// Whose turn it was.
+        slot: String,
+        /// What it achieved, if it did.
+        effect: Option<Effect>,
+    },
+}
+
+/// What an action achieved.
+pub enum Effect {
+    /// Nothing that must be kept.
+    Nothing,
+    /// The VMM took `StartOutgoing` for this migration.
+    OutgoingTaken(Key, String),
+    /// The VMM took the outcome of this migration.
+    OutcomeTaken(Key, String, bool),
+    /// The end of the VMM is reported.
+    EndReported(Key),
+    /// The end of a run without a VMM is reported.
+    Told(String, u64),
+}
+
+/// What is known of one VMM.
+struct Known {
+    link: Arc<Link>,
+    starting: bool,
+    gone: Option<Reason>,
+    commit_refused: bool,
+    outgoing_taken: Option<String>,
+    outcome_taken: Option<(String, bool)>,
+    end_reported: bool,
+    destroying_since: Option<Instant>,
+    _lock: Option<Abandoned>,
+}
+
+/// See the module.
+pub struct Supervisor {
+    context: Arc<Context>,
+    events: mpsc::Sender<Event>,
+    inbox: mpsc::Receiver<Event>,
+    vmms: BTreeMap<Key, Known>,
+    desired: Option<(HostDesired, u64)>,
+    told: BTreeSet<(String, u64)>,
+    under_way: BTreeSet<String>,
+    /// Tending tasks and actions: they end with the supervisor.
+    tasks: JoinSet<()>,
+}
+
+impl Supervisor {
+    /// Takes over the VMMs that were found: `found` are those whose end is not known to have been reported.
+    pub fn new(
+        context: Arc<Context>,
+        found: Vec<Key>,
+        events: mpsc::Sender<Event>,
+        inbox: mpsc::Receiver<Event>,
+    ) -> Self {
+        let mut supervisor = Self {
+            context,
+            events,
+            inbox,
+            vmms: BTreeMap::new(),
+            desired: None,
+            told: BTreeSet::new(),
+            under_way: BTreeSet::new(),
+            tasks: JoinSet::new(),
+        };
+        for key in found {
+            supervisor.adopt(key);
+        }
+        supervisor
+    }
+
+    fn adopt(&mut self, key: Key) {
+        let link = self.link_to(&key);
+        match process::take_lock(&link.folder) {
+            Ok(Some(lock)) => {
+                let reason = vmm::died(&link.folder, "while no agent watched");
+                tracing::warn!(vmm = %key, "found gone: {}", reason.message);
+                self.know(link, false).gone = Some(reason);
+                self.vmms.get_mut(&key).expect("it was put there just now")._lock = Some(lock);
+            }
+            taken => {
+                if let Err(error) = taken {
+                    tracing::error!(vmm = %key, "its lock cannot be asked: {error}; taken for alive");
+                }
+                tracing::info!(vmm = %key, "found alive");
+                self.know(link.clone(), false);
+                self.tend(link, None);
+            }
+        }
+    }
+
+    fn link_to(&self, key: &Key) -> Arc<Link> {
+        let folder = self
+            .context
+            .store
+            .lock()
+            .expect("nobody panics with the store")
+            .folder(key);
+        let link = Link::new(key.clone(), folder);
+        self.context
+            .links
+            .lock()
+            .expect("nobody panics with the links")
+            .insert(key.clone(), link.clone());
+        link
+    }
+
+    fn know(&mut self, link: Arc<Link>, starting: bool) -> &mut Known {
+        self.vmms.entry(link.key.clone()).or_insert(Known {
+            link,
+            starting,
+            gone: None,
+            commit_refused: false,
+            outgoing_taken: None,
+            outcome_taken: None,
+            end_reported: false,
+            destroying_since: None,
+            _lock: None,
+        })
+    }
+
+    fn tend(&mut self, link: Arc<Link>, fresh: Option<drover_proto::v1::VmDesired>) {
+        self.tasks
+            .spawn(vmm::tend(self.context.clone(), link, fresh, self.events.clone()));
+    }
+
+    /// Runs for ever.
+    pub async fn run(mut self) {
+        let mut grants = self.context.grants.subscribe();
+        loop {
+            tokio::select! {
+                event = self.inbox.recv() => match event {
+                    Some(event) => self.take(event),
+                    None => return,
+                },
+                Ok(()) = grants.changed() => {}
+                Some(ended) = self.tasks.join_next() => {
+                    if let Err(error) = ended {
+                        tracing::error!("a task failed: {error}");
+                    }
+                    continue;
+                }
+            }
+            self.pass();
+        }
+    }
+
+    fn take(&mut self, event: Event) {
+        match event {
+            Event::Desired { desired, received_ns } => {
+                tracing::debug!(
+                    revision = desired.revision,
+                    vms = desired.vms.len(),
+                    "desired state"
+                );
+                self.desired = Some((desired, received_ns));
+                self.told.clear();
+            }
+            Event::Vmm { key, news } => {
+                let Some(known) = self.vmms.get_mut(&key) else {
+                    return;
+                };
+                match news {
+                    News::Changed => known.starting = false,
+                    News::CommitRefused(reason) => {
+                        tracing::info!(vmm = %key, "its migration was aborted: {}", reason.message);
+                        known.commit_refused = true;
+                    }
+                    News::Gone(reason, lock) => {
+                        (known.gone, known._lock) = (Some(reason), lock);
+                    }
+                }
+            }
+            Event::Done { slot, effect } => {
+                self.under_way.remove(&slot);
+                self.keep(effect.unwrap_or(Effect::Nothing));
+            }
+        }
+    }
+
+    fn keep(&mut self, effect: Effect) {
+        let known = |vmms: &mut BTreeMap<Key, Known>, key: &Key, change: &dyn Fn(&mut Known)| {
+            if let Some(known) = vmms.get_mut(key) {
+                change(known);
+            }
+        };
+        match effect {
+            Effect::Nothing => {}
+            Effect::OutgoingTaken(key, id) => {
+                known(&mut self.vmms, &key, &|known| {
+                    known.outgoing_taken = Some(id.clone())
+                });
+            }
+            Effect::OutcomeTaken(key, id, committed) => {
+                known(&mut self.vmms, &key, &|known| {
+                    known.outcome_taken = Some((id.clone(), committed))
+                });
+            }
+            Effect::EndReported(key) => known(&mut self.vmms, &key, &|known| known.end_reported = true),
+            Effect::Told(vm, epoch) => {
+                self.told.insert((vm, epoch));
+            }
+        }
+    }
+
+    fn observed(&self) -> Observed {
+        let store = self.context.store.lock().expect("nobody panics with the store");
+        let grants = self.context.grants.borrow();
+        let confirmed = self.desired.as_ref().is_some_and(|(desired, received_ns)| {
+            grants.sent_ns >= *received_ns && (grants.revision == desired.revision || grants.revision == 0)
+        });
+        Observed {
+            host: self.context.config.name.clone(),
+            vmms: self.vmms.values().map(Known::seen).collect(),
+            markers: store.markers().clone(),
+            highest: store.highest().clone(),
+            confirmed,
+            told: self.told.clone(),
+        }
+    }
+
+    fn pass(&mut self) {
+        let Some((desired, received_ns)) = &self.desired else {
+            return;
+        };
+        let received_ns = *received_ns;
+        for action in converge(desired, &self.observed()) {
+            match action {
+                // One heartbeat sent after the desired state came is enough; a watch follows when it says otherwise.
+                Action::Confirm if self.context.grants.borrow().sent_ns >= received_ns => {}
+                Action::Confirm => self.context.heartbeat_now.notify_one(),
+                Action::StartVmm { key, desired } => {
+                    let link = self.link_to(&key);
+                    self.know(link.clone(), true);
+                    self.tend(link, Some(*desired));
+                }
+                Action::Committed { key } => {
+                    if let Some(known) = self.vmms.get(&key) {
+                        known.link.had_right.send_replace(true);
+                    }
+                }
+                Action::Forget { key } => self.forget(&key),
+                action => self.begin(action),
+            }
+        }
+    }
+
+    fn forget(&mut self, key: &Key) {
+        let mut store = self.context.store.lock().expect("nobody panics with the store");
+        match store.end(key) {
+            Ok(()) => {
+                tracing::debug!(vmm = %key, "forgotten");
+                self.vmms.remove(key);
+                self.context
+                    .links
+                    .lock()
+                    .expect("nobody panics with the links")
+                    .remove(key);
+            }
+            Err(error) => tracing::error!(vmm = %key, "its folder cannot be cleared: {error}; trying on"),
+        }
+    }
+
+    /// Lets an action be carried out, unless the same VMM or migration has one under way.
+    fn begin(&mut self, action: Action) {
+        let slot = slot_of(&action);
+        if !self.under_way.insert(slot.clone()) {
+            return;
+        }
+        let known = key_of(&action).and_then(|key| self.vmms.get_mut(key));
+        let mut kill = false;
+        if let (Action::Destroy { .. }, Some(known)) = (&action, &known) {
+            known.link.cancelled.store(true, Ordering::SeqCst);
+        }
+        let link = known.map(|known| {
+            if matches!(action, Action::Destroy { .. }) {
+                kill = known.destroying_since.get_or_insert_with(Instant::now).elapsed() >= DESTROY_GRACE;
+            }
+            known.link.clone()
+        });
+        let (context, events) = (self.context.clone(), self.events.clone());
+        self.tasks.spawn(async move {
+            let effect = match carry_out(&context, link.as_deref(), &action, kill).await {
+                Ok(effect) => Some(effect),
+                Err(fault) => {
+                    tracing::warn!("{action:?}: {fault}; trying on");
+                    None
+                }
+            };
+            let again = matches!(action, Action::Destroy { .. } | Action::Abort { .. });
+            if effect.is_none() || again {
+                sleep(RETRY).await;
+            }
+            // Only a supervisor that has ended does not listen.
+            let _ = events.send(Event::Done { slot, effect }).await;
+        });
+    }
+}
+
+impl Known {
+    fn seen(&self) -> Seen {
+        let life = match (&self.gone, self.link.newest_info()) {
+            (Some(reason), _) => Life::Gone(reason.clone()),
+            (None, Some(info)) => Life::Alive(alive(&info)),
+            (None, None) if self.starting => Life::Starting,
+            (None, None) => Life::Silent,
+        };
+        Seen {
+            key: self.link.key.clone(),
+            life,
+            had_right: *self.link.had_right.borrow(),
+            commit_refused: self.commit_refused,
+            outgoing_taken: self.outgoing_taken.clone(),
+            outcome_taken: self.outcome_taken.clone(),
+            end_reported: self.end_reported,
+        }
+    }
+}
+
+fn alive(info: &VmmInfo) -> Alive {
+    let outgoing = info.migration.as_ref().filter(|migration| migration.outgoing);
+    Alive {
+        state: info.state(),
+        reason: info.reason.clone(),
+        outgoing: outgoing.map(|migration| migration.id.clone()),
+    }
+}
+
+fn key_of(action: &Action) -> Option<&Key> {
+    match action {
+        Action::StartVmm { key, .. }
+        | Action::StartOutgoing { key, .. }
+        | Action::Outcome { key, .. }
+        | Action::Committed { key }
+        | Action::Destroy { key, .. }
+        | Action::ReportEnd { key, .. }
+        | Action::Forget { key } => Some(key),
+        Action::ReportGone { .. } | Action::Abort { .. } | Action::Confirm => None,
+    }
+}
+
+/// Of the actions with the same slot one at a time is under way.
+fn slot_of(action: &Action) -> String {
+    match action {
+        Action::ReportGone { vm, epoch, .. } => format!("gone {vm} {epoch}"),
+        Action::Abort { migration, .. } => format!("abort {migration}"),
+        other => key_of(other).map_or_else(String::new, |key| format!("vmm {key}")),
+    }
+}
+
+async fn carry_out(
+    context: &Context,
+    link: Option<&Link>,
+    action: &Action,
+    kill: bool,
+) -> Result<Effect, Fault> {
+    match (action.clone(), link) {
+        (Action::StartOutgoing { key, mut request }, Some(link)) => {
+            let options = request.options.get_or_insert_default();
+            if options.max_downtime_ms == 0 {
+                options.max_downtime_ms = context
+                    .settings
+                    .borrow()
+                    .as_ref()
+                    .map_or(0, |s| s.max_downtime_ms);
+            }
+            tracing::info!(vmm = %key, migration = request.migration, to = request.target_addr, "migrates");
+            let migration = request.migration.clone();
+            bounded(link.client.clone().start_outgoing(request)).await?;
+            Ok(Effect::OutgoingTaken(key, migration))
+        }
+        (
+            Action::Outcome {
+                key,
+                migration,
+                committed,
+            },
+            Some(link),
+        ) => {
+            tracing::info!(vmm = %key, migration, committed, "the outcome is known");
+            let request = OutcomeRequest {
+                migration: migration.clone(),
+                committed,
+            };
+            bounded(link.client.clone().outcome(request)).await?;
+            Ok(Effect::OutcomeTaken(key, migration, committed))
+        }
+        (Action::Destroy { key, reason }, Some(link)) => {
+            if kill {
+                tracing::error!(vmm = %key, "it does not end; killing its process");
+                process::kill_hard(link.pid.load(Ordering::SeqCst));
+            }
+            tracing::info!(vmm = %key, "to be destroyed: {}", reason.message);
+            bounded(
+                link.client
+                    .clone()
+                    .destroy(DestroyRequest { reason: Some(reason) }),
+            )
+            .await?;
+            Ok(Effect::Nothing)
+        }
+        (Action::ReportEnd { key, state, reason }, Some(link)) => {
+            let _turn = link.reporting.lock().await;
+            report_end(context, &key.vm, key.epoch, state, reason).await?;
+            Ok(Effect::EndReported(key))
+        }
+        (
+            Action::ReportGone {
+                vm,
+                epoch,
+                state,
+                reason,
+            },
+            _,
+        ) => {
+            close(context, &vm, epoch)?;
+            report_end(context, &vm, epoch, state, reason).await?;
+            Ok(Effect::Told(vm, epoch))
+        }
+        (
+            Action::Abort {
+                migration,
+                reason,
+                phase,
+            },
+            _,
+        ) => {
+            tracing::warn!(migration, "to be aborted: {}", reason.message);
+            vmm::abort(context, migration, reason, phase.into()).await?;
+            Ok(Effect::Nothing)
+        }
+        _ => Ok(Effect::Nothing),
+    }
+}
+
+/// From here on nothing is started for `epoch`, not even when an older desired state turns up.
+fn close(context: &Context, vm: &str, epoch: u64) -> Result<(), Fault> {
+    let Some(next) = epoch
+        .checked_add(1)
+        .filter(|_| Key::start(vm, epoch).is_well_formed())
+    else {
+        return Ok(()); // Nothing can ever be started under such a name.
+    };
+    let mut store = context.store.lock().expect("nobody panics with the store");
+    store
+        .raise(vm, next)
+        .map_err(|error| Fault::new(Code::Internal, error.to_string()))
+}
+
+async fn report_end(
+    context: &Context,
+    vm: &str,
+    epoch: u64,
+    state: VmState,
+    reason: Reason,
+) -> Result<(), Fault> {
+    tracing::info!(
+        vm,
+        epoch,
+        state = state.as_str_name(),
+        "its end: {}",
+        reason.message
+    );
+    let request = ReportVmRequest {
+        vm: vm.to_owned(),
+        epoch,
+        state: state.into(),
+        reason: Some(reason),
+        ..Default::default()
+    };
+    vmm::report_vm(context, request).await
+}
+
+async fn bounded<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Fault> {
+    match timeout(VMM_CALL_MAX, call).await {
+        Ok(Ok(answer)) => Ok(answer.into_inner()),
+        Ok(Err(status)) => Err(Fault::from(&status)),
+        Err(_) => Err(Fault::new(Code::HostUnreachable, "the VMM does not answer")),
+    }
+}

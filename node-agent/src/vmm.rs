@@ -1,0 +1,611 @@
+//! One VMM and the one task that tends it, from its start or its finding to its end.
+//!
+//! ```text
+//!   fresh: pause point → marker (durable) → config.json → exec ─┐
+//!   found after a restart of the agent: its lock is held ───────┤
+//!                                                               ▼
+//!        ┌── long-polls its info ──► supervisor            all at once, until
+//!        ├── hands on grants                               the process is gone
+//!        ├── READY → CommitHandover → Grant
+//!        ├── reports: address, state, receipt, failure
+//!        └── progress, at most 4 times a second
+//! ```
+//!
+//! The parts share nothing but the newest info and whether the VMM has a right to run, so that the way from READY to the grant waits
+//! for nothing else. A grant by a heartbeat names only VM and epoch; it is handed on only to a VMM of which it is known that
+//! the epoch is its own: one that booted for it, or whose hand-over is committed.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
+
+use drover_proto::v1::vmm_client::VmmClient;
+use drover_proto::v1::{
+    AbortMigrationRequest, CommitHandoverRequest, CommitHandoverResponse, GrantRequest, Progress, Reason,
+    ReportMigrationRequest, ReportVmRequest, VmDesired, VmSpec, VmmInfo, VmmState, WatchInfoRequest,
+};
+use drover_proto::{Code, Fault};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tokio::process::Child;
+use tokio::sync::{Mutex, mpsc, watch};
+use tokio::time::{Instant, sleep, timeout};
+use tonic::transport::{Channel, Endpoint};
+use tower::service_fn;
+
+use crate::agent::Context;
+use crate::clock::boottime_ns;
+use crate::host::process::{self, Abandoned, SOCKET_PATH_MAX};
+use crate::host::store::write_private;
+use crate::key::Key;
+use crate::loops::deadline_ns;
+use crate::pause_point;
+use crate::reports::{Report, Reported};
+use crate::supervisor::Event;
+
+/// How long a VMM may hold a watch of its info, ms.
+const WATCH_WAIT_MS: u32 = 10_000;
+/// How much later its answer may come before it is asked anew.
+const WATCH_MARGIN: Duration = Duration::from_secs(5);
+/// A VMM that is starting has no socket yet: it is asked again after this.
+const SOCKET_RETRY: Duration = Duration::from_millis(10);
+/// One call of a VMM; it answers from memory.
+pub const VMM_CALL_MAX: Duration = Duration::from_secs(2);
+/// After a report that no controller took.
+const REPORT_RETRY: Duration = Duration::from_millis(100);
+/// One attempt of a report that ends in the log.
+pub const REPORT_ATTEMPT: Duration = Duration::from_secs(3);
+/// One attempt of the commit: the guest stands still meanwhile, so the next controller is tried soon.
+const COMMIT_ATTEMPT: Duration = Duration::from_secs(2);
+/// Between two rounds of the commit.
+const COMMIT_RETRY: Duration = Duration::from_millis(20);
+/// Between two reports of progress.
+const PROGRESS_PERIOD: Duration = Duration::from_millis(250);
+/// A report of progress that is not taken by then is out of date.
+const PROGRESS_ATTEMPT: Duration = Duration::from_secs(1);
+
+/// What others hold of a VMM.
+pub struct Link {
+    /// Which one.
+    pub key: Key,
+    /// Its folder.
+    pub folder: PathBuf,
+    /// Its socket.
+    pub client: VmmClient<Channel>,
+    /// What it said last.
+    pub info: watch::Sender<Option<VmmInfo>>,
+    /// Whether its epoch is known to be its own.
+    pub had_right: watch::Sender<bool>,
+    /// It is no longer wanted: do not start what is not started.
+    pub cancelled: AtomicBool,
+    /// Its process, once known; 0 before.
+    pub pid: AtomicU32,
+    /// Held while a state of the VM is reported, so that none overtakes another.
+    pub reporting: Mutex<()>,
+}
+
+impl Link {
+    /// The VMM of `folder`. Call it inside a tokio runtime.
+    pub fn new(key: Key, folder: PathBuf) -> Arc<Self> {
+        let socket = folder.join("vmm.sock");
+        let connect = service_fn(move |_| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        });
+        // The address is never resolved: the connector knows where to go.
+        let channel = Endpoint::from_static("http://vmm.drover").connect_with_connector_lazy(connect);
+        let had_right = key.migration().is_none();
+        Arc::new(Self {
+            client: VmmClient::new(channel),
+            info: watch::Sender::new(None),
+            had_right: watch::Sender::new(had_right),
+            cancelled: AtomicBool::new(false),
+            pid: AtomicU32::new(0),
+            reporting: Mutex::new(()),
+            key,
+            folder,
+        })
+    }
+
+    /// What the VMM said last, if it ever answered.
+    pub fn newest_info(&self) -> Option<VmmInfo> {
+        self.info.borrow().clone()
+    }
+}
+
+/// What a VMM's task tells the supervisor.
+pub enum News {
+    /// Its info or its right changed.
+    Changed,
+    /// The controllers answered its commit with the abort.
+    CommitRefused(Reason),
+    /// Its process is gone, or was not started; with its lock when it was not our child.
+    Gone(Reason, Option<Abandoned>),
+}
+
+/// Tends the VMM of `link` until it is gone. `fresh`: start it for this first.
+pub async fn tend(
+    context: Arc<Context>,
+    link: Arc<Link>,
+    fresh: Option<VmDesired>,
+    events: mpsc::Sender<Event>,
+) {
+    let tell = |news| {
+        let event = Event::Vmm {
+            key: link.key.clone(),
+            news,
+        };
+        let events = events.clone();
+        async move {
+            // Only a supervisor that has ended does not listen; then nobody needs to know.
+            let _ = events.send(event).await;
+        }
+    };
+    let mut child = None;
+    if let Some(desired) = fresh {
+        match start(&context, &link, &desired).await {
+            Ok(started) => child = Some(started),
+            Err(fault) => {
+                tracing::error!(vmm = %link.key, "not started: {fault}");
+                return tell(News::Gone(fault.into(), None)).await;
+            }
+        }
+    }
+    let tend = async {
+        tokio::join!(
+            follow_info(&link, &tell),
+            hand_on_grants(&context, &link),
+            commit_when_ready(&context, &link, &tell),
+            report(&context, &link),
+            report_progress(&context, &link),
+        )
+    };
+    let (reason, lock) = tokio::select! {
+        gone = until_gone(&link, child) => gone,
+        _ = tend => unreachable!("the tending of a VMM ends only with it"),
+    };
+    tracing::info!(vmm = %link.key, "gone: {}", reason.message);
+    tell(News::Gone(reason, lock)).await;
+}
+
+async fn until_gone(link: &Link, child: Option<Child>) -> (Reason, Option<Abandoned>) {
+    let (how, lock) = match child {
+        Some(mut child) => match child.wait().await {
+            Ok(status) => (status.to_string(), None),
+            Err(error) => (format!("waiting for it failed: {error}"), None),
+        },
+        None => loop {
+            match process::gone(&link.folder).await {
+                Ok(lock) => break ("its lock is free".to_owned(), Some(lock)),
+                Err(error) => {
+                    tracing::error!(vmm = %link.key, "its lock cannot be waited for: {error}");
+                    sleep(WATCH_MARGIN).await;
+                }
+            }
+        },
+    };
+    (died(&link.folder, &how), lock)
+}
+
+/// The reason that a VMM which ended unasked is reported with.
+pub fn died(folder: &Path, how: &str) -> Reason {
+    let said =
+        process::last_error(folder).map_or_else(String::new, |line| format!("; last in its log: {line}"));
+    Fault::new(Code::VmmDied, format!("the VMM's process ended ({how}){said}")).into()
+}
+
+async fn start(context: &Arc<Context>, link: &Arc<Link>, desired: &VmDesired) -> Result<Child, Fault> {
+    if link.key.migration().is_some() {
+        pause_point("agent.before_prepare").await;
+    }
+    let config = vmm_config(context, &link.key, desired, &link.folder)?;
+    let (context, link) = (context.clone(), link.clone());
+    let failed = |what: &str, error: &dyn std::fmt::Display| {
+        Fault::new(Code::VmmStartFailed, format!("{what}: {error}"))
+    };
+    let begun = tokio::task::spawn_blocking({
+        let (context, link) = (context.clone(), link.clone());
+        move || {
+            if link.cancelled.load(Ordering::SeqCst) {
+                return Err(Fault::new(
+                    Code::VmStopped,
+                    "it is no longer desired on this host",
+                ));
+            }
+            let mut store = context.store.lock().expect("nobody panics with the store");
+            let folder = store
+                .begin(&link.key)
+                .map_err(|error| failed("no marker", &error))?;
+            write_private(&folder.join("config.json"), config.to_string().as_bytes())
+                .map_err(|error| failed("config.json", &error))
+        }
+    });
+    begun.await.map_err(|error| failed("marker", &error))??;
+    let child = process::spawn(&context.config.vmm, &link.folder)
+        .map_err(|error| failed(&context.config.vmm.display().to_string(), &error))?;
+    link.pid.store(child.id().unwrap_or(0), Ordering::SeqCst);
+    tracing::info!(vmm = %link.key, pid = child.id(), "started");
+    if link.key.migration().is_none() {
+        context.heartbeat_now.notify_one(); // Its grant can be here before it is.
+    }
+    Ok(child)
+}
+
+/// What the VMM's config.json says; refuses what no VMM could be started with.
+fn vmm_config(
+    context: &Context,
+    key: &Key,
+    desired: &VmDesired,
+    folder: &Path,
+) -> Result<serde_json::Value, Fault> {
+    let spec: VmSpec = desired.spec.clone().ok_or_else(|| {
+        Fault::new(
+            Code::Internal,
+            format!("{key} is desired without a specification"),
+        )
+    })?;
+    let config = &context.config;
+    let image = |field: &str, name: &str| {
+        let path = config.images_dir.join(name);
+        let is_name = !name.is_empty() && !name.contains('/') && !name.starts_with('.');
+        if is_name && (key.migration().is_some() || path.is_file()) {
+            return Ok(path);
+        }
+        let message = format!(
+            "{name:?} is not in this host's images folder {}",
+            config.images_dir.display()
+        );
+        Err(Fault::new(Code::ImageNotFound, message).field(field))
+    };
+    let socket = folder.join("vmm.sock");
+    let length = socket.as_os_str().len();
+    if length > SOCKET_PATH_MAX {
+        let message = format!(
+            "the VMM's socket {} has {length} bytes in its path, a Unix socket can have {SOCKET_PATH_MAX}: move data_dir",
+            socket.display()
+        );
+        return Err(Fault::new(Code::VmmStartFailed, message));
+    }
+    let incoming = match (key.migration(), &desired.migration) {
+        (None, _) => serde_json::Value::Null,
+        (Some(id), Some(migration)) => serde_json::json!({
+            "migration": id, "from_host": migration.from, "listen_ip": config.migration_ip,
+        }),
+        (Some(id), None) => {
+            return Err(Fault::new(
+                Code::Internal,
+                format!("{id} is desired without its migration"),
+            ));
+        }
+    };
+    let initrd = if spec.initrd.is_empty() {
+        None
+    } else {
+        Some(image("initrd", &spec.initrd)?)
+    };
+    let cpu_profile = if spec.cpu_profile.is_empty() {
+        "baseline"
+    } else {
+        &spec.cpu_profile
+    };
+    Ok(serde_json::json!({
+        "cluster_id": config.cluster_id, "host": config.name, "vm": key.vm, "epoch": key.epoch,
+        "vcpus": spec.vcpus, "memory_mib": spec.memory_mib, "kernel": image("kernel", &spec.kernel)?,
+        "initrd": initrd, "cmdline": spec.cmdline, "cpu_profile": cpu_profile, "socket": socket,
+        "tls": config.tls, "incoming": incoming,
+    }))
+}
+
+async fn follow_info<F: Future<Output = ()>>(link: &Link, tell: &impl Fn(News) -> F) {
+    // No info has this number, so that the first is answered at once.
+    let mut seen_seq = u64::MAX;
+    loop {
+        let request = WatchInfoRequest {
+            seen_seq,
+            wait_ms: WATCH_WAIT_MS,
+        };
+        let bound = Duration::from_millis(WATCH_WAIT_MS.into()) + WATCH_MARGIN;
+        let info = match timeout(bound, link.client.clone().watch_info(request)).await {
+            Ok(Ok(answer)) => answer.into_inner(),
+            Ok(Err(status)) => {
+                tracing::debug!(vmm = %link.key, "no info: {}", status.message());
+                sleep(SOCKET_RETRY).await;
+                continue;
+            }
+            Err(_) => {
+                tracing::warn!(vmm = %link.key, "the VMM lives but does not answer");
+                continue;
+            }
+        };
+        if info.vm != link.key.vm || info.epoch != link.key.epoch {
+            tracing::error!(vmm = %link.key, "its socket answers for {} epoch {}", info.vm, info.epoch);
+            sleep(WATCH_MARGIN).await;
+            continue;
+        }
+        if info.seq == seen_seq {
+            continue;
+        }
+        seen_seq = info.seq;
+        link.pid.store(info.pid, Ordering::SeqCst);
+        // Only a grant makes a VMM run, and the agent that gave it knew that the hand-over was committed.
+        if matches!(
+            info.state(),
+            VmmState::Running | VmmState::Frozen | VmmState::HandedOver
+        ) {
+            link.had_right
+                .send_if_modified(|had| !std::mem::replace(had, true));
+        }
+        link.info.send_replace(Some(info));
+        tell(News::Changed).await;
+    }
+}
+
+async fn hand_on_grants(context: &Context, link: &Link) {
+    let mut grants = context.grants.subscribe();
+    let mut had_right = link.had_right.subscribe();
+    let vm = (link.key.vm.clone(), link.key.epoch);
+    let mut given_ns = 0;
+    loop {
+        let deadline_ns = {
+            let grants = grants.borrow_and_update();
+            if grants.granted.contains(&vm) {
+                grants.deadline_ns
+            } else {
+                0
+            }
+        };
+        if *had_right.borrow_and_update() && deadline_ns > given_ns && deadline_ns > boottime_ns() {
+            match grant(link, deadline_ns).await {
+                Ok(()) => given_ns = deadline_ns,
+                Err(fault) => {
+                    tracing::debug!(vmm = %link.key, "the grant was not taken: {fault}");
+                    // A newer grant may have come meanwhile.
+                    sleep(SOCKET_RETRY).await;
+                    continue;
+                }
+            }
+        }
+        tokio::select! {
+            changed = grants.changed() => if changed.is_err() { std::future::pending::<()>().await },
+            _ = had_right.changed() => {}
+        }
+    }
+}
+
+async fn grant(link: &Link, deadline_boottime_ns: u64) -> Result<(), Fault> {
+    let request = GrantRequest {
+        epoch: link.key.epoch,
+        deadline_boottime_ns,
+    };
+    match timeout(VMM_CALL_MAX, link.client.clone().grant(request)).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(status)) => Err(Fault::from(&status)),
+        Err(_) => Err(Fault::new(Code::HostUnreachable, "the VMM does not answer")),
+    }
+}
+
+/// Resolves when the info fulfils `what`.
+async fn until(link: &Link, what: impl Fn(&VmmInfo) -> bool) -> VmmInfo {
+    let mut info = link.info.subscribe();
+    let found = info
+        .wait_for(|info| info.as_ref().is_some_and(&what))
+        .await
+        .ok()
+        .and_then(|info| info.clone());
+    match found {
+        Some(info) => info,
+        None => std::future::pending().await, // The link is gone, and this task is about to be.
+    }
+}
+
+/// From READY to running: the guest stands still meanwhile.
+async fn commit_when_ready<F: Future<Output = ()>>(
+    context: &Context,
+    link: &Link,
+    tell: &impl Fn(News) -> F,
+) {
+    if let Some(migration) = link.key.migration() {
+        until(link, |info| info.state() == VmmState::Ready).await;
+        pause_point("agent.before_commit").await;
+        let (sent_ns, answer) = commit(context, link, migration).await;
+        pause_point("agent.after_commit").await;
+        if answer.committed {
+            link.had_right.send_replace(true);
+            let until_ns = deadline_ns(sent_ns, answer.lease_ms);
+            while let Err(fault) = grant(link, until_ns).await {
+                tracing::warn!(vmm = %link.key, "the grant after the commit was not taken: {fault}");
+                sleep(SOCKET_RETRY).await;
+                if boottime_ns() >= until_ns {
+                    break; // From here on the heartbeats' grants are for it.
+                }
+            }
+            context.heartbeat_now.notify_one();
+        } else {
+            let aborted = || Fault::new(Code::MigrationEnded, "the migration was aborted").into();
+            tell(News::CommitRefused(answer.reason.unwrap_or_else(aborted))).await;
+        }
+    }
+    std::future::pending().await
+}
+
+/// Asks until the log's outcome is known; with the time at which the answered request was sent.
+async fn commit(context: &Context, link: &Link, migration: &str) -> (u64, CommitHandoverResponse) {
+    let request = CommitHandoverRequest {
+        host: context.config.name.clone(),
+        migration: migration.to_owned(),
+        vm: link.key.vm.clone(),
+        epoch: link.key.epoch,
+    };
+    loop {
+        let answer = context.controllers.call("commit", COMMIT_ATTEMPT, |mut client| {
+            let request = request.clone();
+            let sent_ns = boottime_ns();
+            async move { Ok((sent_ns, client.commit_handover(request).await?.into_inner())) }
+        });
+        match answer.await {
+            Ok(answer) => return answer,
+            Err(fault) => tracing::warn!(vmm = %link.key, "the commit was not answered: {fault}; asking on"),
+        }
+        sleep(COMMIT_RETRY).await;
+    }
+}
+
+async fn report(context: &Context, link: &Link) {
+    let mut reported = Reported::default();
+    let mut info = link.info.subscribe();
+    let mut had_right = link.had_right.subscribe();
+    loop {
+        let due = {
+            let right = *had_right.borrow_and_update();
+            info.borrow_and_update()
+                .as_ref()
+                .and_then(|info| reported.due(&link.key, info, right))
+        };
+        if let Some(report) = due {
+            match send(context, link, &report).await {
+                Ok(()) => reported.answered(&report),
+                Err(fault) => {
+                    tracing::debug!(vmm = %link.key, "a report was not taken: {fault}");
+                    sleep(REPORT_RETRY).await;
+                }
+            }
+            continue;
+        }
+        tokio::select! {
+            changed = info.changed() => if changed.is_err() { std::future::pending::<()>().await },
+            _ = had_right.changed() => {}
+        }
+    }
+}
+
+async fn send(context: &Context, link: &Link, report: &Report) -> Result<(), Fault> {
+    match report.clone() {
+        Report::Abort {
+            migration,
+            reason,
+            phase,
+        } => {
+            tracing::warn!(vmm = %link.key, migration, "cannot carry on: {}", reason.message);
+            abort(context, migration, reason, phase as i32).await
+        }
+        Report::Target { migration, addr } => {
+            let request = ReportMigrationRequest {
+                migration,
+                target_addr: addr,
+                ..Default::default()
+            };
+            report_migration(context, request, REPORT_ATTEMPT).await
+        }
+        Report::Receipt { migration, receipt } => {
+            let request = ReportMigrationRequest {
+                migration,
+                receipt: Some(receipt),
+                ..Default::default()
+            };
+            report_migration(context, request, REPORT_ATTEMPT).await
+        }
+        Report::Vm { state, reason } => {
+            let _turn = link.reporting.lock().await;
+            let request = ReportVmRequest {
+                host: String::new(),
+                vm: link.key.vm.clone(),
+                epoch: link.key.epoch,
+                state: state.into(),
+                reason,
+            };
+            report_vm(context, request).await
+        }
+    }
+}
+
+/// Proposes an abort; answered is enough, the desired state tells the outcome.
+pub async fn abort(context: &Context, migration: String, reason: Reason, phase: i32) -> Result<(), Fault> {
+    let host = context.config.name.clone();
+    let request = AbortMigrationRequest {
+        host,
+        migration,
+        reason: Some(reason),
+        phase,
+    };
+    let call = context.controllers.call("abort", REPORT_ATTEMPT, |mut client| {
+        let request = request.clone();
+        async move { client.abort_migration(request).await }
+    });
+    ended_is_answered(call.await.map(drop))
+}
+
+/// Reports a VM's state; this host's name is filled in.
+pub async fn report_vm(context: &Context, mut request: ReportVmRequest) -> Result<(), Fault> {
+    request.host = context.config.name.clone();
+    let call = context.controllers.call("report", REPORT_ATTEMPT, |mut client| {
+        let request = request.clone();
+        async move { client.report_vm(request).await }
+    });
+    ended_is_answered(call.await.map(drop))
+}
+
+async fn report_migration(
+    context: &Context,
+    mut request: ReportMigrationRequest,
+    attempt: Duration,
+) -> Result<(), Fault> {
+    request.host = context.config.name.clone();
+    let call = context.controllers.call("report", attempt, |mut client| {
+        let request = request.clone();
+        async move { client.report_migration(request).await }
+    });
+    ended_is_answered(call.await.map(drop))
+}
+
+/// A report about something that is over or unknown has found its answer.
+fn ended_is_answered(outcome: Result<(), Fault>) -> Result<(), Fault> {
+    match outcome {
+        Err(fault)
+            if matches!(
+                fault.code,
+                Code::MigrationEnded | Code::MigrationNotFound | Code::VmNotFound | Code::StaleEpoch
+            ) =>
+        {
+            tracing::debug!("a report came too late: {fault}");
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+async fn report_progress(context: &Context, link: &Link) {
+    let mut last: Option<(String, Progress)> = None;
+    let newest = |info: &VmmInfo| {
+        info.migration
+            .as_ref()
+            .and_then(|m| Some((m.id.clone(), m.progress?)))
+    };
+    loop {
+        let info = until(link, |info| {
+            newest(info).is_some_and(|newest| Some(newest) != last)
+        })
+        .await;
+        let Some((migration, progress)) = newest(&info) else {
+            continue;
+        };
+        let sent = Instant::now();
+        let request = ReportMigrationRequest {
+            migration: migration.clone(),
+            progress: Some(progress),
+            ..ReportMigrationRequest::default()
+        };
+        // Lost progress is followed by newer progress.
+        let _ = report_migration(context, request, PROGRESS_ATTEMPT).await;
+        last = Some((migration, progress));
+        // A new phase is told at once, figures of the same phase at their pace.
+        let phase = progress.phase;
+        let other_phase = until(link, |info| {
+            newest(info).is_some_and(|(_, now)| now.phase != phase)
+        });
+        tokio::select! {
+            _ = other_phase => {}
+            () = tokio::time::sleep_until(sent + PROGRESS_PERIOD) => {}
+        }
+    }
+}
