@@ -1,0 +1,203 @@
+//! Runs inside the emulated host: boots a Linux guest under one `drover-vmm`, moves it to a second one, and talks to its shell all along.
+//!
+//! It plays the agent's and the controller's part: it writes configurations, gives grants, and tells the source the outcome.
+
+mod shell;
+mod vmm;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use drover_linux_guest::report::Report;
+use drover_pki::{ClusterCa, Role, TlsFiles};
+use drover_proto::v1::{MigrationOptions, StartOutgoingRequest, VmmInfo, VmmState};
+use serde_json::json;
+
+use self::shell::Shell;
+use self::vmm::Vmm;
+
+const ROOT: &str = "/run/drover";
+const CLUSTER: &str = "linux-guest";
+const MIGRATION: &str = "m1";
+const GUEST_MEMORY_MIB: u64 = 256;
+/// The longest that booting may take in an emulated host.
+const BOOT_MAX: Duration = Duration::from_secs(240);
+/// The longest that a migration may take there.
+const MIGRATION_MAX: Duration = Duration::from_secs(180);
+/// A blackout that the stop rule accepts: emulated processors encrypt slowly.
+const DOWNTIME_MAX_MS: u32 = 2000;
+/// Lines of each VMM's log that a failure shows.
+const LOG_LINES: usize = 60;
+
+fn say(report: &Report) {
+    println!("\n{}", report.line());
+}
+
+fn main() -> ExitCode {
+    drover_pki::install_provider();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    let ended = runtime
+        .context("starting tokio")
+        .and_then(|runtime| runtime.block_on(drive()));
+    match ended {
+        Ok(()) => {
+            say(&Report::Done);
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            show_logs(Path::new(ROOT));
+            say(&Report::Failed {
+                why: format!("{error:#}"),
+            });
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn drive() -> Result<()> {
+    std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .context("opening /dev/kvm")?;
+    say(&Report::HostUp);
+    let ca = ClusterCa::create(CLUSTER)?;
+    let (host1, host2) = (identity(&ca, "host1")?, identity(&ca, "host2")?);
+
+    let started = Instant::now();
+    let mut source = Vmm::start(&folder("source")?, &config("host1", 1, &host1, None)).await?;
+    source.renew(1);
+    source
+        .until("the guest to run", BOOT_MAX, |info| {
+            info.state() == VmmState::Running
+        })
+        .await?;
+    let mut shell = Shell::of(&source);
+    shell
+        .wait_for_prompt(BOOT_MAX)
+        .await
+        .context("waiting for the guest's shell")?;
+    say(&Report::Shell {
+        boot_ms: started.elapsed().as_millis().try_into()?,
+    });
+    shell
+        .write_random_file()
+        .await
+        .context("filling a file in the guest")?;
+    let before = shell
+        .facts()
+        .await
+        .context("asking the guest before the migration")?;
+    say(&Report::Answered {
+        migrated: false,
+        guest: before,
+    });
+
+    let incoming = json!({ "migration": MIGRATION, "from_host": "host1", "listen_ip": "127.0.0.1" });
+    let mut target = Vmm::start(&folder("target")?, &config("host2", 2, &host2, Some(incoming))).await?;
+    let migrated = migrate(&mut source, &mut target).await?;
+    let mut shell = Shell::of(&target);
+    say(&migrated);
+    let after = shell
+        .facts()
+        .await
+        .context("asking the guest after the migration")?;
+    say(&Report::Answered {
+        migrated: true,
+        guest: after,
+    });
+    Ok(())
+}
+
+fn identity(ca: &ClusterCa, host: &str) -> Result<TlsFiles> {
+    Ok(ca.issue_to(&folder(host)?, Role::Host, host)?)
+}
+
+fn folder(name: &str) -> Result<PathBuf> {
+    let path = Path::new(ROOT).join(name);
+    std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+    Ok(path)
+}
+
+fn config(host: &str, epoch: u64, tls: &TlsFiles, incoming: Option<serde_json::Value>) -> serde_json::Value {
+    json!({
+        "cluster_id": CLUSTER, "host": host, "vm": "linux", "epoch": epoch, "vcpus": 2, "memory_mib": GUEST_MEMORY_MIB,
+        "kernel": "/guest/vmlinuz", "initrd": "/guest/initrd", "cmdline": "console=ttyS0 quiet panic=-1",
+        "cpu_profile": "host", "socket": "vmm.sock", "tls": tls, "incoming": incoming,
+    })
+}
+
+async fn migrate(source: &mut Vmm, target: &mut Vmm) -> Result<Report> {
+    let listens = |info: &VmmInfo| !info.listen_addr.is_empty();
+    let target_addr = target
+        .until("the target to listen", MIGRATION_MAX, listens)
+        .await?
+        .listen_addr;
+    source
+        .client()
+        .start_outgoing(StartOutgoingRequest {
+            migration: MIGRATION.to_owned(),
+            target_addr,
+            target_host: "host2".to_owned(),
+            target_epoch: 2,
+            options: Some(MigrationOptions {
+                max_downtime_ms: DOWNTIME_MAX_MS,
+                ..MigrationOptions::default()
+            }),
+        })
+        .await
+        .context("starting the migration")?;
+    target
+        .until("the target to be ready", MIGRATION_MAX, |info| {
+            info.state() == VmmState::Ready
+        })
+        .await?;
+    source.stop_renewing();
+    target.grant(2).await.context("granting the target")?;
+    target.renew(2);
+    source
+        .outcome(MIGRATION, true)
+        .await
+        .context("telling the source")?;
+    let has_receipt = |info: &VmmInfo| {
+        let receipt = info
+            .migration
+            .as_ref()
+            .and_then(|migration| migration.receipt.as_ref());
+        info.state() == VmmState::Running && receipt.is_some()
+    };
+    let info = target
+        .until("the target to run", MIGRATION_MAX, has_receipt)
+        .await?;
+    let receipt = info
+        .migration
+        .and_then(|migration| migration.receipt)
+        .context("a receipt")?;
+    let blackout = receipt.blackout_us.context("the receipt's blackout")?;
+    let source_ended = source.ends_by_itself().await;
+    ensure!(receipt.bytes > 0, "the receipt counts no bytes: {receipt:?}");
+    Ok(Report::Migrated {
+        rounds: receipt.rounds,
+        bytes: receipt.bytes,
+        blackout_us: blackout.total,
+        source_ended,
+    })
+}
+
+fn show_logs(root: &Path) {
+    for name in ["source", "target"] {
+        let Ok(log) = std::fs::read_to_string(root.join(name).join("vmm.log")) else {
+            continue;
+        };
+        println!("--- the end of the log of the {name} VMM ---");
+        let lines: Vec<&str> = log.lines().collect();
+        for line in &lines[lines.len().saturating_sub(LOG_LINES)..] {
+            println!("{line}");
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! The guest's shell, typed to and read through the VMM's console.
+//!
+//! The terminal echoes what is typed, so each command prints its answer after a marker that only exists once the shell has
+//! expanded it.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use drover_linux_guest::report::GuestFacts;
+use drover_proto::v1::vmm_client::VmmClient;
+use drover_proto::v1::{ReadConsoleRequest, WriteConsoleRequest};
+use tokio::time::{Instant, sleep};
+use tonic::transport::Channel;
+
+use crate::vmm::Vmm;
+
+const PROMPT: &str = "guest-shell> ";
+const ANSWER_MAX: Duration = Duration::from_secs(90);
+const READ_WAIT_MS: u32 = 2000;
+const RETRY: Duration = Duration::from_millis(100);
+/// What of the console an error shows, bytes.
+const TAIL_BYTES: usize = 4000;
+
+/// A conversation with the guest.
+pub struct Shell {
+    client: VmmClient<Channel>,
+    offset: u64,
+    seen: String,
+    asked: u32,
+}
+
+impl Shell {
+    /// The shell of the guest that `vmm` runs; reading begins at the oldest byte its console keeps.
+    pub fn of(vmm: &Vmm) -> Self {
+        Self {
+            client: vmm.client(),
+            offset: 0,
+            seen: String::new(),
+            asked: 0,
+        }
+    }
+
+    /// Waits for the shell to ask for a command.
+    pub async fn wait_for_prompt(&mut self, limit: Duration) -> Result<()> {
+        self.read_past(PROMPT, limit).await.map(drop)
+    }
+
+    /// Has the guest keep 8 MiB of random bytes in memory.
+    pub async fn write_random_file(&mut self) -> Result<()> {
+        self.ask("dd if=/dev/urandom of=/tmp/file bs=1M count=8 2>/dev/null; ls /tmp")
+            .await
+            .map(drop)
+    }
+
+    /// Asks the guest about itself.
+    pub async fn facts(&mut self) -> Result<GuestFacts> {
+        let uptime = self.ask("cat /proc/uptime").await?;
+        let hundredths = uptime
+            .split_whitespace()
+            .next()
+            .unwrap_or_default()
+            .replace('.', "");
+        Ok(GuestFacts {
+            release: self.ask("uname -r").await?,
+            shell_pid: self.number("echo $$").await?,
+            uptime_cs: hundredths
+                .parse()
+                .with_context(|| format!("the uptime {uptime:?}"))?,
+            clock_source: self
+                .ask("cat /sys/devices/system/clocksource/clocksource0/current_clocksource")
+                .await?,
+            digest: self.ask("md5sum </tmp/file").await?,
+            complaints: self
+                .number("dmesg | grep -c -i -E 'oops|panic|BUG:|lockup|stall'")
+                .await?,
+            cpus: self.number("nproc").await?,
+        })
+    }
+
+    async fn number(&mut self, command: &str) -> Result<u64> {
+        let answer = self.ask(command).await?;
+        answer
+            .parse()
+            .with_context(|| format!("{command} answered {answer:?}"))
+    }
+
+    /// Types a command and returns what it printed.
+    async fn ask(&mut self, command: &str) -> Result<String> {
+        self.asked += 1;
+        let id = self.asked;
+        // Echoed as `$((40+id))`, printed as the sum: the echo is never taken for the answer.
+        let number = 40 + id;
+        self.type_line(&format!(
+            "echo begin-$((40+{id})); {command}; echo end-$((40+{id}))"
+        ))
+        .await?;
+        self.read_past(&format!("begin-{number}"), ANSWER_MAX).await?;
+        let text = self.read_past(&format!("end-{number}"), ANSWER_MAX).await?;
+        Ok(text.trim().to_owned())
+    }
+
+    async fn type_line(&mut self, line: &str) -> Result<()> {
+        let mut data = line.as_bytes().to_vec();
+        data.push(b'\n');
+        let deadline = Instant::now() + ANSWER_MAX;
+        while !data.is_empty() {
+            let request = WriteConsoleRequest {
+                data: data.clone(),
+                ..WriteConsoleRequest::default()
+            };
+            let accepted = self
+                .client
+                .write_console(request)
+                .await
+                .context("typing")?
+                .into_inner()
+                .accepted;
+            data.drain(..usize::try_from(accepted)?.min(data.len()));
+            if accepted == 0 {
+                if Instant::now() > deadline {
+                    bail!("the guest takes no input");
+                }
+                sleep(RETRY).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads up to and with `needle`; returns what stood before it.
+    async fn read_past(&mut self, needle: &str, limit: Duration) -> Result<String> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(at) = self.seen.find(needle) {
+                let before = self.seen[..at].to_owned();
+                self.seen.drain(..at + needle.len());
+                return Ok(before);
+            }
+            if Instant::now() > deadline {
+                let start = self
+                    .seen
+                    .floor_char_boundary(self.seen.len().saturating_sub(TAIL_BYTES));
+                bail!(
+                    "waited {limit:?} for {needle:?}; the console shows: {}",
+                    &self.seen[start..]
+                );
+            }
+            let request = ReadConsoleRequest {
+                offset: self.offset,
+                wait_ms: READ_WAIT_MS,
+                ..ReadConsoleRequest::default()
+            };
+            let answer = self
+                .client
+                .read_console(request)
+                .await
+                .context("reading the console")?
+                .into_inner();
+            self.offset = answer.next_offset;
+            self.seen.push_str(&String::from_utf8_lossy(&answer.data));
+        }
+    }
+}

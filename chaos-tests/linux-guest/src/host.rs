@@ -1,0 +1,219 @@
+//! The emulated host: QEMU's software emulation of a machine with AMD's hardware virtualization.
+//!
+//! Its root is an initramfs with busybox, KVM's modules and the programs under test; its whole life is one run of the driver.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use crate::archive::Archive;
+use crate::kernel::{Kernel, ask};
+use crate::report::Report;
+
+/// Emulation is slow, and the machine may be busy: a whole run takes one or two minutes on two idle processors.
+const RUN_MAX: Duration = Duration::from_secs(540);
+/// Lines of the host's console that a failure shows.
+const TAIL_LINES: usize = 200;
+/// Where a static busybox is looked for.
+const BUSYBOX: [&str; 2] = ["/usr/bin/busybox", "/bin/busybox"];
+const MEMORY_MIB: &str = "3072";
+const QEMU: &str = "qemu-system-x86_64";
+
+/// The guest's first program: a shell on its serial console.
+const GUEST_INIT: &str = "#!/bin/sh
+/bin/busybox mkdir -p /proc /sys /dev /tmp
+/bin/busybox --install -s /bin
+export PATH=/bin HOME=/ PS1='guest-shell> '
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmp /tmp
+exec setsid sh -c 'exec sh -i </dev/ttyS0 >/dev/ttyS0 2>&1'
+";
+
+/// The host's first program: KVM, then the driver, then off.
+const HOST_INIT: &str = "#!/bin/sh
+/bin/busybox mkdir -p /proc /sys /dev /tmp /run
+/bin/busybox --install -s /bin
+export PATH=/bin HOME=/
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmp /tmp
+for module in $(cat /modules/order); do insmod /modules/$module || echo \"insmod $module failed\"; done
+ip link set lo up
+/bin/driver
+echo driver ended: $?
+poweroff -f
+";
+
+/// What a run needs.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    /// The driver of this crate.
+    pub driver: PathBuf,
+    /// The VMM under test.
+    pub vmm: PathBuf,
+}
+
+/// Why this machine cannot emulate a host, if it cannot.
+#[must_use]
+pub fn obstacle(programs: &Programs) -> Option<String> {
+    if ask(Command::new(QEMU).arg("--version")).is_err() {
+        return Some(format!("{QEMU} is not installed (package qemu-system-x86)"));
+    }
+    if busybox().is_none() {
+        return Some("no busybox in /usr/bin or /bin (package busybox-static)".to_owned());
+    }
+    [&programs.driver, &programs.vmm]
+        .into_iter()
+        .find(|path| !path.exists())
+        .map(|path| format!("{} is missing: build the workspace first", path.display()))
+}
+
+fn busybox() -> Option<&'static Path> {
+    BUSYBOX.iter().map(Path::new).find(|path| path.exists())
+}
+
+/// The host's initramfs, which holds the guest's kernel and initramfs as well.
+///
+/// # Errors
+/// A file that is missing or cannot be read.
+pub fn initramfs(kernel: &Kernel, programs: &Programs) -> Result<Vec<u8>, String> {
+    let failed = |error: std::io::Error| error.to_string();
+    let busybox = busybox().ok_or("no static busybox")?;
+    let mut guest = Archive::new();
+    guest.file("init", GUEST_INIT.as_bytes());
+    guest
+        .copy("bin/busybox", busybox)
+        .map_err(failed)?
+        .link("bin/sh", "busybox");
+    let mut host = Archive::new();
+    host.file("init", HOST_INIT.as_bytes());
+    host.copy("bin/busybox", busybox)
+        .map_err(failed)?
+        .link("bin/sh", "busybox");
+    host.copy("bin/driver", &programs.driver).map_err(failed)?;
+    host.copy("bin/drover-vmm", &programs.vmm).map_err(failed)?;
+    let mut order = String::new();
+    for module in &kernel.modules {
+        let name = module
+            .file_name()
+            .and_then(|name| name.to_str())
+            .ok_or("a module without a name")?;
+        host.copy(&format!("modules/{name}"), module).map_err(failed)?;
+        order += name;
+        order += "\n";
+    }
+    host.file("modules/order", order.as_bytes());
+    for library in libraries(programs)? {
+        host.copy(library.to_string_lossy().trim_start_matches('/'), &library)
+            .map_err(failed)?;
+    }
+    host.copy("guest/vmlinuz", &kernel.image).map_err(failed)?;
+    host.file("guest/initrd", &guest.finish());
+    Ok(host.finish())
+}
+
+/// The shared libraries of the programs and the loader, by the paths they are looked for at.
+fn libraries(programs: &Programs) -> Result<Vec<PathBuf>, String> {
+    let mut libraries: Vec<PathBuf> = Vec::new();
+    for program in [&programs.driver, &programs.vmm] {
+        // "libc.so.6 => /lib/…/libc.so.6 (0x…)", or "/lib64/ld-linux-x86-64.so.2 (0x…)"
+        for line in ask(Command::new("ldd").arg(program))?.lines() {
+            if line.contains("not found") {
+                return Err(format!("{}: {}", program.display(), line.trim()));
+            }
+            libraries.extend(
+                line.split_whitespace()
+                    .find(|word| word.starts_with('/'))
+                    .map(PathBuf::from),
+            );
+        }
+    }
+    libraries.sort();
+    libraries.dedup();
+    Ok(libraries)
+}
+
+/// Ends QEMU whatever happens.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Boots the host, waits for its end, and returns all reports; everything the host's console showed goes to the file `log`.
+///
+/// # Errors
+/// QEMU could not be started or did not end; with the last lines of the console.
+pub fn run(kernel: &Kernel, initramfs: &Path, log: &Path) -> Result<Vec<Report>, String> {
+    let child = Command::new(QEMU)
+        .args([
+            "-machine",
+            "q35",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max,+svm",
+            "-smp",
+            "2",
+        ])
+        .args([
+            "-m",
+            MEMORY_MIB,
+            "-nodefaults",
+            "-no-reboot",
+            "-display",
+            "none",
+            "-serial",
+            "stdio",
+        ])
+        .arg("-kernel")
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(initramfs)
+        .args(["-append", "console=ttyS0 quiet panic=-1"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn();
+    let mut child = Ended(child.map_err(|error| format!("{QEMU}: {error}"))?);
+    let output = BufReader::new(child.0.stdout.take().ok_or("QEMU has no output")?);
+    let (sender, lines) = channel();
+    std::thread::spawn(move || {
+        for line in output.split(b'\n').map_while(Result::ok) {
+            let _ = sender.send(String::from_utf8_lossy(&line).trim_end().to_owned());
+        }
+    });
+    let deadline = Instant::now() + RUN_MAX;
+    let mut console: Vec<String> = Vec::new();
+    let mut reports = Vec::new();
+    let timed_out = loop {
+        match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(line) => {
+                reports.extend(Report::parse(&line));
+                console.push(line);
+            }
+            Err(ended) => break ended == RecvTimeoutError::Timeout,
+        }
+    };
+    std::fs::write(log, console.join("\n")).map_err(|error| format!("{}: {error}", log.display()))?;
+    if timed_out || reports.is_empty() {
+        let what = if timed_out {
+            "did not end in time"
+        } else {
+            "reported nothing"
+        };
+        let tail = console[console.len().saturating_sub(TAIL_LINES)..].join("\n");
+        return Err(format!(
+            "the emulated host {what}; the end of its console ({}):\n{tail}",
+            log.display()
+        ));
+    }
+    Ok(reports)
+}

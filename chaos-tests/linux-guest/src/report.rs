@@ -1,0 +1,106 @@
+//! What the driver tells the test, a line each on the emulated host's serial console.
+
+use serde::{Deserialize, Serialize};
+
+/// Marks a report among the other lines of a console.
+const MARK: &str = "@drover-report ";
+
+/// How far the driver has come, or why it came no further.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "step", rename_all = "snake_case")]
+pub enum Report {
+    /// The emulated host runs the driver, and `/dev/kvm` answers.
+    HostUp,
+    /// The guest's shell asked for a command.
+    Shell {
+        /// From the start of its VMM.
+        boot_ms: u64,
+    },
+    /// The guest answered what was typed, before or after the migration.
+    Answered {
+        /// After it.
+        migrated: bool,
+        /// What it said of itself.
+        guest: GuestFacts,
+    },
+    /// The second VMM runs the guest.
+    Migrated {
+        /// Rounds of pre-copy.
+        rounds: u32,
+        /// On the wire.
+        bytes: u64,
+        /// Whole blackout.
+        blackout_us: u64,
+        /// How the first VMM ended: `true` when its process exited by itself with success.
+        source_ended: bool,
+    },
+    /// The driver gave up.
+    Failed {
+        /// What it was about to do, and what went wrong.
+        why: String,
+    },
+    /// Everything was done.
+    Done,
+}
+
+/// What the guest's shell says of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GuestFacts {
+    /// `uname -r`.
+    pub release: String,
+    /// The shell's process id: the same shell must answer after the migration.
+    pub shell_pid: u64,
+    /// Hundredths of a second by `/proc/uptime`.
+    pub uptime_cs: u64,
+    /// The clock source in use.
+    pub clock_source: String,
+    /// Digest of a file of random bytes in the guest's memory.
+    pub digest: String,
+    /// Lines of the kernel's log that speak of an oops, a panic, a bug or a lock-up.
+    pub complaints: u64,
+    /// Processors online.
+    pub cpus: u64,
+}
+
+impl Report {
+    /// The line for it.
+    #[must_use]
+    pub fn line(&self) -> String {
+        format!(
+            "{MARK}{}",
+            serde_json::to_string(self).expect("a report is plain data")
+        )
+    }
+
+    /// Reads a console's line; `None` for one that is no report.
+    #[must_use]
+    pub fn parse(line: &str) -> Option<Self> {
+        let (_, json) = line.split_once(MARK)?;
+        serde_json::from_str(json.trim()).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_found_amid_what_else_the_console_shows() {
+        let report = Report::Migrated {
+            rounds: 3,
+            bytes: 70_000,
+            blackout_us: 12,
+            source_ended: true,
+        };
+        assert_eq!(
+            Report::parse(&format!("[    1.2] x: {}\r", report.line())),
+            Some(report)
+        );
+        assert_eq!(Report::parse("[    1.2] x"), None);
+        let failed = Report::Failed {
+            why: "two\nlines \"quoted\"".to_owned(),
+        };
+        assert!(!failed.line().contains('\n'));
+        assert_eq!(Report::parse(&failed.line()), Some(failed));
+    }
+}

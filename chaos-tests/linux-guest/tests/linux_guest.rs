@@ -1,0 +1,101 @@
+//! A stock Debian kernel boots under `drover-vmm` on a host with hardware virtualization (emulated), answers on its serial console, is
+//! migrated between two VMMs there, and goes on answering.
+
+use std::path::{Path, PathBuf};
+
+use drover_linux_guest::host::{self, Programs};
+use drover_linux_guest::kernel::Kernel;
+use drover_linux_guest::report::{GuestFacts, Report};
+
+/// The folder that cargo builds into: an integration test's temporary folder lies in it.
+fn target_dir() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .parent()
+        .expect("a folder in the target folder")
+        .to_owned()
+}
+
+/// The VMM that `cargo xtask test` put aside, else the one of a plain build.
+fn vmm(target: &Path) -> PathBuf {
+    let aside = target.join("chaos-bin/drover-vmm");
+    if aside.exists() {
+        aside
+    } else {
+        target.join("debug/drover-vmm")
+    }
+}
+
+/// Runs the emulated host, or says why that is not possible here.
+fn reports() -> Result<Vec<Report>, String> {
+    let target = target_dir();
+    let programs = Programs {
+        driver: PathBuf::from(env!("CARGO_BIN_EXE_drover-linux-guest-driver")),
+        vmm: vmm(&target),
+    };
+    if let Some(why) = host::obstacle(&programs) {
+        return Err(why);
+    }
+    let cache = target.join("linux-guest");
+    let kernel = Kernel::get(&cache)?;
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let initramfs = folder.path().join("initramfs");
+    let bytes = host::initramfs(&kernel, &programs).expect("the initramfs is built");
+    std::fs::write(&initramfs, bytes).expect("the initramfs is written");
+    Ok(host::run(&kernel, &initramfs, &cache.join("console.log")).expect("the emulated host runs"))
+}
+
+fn answer(reports: &[Report], after: bool) -> &GuestFacts {
+    let found = reports.iter().find_map(|report| match report {
+        Report::Answered { migrated, guest } if *migrated == after => Some(guest),
+        _ => None,
+    });
+    found.unwrap_or_else(|| panic!("no answer (after the migration: {after}) in {reports:#?}"))
+}
+
+#[test]
+fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
+    let reports = match reports() {
+        Ok(reports) => reports,
+        Err(why) => {
+            println!("SKIPPED: {why}");
+            return;
+        }
+    };
+    println!("{reports:#?}");
+    assert_eq!(reports.last(), Some(&Report::Done), "{reports:#?}");
+    let (before, after) = (answer(&reports, false), answer(&reports, true));
+    assert!(
+        before.release.ends_with("-cloud-amd64"),
+        "a stock kernel: {before:?}"
+    );
+    assert_eq!(
+        before.digest.len(),
+        "d41d8cd98f00b204e9800998ecf8427e  -".len(),
+        "{before:?}"
+    );
+    assert_eq!((before.cpus, before.complaints), (2, 0), "{before:?}");
+    // Uptime goes on, everything else is as it was: the same shell, the same memory, nothing new to complain about.
+    assert!(after.uptime_cs > before.uptime_cs, "{before:?} {after:?}");
+    assert_eq!(
+        after,
+        &GuestFacts {
+            uptime_cs: after.uptime_cs,
+            ..before.clone()
+        }
+    );
+    let migrated = reports.iter().find_map(|report| match report {
+        Report::Migrated {
+            bytes,
+            blackout_us,
+            source_ended,
+            ..
+        } => Some((*bytes, *blackout_us, *source_ended)),
+        _ => None,
+    });
+    let (bytes, blackout_us, source_ended) = migrated.expect("a receipt");
+    assert!(
+        bytes > 8 << 20 && blackout_us > 0,
+        "the guest's 8 MiB of random bytes went over the wire"
+    );
+    assert!(source_ended, "the source's VMM ends when it learns of the commit");
+}
