@@ -319,95 +319,72 @@ mod tests {
         Ok(loaded)
     }
 
-    fn refusal(change: impl FnOnce(&mut Value)) -> String {
+    fn refusal(pointer: &str, value: &Value) -> String {
         let mut config = valid();
-        change(&mut config);
+        let (parent, field) = pointer.rsplit_once('/').unwrap();
+        match config.pointer_mut(parent).unwrap() {
+            Value::Object(fields) if value.is_null() => drop(fields.remove(field)),
+            Value::Array(items) => items[field.parse::<usize>().unwrap()] = value.clone(),
+            parent => parent[field] = value.clone(),
+        }
         load(&config).unwrap_err().to_string()
     }
 
     #[test]
-    fn what_is_left_out_has_its_default() {
-        let config = load(&valid()).unwrap();
-        assert_eq!(config.tuning(), Tuning::default());
-        assert_eq!(config.settings(), None);
-
-        let mut some = valid();
-        some["settings"] = json!({"lease_ms": 7000});
-        some["raft"] = json!({"heartbeat_ms": 100, "snapshot_every": 10});
-        let config = load(&some).unwrap();
-        let settings = v1::Settings {
-            lease_ms: 7000,
-            ..drover_state::default_settings()
-        };
-        assert_eq!(config.settings(), Some(settings));
-        assert_eq!(
-            config.tuning(),
-            Tuning {
-                heartbeat_ms: 100,
-                snapshot_every: 10,
-                ..Tuning::default()
-            }
-        );
-    }
-
-    #[test]
     fn a_wrong_field_is_named_with_its_value_and_what_would_be_right() {
-        let cases: [(&str, Box<dyn FnOnce(&mut Value)>); 11] = [
+        let member = json!({"id": 1, "name": "c1", "addr": "127.0.0.1:7001"});
+        for (pointer, value, expected) in [
+            ("/leader", json!(true), "unknown field `leader`"),
+            ("/cluster_id", Value::Null, "missing field `cluster_id`"),
             (
-                "unknown field `leader`",
-                Box::new(|config| config["leader"] = json!(true)),
-            ),
-            (
-                "missing field `cluster_id`",
-                Box::new(|config| drop(config.as_object_mut().unwrap().remove("cluster_id"))),
-            ),
-            (
-                "members names 2 controllers; a cluster has 1, 3 or 5",
-                Box::new(|config| {
-                    config["members"].as_array_mut().unwrap().pop();
-                }),
-            ),
-            (
-                "members[2] is 2, c3",
-                Box::new(|config| config["members"][2]["id"] = json!(2)),
-            ),
-            (
-                "members[0] is 0, c1",
-                Box::new(|config| config["members"][0]["id"] = json!(0)),
-            ),
-            (
-                "members[1].addr is 0.0.0.0:7002; want",
-                Box::new(|config| {
-                    config["members"][1]["addr"] = json!("0.0.0.0:7002");
-                }),
-            ),
-            (
-                "id is 9; want one of the ids in members: {1, 2, 3}",
-                Box::new(|config| config["id"] = json!(9)),
-            ),
-            (
-                "name is \"c2\"; members calls the id 1 \"c1\"",
-                Box::new(|config| config["name"] = json!("c2")),
-            ),
-            (
-                "advertise is 127.0.0.1:9; members has 127.0.0.1:7001",
-                Box::new(|config| {
-                    config["advertise"] = json!("127.0.0.1:9");
-                }),
-            ),
-            (
+                "/cluster_id",
+                json!("Dev"),
                 "cluster_id is \"Dev\"; want 1 to 63 of",
-                Box::new(|config| config["cluster_id"] = json!("Dev")),
             ),
             (
-                "raft.election_min_ms is 100; want at least 3 times",
-                Box::new(|config| {
-                    config["raft"] = json!({"election_min_ms": 100});
-                }),
+                "/members",
+                json!([member, member]),
+                "members names 2 controllers; a cluster has 1, 3 or 5",
             ),
-        ];
-        for (expected, change) in cases {
-            let refused = refusal(change);
+            ("/members/2/id", json!(2), "members[2] is 2, c3"),
+            ("/members/0/id", json!(0), "members[0] is 0, c1"),
+            (
+                "/members/1/addr",
+                json!("0.0.0.0:7002"),
+                "members[1].addr is 0.0.0.0:7002; want",
+            ),
+            (
+                "/id",
+                json!(9),
+                "id is 9; want one of the ids in members: {1, 2, 3}",
+            ),
+            (
+                "/name",
+                json!("c2"),
+                "name is \"c2\"; members calls the id 1 \"c1\"",
+            ),
+            (
+                "/advertise",
+                json!("127.0.0.1:9"),
+                "advertise is 127.0.0.1:9; members has 127.0.0.1:7001",
+            ),
+            (
+                "/raft",
+                json!({"election_min_ms": 100}),
+                "raft.election_min_ms is 100; want at least 3 times",
+            ),
+            (
+                "/raft",
+                json!({"election_max_ms": 900}),
+                "raft.election_max_ms is 900; want more than",
+            ),
+            (
+                "/raft",
+                json!({"snapshot_every": 0}),
+                "raft.snapshot_every is 0; want at least 1",
+            ),
+        ] {
+            let refused = refusal(pointer, &value);
             assert!(
                 refused.contains(expected),
                 "{refused:?} does not contain {expected:?}"

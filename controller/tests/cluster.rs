@@ -1,4 +1,5 @@
 //! Three controllers agree: through elections, restarts, snapshots, and the loss of a majority.
+#![allow(clippy::unwrap_used, reason = "in a test, unwrap is the check")]
 
 mod support;
 

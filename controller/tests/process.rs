@@ -1,4 +1,5 @@
 //! The program itself: three processes that are killed, started again, and told to stop.
+#![allow(clippy::unwrap_used, reason = "in a test, unwrap is the check")]
 
 mod support;
 

@@ -1,5 +1,6 @@
 //! What is on disk after a crash. A crash is played by copying the folder of an open store: what was not synced is in the
 //! process's memory and not in the copy.
+#![allow(clippy::unwrap_used, reason = "in a test, unwrap is the check")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
 //! Both stores do the same, whatever is asked of them, and the one on disk also when it is closed in between.
+#![allow(clippy::unwrap_used, reason = "in a test, unwrap is the check")]
 
 use drover_storage::{Done, Entry, LogStore, MemoryStore, RocksStore, Snapshot, StorageError};
 use proptest::prelude::*;
