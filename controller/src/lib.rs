@@ -1,5 +1,7 @@
 //! The controller: the replicated truth of a Drover cluster. See ARCHITECTURE.md.
 
+pub mod api;
 pub mod config;
 pub mod consensus;
+pub mod reconcile;
 pub mod server;

@@ -23,7 +23,7 @@ mod snapshot;
 mod state;
 mod validate;
 
-pub use apply::{Effect, apply, into_result, refusal};
+pub use apply::{Effect, apply, into_result, may_restart, refusal};
 pub use desired::{desired, grants};
 pub use snapshot::DecodeError;
 pub use state::{

@@ -7,6 +7,8 @@ mod hosts;
 mod migrations;
 mod vms;
 
+pub use vms::may_restart;
+
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::{Command, CommandResponse, Event, Reason, RequestRecord};
 use drover_proto::{Code, Fault};

@@ -364,7 +364,7 @@ impl Tx<'_> {
 }
 
 /// Whether the VM's policy has it restarted once more.
-pub(crate) fn may_restart(vm: &Vm) -> bool {
+pub fn may_restart(vm: &Vm) -> bool {
     spec_of(vm).restart() == RestartPolicy::OnFailure
         && vm.wanted_running
         && !vm.deleting
