@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 use super::terminal::{RawMode, input};
 use super::{POLL, Session, not_too_soon};
 use crate::args::ConsoleArgs;
-use crate::failure::{Failure, Result};
+use crate::failure::{Exit, Failure, Result};
 use crate::view::vm_state_word;
 
 /// Ctrl-].
@@ -34,6 +34,8 @@ const WAIT: Duration = Duration::from_secs(10);
 const QUIET_FOR: Duration = Duration::from_secs(60);
 /// Reads of what is there, at most: four times the largest scroll-back.
 const DUMP_READS_MAX: u32 = 16;
+/// How long a VM that is wanted running may have no console to read from.
+const DUMP_FOR: Duration = Duration::from_secs(10);
 /// Input that the guest does not read is offered for so long.
 const INPUT_FOR: Duration = Duration::from_secs(30);
 
@@ -77,19 +79,35 @@ async fn asked_to_end() {
     }
 }
 
-/// Prints what is there.
+/// Prints what is there. A VM that is on the move is waited for.
 async fn dump(session: &Session, args: &ConsoleArgs) -> Result<()> {
     let mut offset = args.offset;
-    for _ in 0..DUMP_READS_MAX {
-        let answer = session
+    let begun = Instant::now();
+    let mut reads = 0;
+    while reads < DUMP_READS_MAX {
+        match session
             .client
             .read_console(&args.vm, offset, Duration::ZERO)
-            .await?;
-        if answer.data.is_empty() {
-            break;
+            .await
+        {
+            Ok(answer) if answer.data.is_empty() => break,
+            Ok(answer) => {
+                offset = answer.next_offset;
+                reads += 1;
+                write(session, &answer)?;
+            }
+            Err(failure) if passing(&failure) => {
+                if let Some(state) = over(session, &args.vm).await? {
+                    let message = format!("{} is {state}: it has no console", args.vm);
+                    return Err(Failure::new(Exit::Refused, Code::VmState.as_str(), message));
+                }
+                if begun.elapsed() >= DUMP_FOR {
+                    return Err(failure);
+                }
+                tokio::time::sleep(POLL).await;
+            }
+            Err(failure) => return Err(failure),
         }
-        offset = answer.next_offset;
-        write(session, &answer)?;
     }
     Ok(())
 }
@@ -173,10 +191,12 @@ fn handed_over_by(migrations: &[v1::Migration], before: u64, now: u64) -> bool {
     before < now && now - before <= migrations.len() as u64 && (before + 1..=now).all(committed)
 }
 
-/// Whether a refusal may be over in a moment: the VM moves, starts, or its agent is away.
+/// Whether a refusal may be over in a moment: the VM moves, starts, or its agent is away. A host that does not know the
+/// VM says so as `vm_not_found`; whether there is such a VM at all, the cluster tells.
 fn passing(failure: &Failure) -> bool {
     let codes = [
         Code::VmState,
+        Code::VmNotFound,
         Code::StaleEpoch,
         Code::HostUnreachable,
         Code::HostDown,
@@ -384,7 +404,7 @@ mod tests {
         let failure = |code: Code| Failure::from(drover_proto::Fault::new(code, ""));
         assert!(passing(&failure(Code::HostUnreachable)));
         assert!(passing(&failure(Code::StaleEpoch)));
-        assert!(!passing(&failure(Code::VmNotFound)));
+        assert!(passing(&failure(Code::VmNotFound)));
         assert!(!passing(&failure(Code::Denied)));
     }
 }

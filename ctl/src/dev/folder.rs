@@ -19,7 +19,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use drover_pki::{ClusterCa, Role, TlsFiles};
-use drover_proto::Fault;
+use drover_proto::{Fault, v1};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -40,6 +40,10 @@ const PORTS: std::ops::Range<u16> = 20_000..32_000;
 const MEMORY_SHARE: u64 = 4;
 /// … and at least this much, MiB.
 const MEMORY_MIB_MIN: u64 = 512;
+
+/// A VMM's socket lies in the folder, and a Unix socket's path has at most 107 bytes (unix(7)): this leaves room for
+/// a VM's name of 20 and more.
+const ROOT_BYTES_MAX: usize = 50;
 
 /// What is chosen once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,6 +111,14 @@ impl Folder {
             return Ok(folder);
         }
         let root = std::path::absolute(root).map_err(|error| Failure::io(root.display(), &error))?;
+        let bytes = root.as_os_str().len();
+        if bytes > ROOT_BYTES_MAX {
+            return Err(dev(format!(
+                "{} has {bytes} bytes, too many for the sockets in it: name a folder of at most {ROOT_BYTES_MAX} by \
+                 --state-dir",
+                root.display()
+            )));
+        }
         make_dir(&root)?;
         let strange = fs::read_dir(&root)
             .map_err(|error| Failure::io(root.display(), &error))?
@@ -257,8 +269,21 @@ impl Folder {
         if fs::read(&target).is_ok_and(|present| present == content) {
             return Ok(false);
         }
-        replace(&target, &content).map_err(failed)?;
+        // Not beside the target: the hosts would report the half of it.
+        let staged = self.root.join(format!(".{}.new", image.name));
+        fs::write(&staged, &content)
+            .and_then(|()| fs::rename(&staged, &target))
+            .map_err(failed)?;
         Ok(true)
+    }
+
+    /// Whether `host` reports the image as it is here, by its length.
+    pub fn has_image(&self, host: &v1::Host, name: &str) -> bool {
+        let bytes = fs::metadata(self.images().join(name)).map(|meta| meta.len()).ok();
+        let images = host.spec.iter().flat_map(|spec| &spec.images);
+        images
+            .filter(|image| image.name == name)
+            .any(|image| Some(image.bytes) == bytes)
     }
 }
 
@@ -387,6 +412,41 @@ mod tests {
         assert_eq!(ports.len(), CONTROLLERS + HOSTS);
         assert!(ports.iter().all(|port| PORTS.contains(port)));
         assert_eq!(fs::metadata(&root).unwrap().permissions().mode() & 0o777, 0o700);
+    }
+
+    #[test]
+    fn a_folder_whose_sockets_would_not_fit_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("x".repeat(ROOT_BYTES_MAX));
+        let failure = Folder::open_or_create(&root).unwrap_err();
+        assert!(failure.message.contains("--state-dir"), "{}", failure.message);
+        assert!(!root.exists());
+    }
+
+    #[test]
+    fn a_host_has_an_image_when_it_reports_its_present_length() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::open_or_create(&dir.path().join("dev")).unwrap();
+        folder.prepare(Path::new("/vmm")).unwrap();
+        fs::write(folder.images().join("linux"), "12345").unwrap();
+        let host = |bytes| {
+            let image = v1::Image {
+                name: "linux".to_owned(),
+                bytes,
+                ..Default::default()
+            };
+            let spec = v1::HostSpec {
+                images: vec![image],
+                ..Default::default()
+            };
+            v1::Host {
+                spec: Some(spec),
+                ..Default::default()
+            }
+        };
+        assert!(folder.has_image(&host(5), "linux"));
+        assert!(!folder.has_image(&host(4), "linux"));
+        assert!(!folder.has_image(&host(5), "other"));
     }
 
     #[test]

@@ -180,7 +180,9 @@ async fn up(root: &Path, images: &[NamedImage], timeout: Duration, out: Out) -> 
     let lock = Folder::lock(root)?;
     let folder = Folder::open_or_create(root)?;
     folder.prepare(&programs.vmm)?;
-    for image in images.iter().chain(&probe_image()) {
+    let built = probe_image().filter(|probe| images.iter().all(|image| image.name != probe.name));
+    let images: Vec<_> = images.iter().cloned().chain(built).collect();
+    for image in &images {
         if folder.install_image(image)? {
             out.remark(&format!("image {} from {}", image.name, image.path.display()));
         }
@@ -194,7 +196,7 @@ async fn up(root: &Path, images: &[NamedImage], timeout: Duration, out: Out) -> 
         let names: Vec<_> = started.iter().map(|started| started.name.as_str()).collect();
         out.remark(&format!("started {}", names.join(" ")));
     }
-    ready(&folder, &mut started, timeout, out).await?;
+    ready(&folder, &images, &mut started, timeout, out).await?;
     drop(lock);
     status::show(&folder, &daemons, out).await?;
     if context::default_dev_dir(context::env_path).ok().as_deref() != Some(&folder.root) {
@@ -208,13 +210,19 @@ async fn up(root: &Path, images: &[NamedImage], timeout: Duration, out: Out) -> 
     Ok(())
 }
 
-/// Waits until the cluster has a leader and every host is up; fails at once when a daemon ends.
-async fn ready(folder: &Folder, started: &mut [Started], timeout: Duration, out: Out) -> Result<()> {
+/// Waits until the cluster has a leader and every host is up and has the images; fails at once when a daemon ends.
+async fn ready(
+    folder: &Folder,
+    images: &[NamedImage],
+    started: &mut [Started],
+    timeout: Duration,
+    out: Out,
+) -> Result<()> {
     let client = Client::new(&Context::load(&folder.context_file())?)?;
     let until = Instant::now() + timeout;
     let mut told = String::new();
     loop {
-        let (ready, state) = look(&client, folder).await;
+        let (ready, state) = look(&client, folder, images).await;
         started.iter_mut().try_for_each(Started::check)?;
         if ready {
             return Ok(());
@@ -237,18 +245,23 @@ async fn ready(folder: &Folder, started: &mut [Started], timeout: Duration, out:
 }
 
 /// Whether the cluster is ready, and where it stands.
-async fn look(client: &Client, folder: &Folder) -> (bool, String) {
+async fn look(client: &Client, folder: &Folder, images: &[NamedImage]) -> (bool, String) {
     let leader = match client.cluster(false, Patience::ONE_ROUND).await {
         Ok(cluster) if !cluster.leader.is_empty() => cluster.leader,
         _ => return (false, "waiting for a leader".to_owned()),
     };
     let hosts = client.hosts(Patience::ONE_ROUND).await.unwrap_or_default();
-    let up = hosts
-        .iter()
-        .filter(|host| host.state() == v1::HostState::Up)
-        .count();
-    let want = folder.plan.hosts.len();
-    (up >= want, format!("{leader} leads, {up} of {want} hosts up"))
+    let up = hosts.iter().filter(|host| host.state() == v1::HostState::Up);
+    let equipped = |host: &&v1::Host| images.iter().all(|image| folder.has_image(host, &image.name));
+    let (up, equipped, want) = (
+        up.clone().count(),
+        up.filter(equipped).count(),
+        folder.plan.hosts.len(),
+    );
+    (
+        equipped >= want,
+        format!("{leader} leads, {up} of {want} hosts up, {equipped} with all images"),
+    )
 }
 
 async fn down(root: &Path, purge: bool, out: Out) -> Result<()> {

@@ -172,3 +172,36 @@ fn a_console_that_may_not_be_read_is_an_error() {
     let ended = Ended::of(fake.ctl("vm console vm1").output().unwrap());
     assert_eq!(ended.code, Some(8), "{ended:?}");
 }
+
+#[test]
+fn a_stopped_vm_has_no_console_and_that_is_no_unknown_vm() {
+    let fake = fake();
+    fake.state()
+        .vms
+        .insert("vm1".into(), (vm("vm1", VmState::Stopped), vec![]));
+    fake.state().console = vec![Err(Fault::new(Code::VmNotFound, "host1 has no VMM of \"vm1\""))];
+    let ended = fake.run("vm console vm1 --no-follow");
+    assert_eq!(ended.code, Some(4), "{ended:?}");
+    assert_eq!(
+        ended.stderr,
+        "error: vm1 is stopped: it has no console [vm_state]\n"
+    );
+}
+
+#[test]
+fn a_console_is_read_as_soon_as_the_vm_has_arrived() {
+    let fake = fake();
+    fake.state().console = vec![
+        Err(Fault::new(
+            Code::StaleEpoch,
+            "host1 has no VMM of vm1 for epoch 1",
+        )),
+        Ok(part("here", 0, 2)),
+    ];
+    let ended = fake.run("vm console vm1 --no-follow");
+    assert_eq!(
+        (ended.code, ended.stdout.as_str()),
+        (Some(0), "here"),
+        "{ended:?}"
+    );
+}
