@@ -17,6 +17,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use drover_proto::{Code, Fault};
+use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use tracing::{error, info};
 use vm_memory::{Bytes, GuestAddress};
@@ -46,6 +47,7 @@ pub struct VcpuCell {
     /// The vCPU's number and APIC id.
     pub id: u32,
     fd: Mutex<VcpuFd>,
+    cpuid: Mutex<Vec<kvm_cpuid_entry2>>,
     immediate_exit: raw::ImmediateExit,
     thread: OnceLock<libc::pthread_t>,
 }
@@ -57,6 +59,7 @@ impl VcpuCell {
         Self {
             id,
             fd: Mutex::new(fd),
+            cpuid: Mutex::default(),
             immediate_exit,
             thread: OnceLock::new(),
         }
@@ -65,6 +68,11 @@ impl VcpuCell {
     /// The vCPU. Its thread holds this while it runs: only to be called while it is parked, else this waits.
     pub fn fd(&self) -> MutexGuard<'_, VcpuFd> {
         self.fd.lock().expect("no holder of a vCPU's lock panics")
+    }
+
+    /// What the guest sees of the CPU, as it was set last.
+    pub fn cpuid(&self) -> MutexGuard<'_, Vec<kvm_cpuid_entry2>> {
+        self.cpuid.lock().expect("no holder of the CPUID's lock panics")
     }
 
     fn kick(&self) {

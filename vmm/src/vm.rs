@@ -122,7 +122,9 @@ impl Vm {
         let cpuid = profile.apply(&self.supported_cpuid, count)?;
         for cell in &self.cells {
             let fd = cell.fd();
-            state::init(&fd, &profile::for_vcpu(&cpuid, cell.id))?;
+            let cpuid = profile::for_vcpu(&cpuid, cell.id);
+            state::init(&fd, &cpuid)?;
+            *cell.cpuid() = cpuid;
             if cell.id == 0 {
                 let reset = fd
                     .get_sregs()
@@ -214,7 +216,12 @@ impl Vm {
         // All clocks are read before and together: the TSC offsets belong to this instant.
         let clock = state::save_clock(&self.fd)?;
         for cell in &self.cells {
-            vcpus.push(state::save(&cell.fd(), &self.caps, &self.msr_indices)?);
+            vcpus.push(state::save(
+                &cell.fd(),
+                &self.caps,
+                &self.msr_indices,
+                &cell.cpuid(),
+            )?);
         }
         Ok(Saved {
             vcpus,
@@ -242,6 +249,7 @@ impl Vm {
         for (cell, vcpu) in self.cells.iter().zip(&saved.vcpus) {
             state::restore(&cell.fd(), &self.caps, vcpu, &plan)
                 .map_err(|fault| Fault::new(fault.code, format!("vCPU {}: {}", cell.id, fault.message)))?;
+            cell.cpuid().clone_from(&vcpu.cpuid);
         }
         // Last: it may raise its interrupt, which the controllers restored above must not forget.
         self.devices.serial().restore(&saved.serial)

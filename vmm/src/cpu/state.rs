@@ -13,8 +13,8 @@
 
 use drover_proto::{Code, Fault};
 use kvm_bindings::{
-    CpuId, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, Msrs,
-    kvm_clock_data, kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry,
+    CpuId, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_MAX_MSR_ENTRIES, Msrs, kvm_clock_data,
+    kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use tracing::{debug, warn};
@@ -127,8 +127,14 @@ fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<Option<kvm_msr_e
     Ok(None)
 }
 
-/// Reads a stopped vCPU's state.
-pub fn save(vcpu: &VcpuFd, caps: &Caps, msr_indices: &[u32]) -> Result<SavedVcpu, Fault> {
+/// Reads a stopped vCPU's state. `cpuid` is what it was given: where guests run without hardware virtualization,
+/// `KVM_GET_CPUID2` tells of the host's CPU instead.
+pub fn save(
+    vcpu: &VcpuFd,
+    caps: &Caps,
+    msr_indices: &[u32],
+    cpuid: &[kvm_cpuid_entry2],
+) -> Result<SavedVcpu, Fault> {
     let mp_state = vcpu
         .get_mp_state()
         .map_err(|error| kvm_fault("read mp_state", error))?;
@@ -154,9 +160,6 @@ pub fn save(vcpu: &VcpuFd, caps: &Caps, msr_indices: &[u32]) -> Result<SavedVcpu
         .get_lapic()
         .map_err(|error| kvm_fault("read the local APIC", error))?;
     let msrs = get_msrs(vcpu, msr_indices)?;
-    let cpuid = vcpu
-        .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
-        .map_err(|error| kvm_fault("read CPUID", error))?;
     let tsc_khz = if caps.tsc_khz {
         vcpu.get_tsc_khz().unwrap_or(0)
     } else {
@@ -176,7 +179,7 @@ pub fn save(vcpu: &VcpuFd, caps: &Caps, msr_indices: &[u32]) -> Result<SavedVcpu
         lapic: Box::new(lapic),
         events,
         msrs,
-        cpuid: cpuid.as_slice().to_vec(),
+        cpuid: cpuid.to_vec(),
         tsc_khz,
         tsc_offset,
     })

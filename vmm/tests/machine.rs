@@ -1,0 +1,323 @@
+//! A VM with its right to run: leases, ends with reasons, migration between two machines over mutual TLS.
+
+#![allow(clippy::unwrap_used)] // a test may, its helpers too
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{
+    World, assert_intact, await_console, await_info, await_state, grant, grant_for, has_seconds, seconds,
+    text,
+};
+use drover_proto::v1::{GrantRequest, OutcomeRequest, StartOutgoingRequest, VmmState};
+use drover_proto::{Code, Fault};
+use drover_vmm::machine::Machine;
+
+#[test]
+fn a_vm_without_a_grant_does_not_run_and_one_of_another_epoch_is_refused() {
+    needs_kvm!();
+    let world = World::new();
+    let machine = world.machine("host1", 3, |_| {});
+    assert_eq!(machine.info().state(), VmmState::Waiting);
+    let stale = GrantRequest {
+        epoch: 2,
+        deadline_boottime_ns: u64::MAX,
+    };
+    assert_eq!(machine.grant(&stale).unwrap_err().code, Code::StaleEpoch);
+    assert_eq!(machine.info().state(), VmmState::Waiting);
+    assert_eq!(machine.console().next(), 0);
+    assert_eq!(grant(&machine).state(), VmmState::Running);
+    await_console(machine.console(), "first line", has_seconds(1));
+}
+
+#[test]
+fn an_expired_lease_freezes_the_guest_and_a_new_grant_resumes_it() {
+    needs_kvm!();
+    let world = World::new();
+    let machine = world.machine("host1", 1, |_| {});
+    grant(&machine);
+    await_console(machine.console(), "first line", has_seconds(1));
+    drop(machine);
+
+    let machine = world.machine("host1", 2, |_| {});
+    grant_for(&machine, 200_000_000);
+    await_state(&machine, VmmState::Frozen);
+    let console = machine.console().next();
+    let vm = machine.vm().unwrap();
+    vm.start_dirty_log().unwrap();
+    let pages = vm.memory().pages();
+    let mut dirty = drover_migration::vm::PageSet::empty(pages);
+    vm.take_dirty(&mut dirty).unwrap();
+    assert_eq!(dirty.count(), 0, "a frozen guest wrote");
+    assert_eq!(machine.console().next(), console);
+    vm.stop_dirty_log().unwrap();
+    assert_eq!(grant(&machine).state(), VmmState::Running);
+    assert_intact(&await_console(
+        machine.console(),
+        "line after the freeze",
+        has_seconds(2),
+    ));
+}
+
+#[test]
+fn how_a_guest_ends_is_a_state_with_a_reason() {
+    needs_kvm!();
+    let world = World::new();
+    let cases = [
+        ("triple", VmmState::Failed, Code::GuestTripleFault.as_str()),
+        (
+            "emulation",
+            VmmState::Failed,
+            Code::GuestEmulationFailure.as_str(),
+        ),
+        ("shutdown", VmmState::Exited, ""),
+    ];
+    for (epoch, (fault, state, code)) in (1..).zip(cases) {
+        let cmdline = format!("own=1M fault={fault}");
+        let machine = world.machine("host1", epoch, |config| config["cmdline"] = cmdline.into());
+        grant(&machine);
+        let info = await_state(&machine, state);
+        let reason = info.reason.unwrap_or_default();
+        assert_eq!(reason.code, code, "{}", reason.message);
+        if state == VmmState::Failed {
+            assert!(reason.message.contains("rip 0x"), "{}", reason.message);
+        }
+        assert_eq!(grant(&machine).state(), state, "a grant revived an ended guest");
+    }
+}
+
+#[test]
+fn what_is_not_a_kernel_becomes_a_failed_vm_that_says_so() {
+    needs_kvm!();
+    let world = World::new();
+    let script = world.path().join("script");
+    std::fs::write(&script, "#!/bin/sh\n").unwrap();
+    let truncated = world.path().join("truncated");
+    let whole = std::fs::read(common::probe()).unwrap();
+    std::fs::write(&truncated, &whole[..whole.len() / 8]).unwrap();
+    for (epoch, kernel) in (1..).zip([script, truncated, world.path().join("nowhere")]) {
+        let machine = world.machine("host1", epoch, |config| {
+            config["kernel"] = kernel.to_str().unwrap().into()
+        });
+        let info = machine.info();
+        assert_eq!(info.state(), VmmState::Failed);
+        let reason = info.reason.unwrap();
+        assert_eq!(reason.code, Code::KernelInvalid.as_str(), "{}", reason.message);
+        assert_eq!(grant(&machine).state(), VmmState::Failed);
+    }
+}
+
+fn incoming(config: &mut serde_json::Value, from: &str) {
+    config["incoming"] = serde_json::json!({"migration": "m1", "from_host": from, "listen_ip": "127.0.0.1"});
+}
+
+fn listen_addr(machine: &Machine) -> String {
+    await_info(machine, "listen_addr", |info| !info.listen_addr.is_empty()).listen_addr
+}
+
+fn send(source: &Arc<Machine>, addr: String, target_host: &str) -> Result<(), Fault> {
+    let request = StartOutgoingRequest {
+        migration: "m1".into(),
+        target_addr: addr,
+        target_host: target_host.into(),
+        target_epoch: source.config().epoch + 1,
+        options: None,
+    };
+    source.start_outgoing(request).map(drop)
+}
+
+fn outcome(source: &Machine, committed: bool) -> Result<(), Fault> {
+    source
+        .outcome(&OutcomeRequest {
+            migration: "m1".into(),
+            committed,
+        })
+        .map(drop)
+}
+
+fn failure(machine: &Machine) -> String {
+    let failed = |info: &drover_proto::v1::VmmInfo| info.migration.clone()?.failure;
+    let info = await_info(machine, "failure", |info| failed(info).is_some());
+    failed(&info).unwrap().code
+}
+
+#[test]
+fn a_guest_moves_while_it_writes_and_runs_only_after_its_grant() {
+    needs_kvm!();
+    for vcpus in [1, 2] {
+        let world = World::new();
+        let shape = |config: &mut serde_json::Value| config["vcpus"] = vcpus.into();
+        let source = world.machine("host1", 1, shape);
+        grant(&source);
+        await_console(source.console(), "second line", has_seconds(2));
+        let target = world.machine("host2", 2, |config| {
+            shape(config);
+            incoming(config, "host1");
+        });
+        let early = GrantRequest {
+            epoch: 2,
+            deadline_boottime_ns: u64::MAX,
+        };
+        assert_eq!(target.grant(&early).unwrap_err().code, Code::VmState);
+        send(&source, listen_addr(&target), "host2").unwrap();
+        await_state(&target, VmmState::Ready);
+        assert_eq!(source.info().state(), VmmState::HandedOver);
+        assert_eq!(target.console().next(), source.console().next());
+        grant(&source);
+        assert_eq!(
+            source.info().state(),
+            VmmState::HandedOver,
+            "a lease resumed a handed-over VM"
+        );
+        let before = seconds(&text(target.console()), "t").len();
+        let info = grant(&target);
+        assert_eq!(info.state(), VmmState::Running);
+        let receipt = info
+            .migration
+            .unwrap()
+            .receipt
+            .expect("a target that runs has its receipt");
+        assert!(receipt.rounds >= 1 && receipt.pages > 0 && receipt.bytes > receipt.pages * 4096);
+        assert!(receipt.blackout_us.unwrap().total > 0);
+        let text = await_console(target.console(), "line after the move", has_seconds(before + 2));
+        assert_intact(&text);
+        outcome(&source, true).unwrap();
+        assert_eq!(source.info().state(), VmmState::Exited);
+        assert!(*source.over().borrow());
+    }
+}
+
+#[test]
+fn an_abort_after_the_pause_resumes_the_source_and_a_second_attempt_succeeds() {
+    needs_kvm!();
+    let world = World::new();
+    let source = world.machine("host1", 1, |_| {});
+    grant(&source);
+    await_console(source.console(), "first line", has_seconds(1));
+    let first = world.machine("host2", 2, |config| incoming(config, "host1"));
+    send(&source, listen_addr(&first), "host2").unwrap();
+    await_state(&first, VmmState::Ready);
+    first.destroy(None);
+    assert!(
+        first
+            .grant(&GrantRequest {
+                epoch: 2,
+                deadline_boottime_ns: u64::MAX
+            })
+            .is_ok()
+    );
+    assert_ne!(first.info().state(), VmmState::Running, "a destroyed VM ran");
+    assert_eq!(source.info().state(), VmmState::HandedOver);
+    outcome(&source, false).unwrap();
+    assert_eq!(source.info().state(), VmmState::Running);
+    assert_eq!(source.info().migration, None);
+    outcome(&source, false).unwrap();
+    let before = seconds(&text(source.console()), "t").len();
+    assert_intact(&await_console(
+        source.console(),
+        "line after the abort",
+        has_seconds(before + 2),
+    ));
+
+    let second = world.machine("host2", 3, |config| incoming(config, "host1"));
+    let request = StartOutgoingRequest {
+        migration: "m1".into(),
+        target_addr: listen_addr(&second),
+        target_host: "host2".into(),
+        target_epoch: 3,
+        options: None,
+    };
+    source.start_outgoing(request).unwrap();
+    await_state(&second, VmmState::Ready);
+    grant(&second);
+    let before = seconds(&text(second.console()), "t").len();
+    assert_intact(&await_console(
+        second.console(),
+        "line after the move",
+        has_seconds(before + 2),
+    ));
+}
+
+#[test]
+fn a_target_that_dies_early_leaves_the_source_running() {
+    needs_kvm!();
+    let world = World::new();
+    let source = world.machine("host1", 1, |_| {});
+    grant(&source);
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = nobody.local_addr().unwrap().to_string();
+    drop(nobody);
+    send(&source, addr, "host2").unwrap();
+    assert_eq!(failure(&source), Code::LinkLost.as_str());
+    assert_eq!(source.info().state(), VmmState::Running);
+    outcome(&source, false).unwrap();
+    assert_intact(&await_console(
+        source.console(),
+        "line after the failure",
+        has_seconds(2),
+    ));
+}
+
+#[test]
+fn a_target_of_another_shape_refuses_and_never_runs() {
+    needs_kvm!();
+    let world = World::new();
+    let source = world.machine("host1", 1, |_| {});
+    grant(&source);
+    let target = world.machine("host2", 2, |config| {
+        incoming(config, "host1");
+        config["memory_mib"] = 128.into();
+    });
+    send(&source, listen_addr(&target), "host2").unwrap();
+    assert!(!failure(&target).is_empty());
+    assert!(!failure(&source).is_empty());
+    assert_eq!(source.info().state(), VmmState::Running);
+    assert_eq!(target.info().state(), VmmState::Failed);
+    let late = GrantRequest {
+        epoch: 2,
+        deadline_boottime_ns: u64::MAX,
+    };
+    assert!(
+        target
+            .grant(&late)
+            .is_ok_and(|info| info.state() == VmmState::Failed)
+    );
+}
+
+#[test]
+fn only_the_named_host_may_send_and_only_to_the_named_host() {
+    needs_kvm!();
+    let world = World::new();
+    let source = world.machine("host1", 1, |_| {});
+    grant(&source);
+    let target = world.machine("host2", 2, |config| incoming(config, "host3"));
+    send(&source, listen_addr(&target), "host2").unwrap();
+    assert!(!failure(&source).is_empty());
+    assert_eq!(
+        target.info().state(),
+        VmmState::Incoming,
+        "a stranger ended the wait"
+    );
+    outcome(&source, false).unwrap();
+    assert_eq!(source.info().state(), VmmState::Running);
+}
+
+#[test]
+fn a_frozen_vm_moves_frozen_and_runs_on_its_target() {
+    needs_kvm!();
+    let world = World::new();
+    let source = world.machine("host1", 1, |_| {});
+    grant_for(&source, 1_500_000_000);
+    await_console(source.console(), "first line", has_seconds(1));
+    await_state(&source, VmmState::Frozen);
+    let target = world.machine("host2", 2, |config| incoming(config, "host1"));
+    send(&source, listen_addr(&target), "host2").unwrap();
+    await_state(&target, VmmState::Ready);
+    grant(&target);
+    assert_intact(&await_console(
+        target.console(),
+        "line after the move",
+        has_seconds(3),
+    ));
+}

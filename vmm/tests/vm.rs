@@ -1,0 +1,174 @@
+//! A VM on real KVM with the probe guest: boot, pause, dirty log, save and restore.
+
+#![allow(clippy::unwrap_used)] // a test may, its helpers too
+
+mod common;
+
+use common::{assert_intact, await_console, empty_vm, has_seconds, probe_vm, seconds};
+use drover_migration::vm::PageSet;
+use drover_proto::Code;
+use drover_vmm::save;
+use drover_vmm::vm::Vm;
+
+const FOREVER: u64 = u64::MAX;
+
+fn copy_memory(from: &Vm, to: &Vm) {
+    let mut page = vec![0; 1 << 20];
+    for chunk in 0..from.memory().bytes() >> 20 {
+        from.memory().read_pages(chunk * 256, &mut page).unwrap();
+        to.memory().write_pages(chunk * 256, &page).unwrap();
+    }
+}
+
+#[test]
+fn the_probe_boots_and_finds_its_memory_intact() {
+    needs_kvm!();
+    let vm = probe_vm(1, "own=16M");
+    vm.resume(FOREVER);
+    let text = await_console(vm.console(), "second line", has_seconds(2));
+    assert!(text.contains("probe up cpus=1"), "{text}");
+    assert!(text.contains("clock=kvmclock"), "{text}");
+    assert!(*seconds(&text, "written").last().unwrap() > 0);
+    assert_intact(&text);
+}
+
+#[test]
+fn two_vcpus_both_work() {
+    needs_kvm!();
+    let vm = probe_vm(2, "own=16M cpus=2");
+    vm.resume(FOREVER);
+    let text = await_console(vm.console(), "second line", has_seconds(2));
+    assert!(text.contains("probe up cpus=2"), "{text}");
+    assert_intact(&text);
+}
+
+#[test]
+fn a_paused_guest_writes_nothing_and_resumes_where_it_was() {
+    needs_kvm!();
+    let vm = probe_vm(2, "own=16M");
+    vm.resume(FOREVER);
+    await_console(vm.console(), "first line", has_seconds(1));
+    for _ in 0..20 {
+        vm.start_dirty_log().unwrap();
+        vm.pause();
+        let mut dirty = PageSet::empty(vm.memory().pages());
+        vm.take_dirty(&mut dirty).unwrap();
+        let mut later = PageSet::empty(vm.memory().pages());
+        vm.take_dirty(&mut later).unwrap();
+        assert_eq!(later.count(), 0, "a paused guest wrote");
+        vm.stop_dirty_log().unwrap();
+        vm.announce_pause();
+        vm.resume(FOREVER);
+    }
+    let before = seconds(&common::text(vm.console()), "t").len();
+    let text = await_console(vm.console(), "next line", has_seconds(before + 2));
+    assert_intact(&text);
+}
+
+#[test]
+fn the_dirty_log_finds_what_the_guest_and_the_vmm_write() {
+    needs_kvm!();
+    let vm = probe_vm(1, "own=16M hot=4M");
+    vm.resume(FOREVER);
+    await_console(vm.console(), "first line", has_seconds(1));
+    vm.start_dirty_log().unwrap();
+    let mut pages = vec![0; vm.memory().bytes() as usize];
+    vm.memory().read_pages(0, &mut pages).unwrap();
+    let seen = seconds(&common::text(vm.console()), "t").len();
+    await_console(vm.console(), "next line", has_seconds(seen + 1));
+    vm.pause();
+    let own = vm.memory().pages() - 1;
+    vm.memory().write_pages(own, &[0xa5; 4096]).unwrap();
+    let mut dirty = PageSet::empty(vm.memory().pages());
+    vm.take_dirty(&mut dirty).unwrap();
+    vm.stop_dirty_log().unwrap();
+    let is_dirty = |page: usize| dirty.words[page / 64] >> (page % 64) & 1 == 1;
+    assert!(is_dirty(own as usize), "the VMM's own write was missed");
+    let mut now = vec![0; pages.len()];
+    vm.memory().read_pages(0, &mut now).unwrap();
+    for (page, (old, new)) in pages.chunks(4096).zip(now.chunks(4096)).enumerate() {
+        assert!(
+            old == new || is_dirty(page),
+            "page {page} changed and is not in the log"
+        );
+    }
+    let hot = 4 << 20 >> 12;
+    assert!(
+        (hot..4 * hot).contains(&dirty.count()),
+        "{} pages for {hot} hot ones",
+        dirty.count()
+    );
+}
+
+#[test]
+fn a_saved_guest_goes_on_in_another_vm_with_its_clock_and_its_console() {
+    needs_kvm!();
+    for vcpus in [1, 2] {
+        let source = probe_vm(vcpus, &format!("own=16M cpus={vcpus}"));
+        source.resume(FOREVER);
+        await_console(source.console(), "second line", has_seconds(2));
+        source.pause();
+        let bytes = save::encode(&source.save().unwrap());
+        let target = empty_vm(vcpus);
+        copy_memory(&source, &target);
+        target.restore_encoded(&bytes).unwrap();
+        assert_eq!(target.console().next(), source.console().next());
+        let before = seconds(&common::text(target.console()), "t").len();
+        target.resume(FOREVER);
+        let text = await_console(
+            target.console(),
+            "line after the restore",
+            has_seconds(before + 2),
+        );
+        assert_intact(&text);
+        let t = seconds(&text, "t");
+        assert!(t.windows(2).all(|pair| pair[0] < pair[1]), "{text}");
+    }
+}
+
+#[test]
+fn a_guest_that_moved_on_can_be_saved_again_from_there() {
+    needs_kvm!();
+    let mut vm = probe_vm(1, "own=16M");
+    for round in 1..=3 {
+        vm.resume(FOREVER);
+        await_console(vm.console(), "next line", has_seconds(round));
+        vm.pause();
+        let next = empty_vm(1);
+        copy_memory(&vm, &next);
+        next.restore(&vm.save().unwrap()).unwrap();
+        vm = next;
+    }
+    vm.resume(FOREVER);
+    assert_intact(&await_console(vm.console(), "last line", has_seconds(4)));
+}
+
+#[test]
+fn what_is_typed_reaches_the_guest_before_and_after_a_move() {
+    needs_kvm!();
+    let source = probe_vm(1, "own=16M");
+    source.resume(FOREVER);
+    await_console(source.console(), "first line", has_seconds(1));
+    assert_eq!(source.type_in(b"ping one\n"), 9);
+    await_console(source.console(), "pong", |text| text.contains("probe pong one"));
+    source.pause();
+    assert_eq!(source.type_in(b"ping two\n"), 9);
+    let target = empty_vm(1);
+    copy_memory(&source, &target);
+    target.restore(&source.save().unwrap()).unwrap();
+    target.resume(FOREVER);
+    await_console(target.console(), "pong", |text| text.contains("probe pong two"));
+}
+
+#[test]
+fn a_state_of_another_shape_is_refused() {
+    needs_kvm!();
+    let source = probe_vm(1, "own=16M");
+    let mut saved = source.save().unwrap();
+    let fault = empty_vm(2).restore(&saved).unwrap_err();
+    assert_eq!(fault.code, Code::BadState);
+    saved.vcpus[0].msrs.push(save::msr_entry(0xdead_beef, 1));
+    let fault = empty_vm(1).restore(&saved).unwrap_err();
+    assert_eq!(fault.code, Code::BadState);
+    assert!(fault.message.contains("0xdeadbeef"), "{}", fault.message);
+}
