@@ -145,6 +145,12 @@ pub trait SourceVm {
     /// Copies pages `first..` into `out` (whole pages, all of one region). The guest may be writing meanwhile: a torn page
     /// is dirty again.
     fn read_pages(&self, first: u64, out: &mut [u8]);
+    /// How many pages from `first` on, at most `count`, are known to be zero without reading them, because nothing was
+    /// ever written there. Asked like `read_pages`, after the log was taken: a page written meanwhile is dirty again.
+    fn zero_ahead(&self, first: u64, count: u64) -> u64 {
+        let _ = (first, count);
+        0
+    }
     /// Stops all vCPUs for the switchover; on return none executes.
     fn pause(&mut self) -> Result<(), Fault>;
     /// The encoded `VmSave` of the paused VM.

@@ -1,6 +1,8 @@
 //! Both machines, joined by a link that breaks in every way, around a guest that writes between any two steps; either
 //! side may die or fail at any step. Time is simulated, one thread, one seed replays a run.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
 use std::collections::VecDeque;
@@ -251,11 +253,9 @@ impl World {
                 self.source_vm.guest_writes(page, value);
                 continue;
             }
-            let source_first = self.rng.below(2) == 0;
-            let moved = if source_first {
-                self.step_source() || self.step_target()
-            } else {
-                self.step_target() || self.step_source()
+            let moved = match self.rng.below(2) {
+                0 => self.step_source() || self.step_target(),
+                _ => self.step_target() || self.step_source(),
             };
             if !moved {
                 // Both wait for a frame that will never come: their time-outs end it.

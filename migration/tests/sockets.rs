@@ -1,5 +1,7 @@
 //! The engine over real sockets: two threads, a guest that writes all the while, TLS where hosts talk to each other.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
 use std::io::{Read, Write};

@@ -56,8 +56,7 @@ impl Batch {
             let step = usize::try_from(run.end() - page)
                 .unwrap_or(STEP_PAGES)
                 .min(STEP_PAGES);
-            self.seen += step;
-            assert!(self.seen <= BATCH_PAGES, "a batch was given {} pages", self.seen);
+            self.count(step);
             let from = DATA_AT + self.pages * PAGE_SIZE;
             read(page, &mut self.pages_frame[from..from + step * PAGE_SIZE]);
             for at in (from..).step_by(PAGE_SIZE).take(step) {
@@ -74,6 +73,17 @@ impl Batch {
                 page += 1;
             }
         }
+    }
+
+    /// Adds pages that are known to be zero, as [`Batch::add`] does those that are read.
+    pub fn add_zeros(&mut self, run: Run) {
+        self.count(usize::try_from(run.count).unwrap_or(usize::MAX));
+        push(&mut self.zeros, run.first, run.count);
+    }
+
+    fn count(&mut self, pages: usize) {
+        self.seen = self.seen.saturating_add(pages);
+        assert!(self.seen <= BATCH_PAGES, "a batch was given {} pages", self.seen);
     }
 
     /// Pages with content.
@@ -191,7 +201,7 @@ mod tests {
                     .flat_map(|run| run.first..run.end())
                     .all(|page| page % 3 == 0 && seen.insert(page))
             );
-            assert_eq!(seen, (10..110).chain(300..456).collect());
+            assert_eq!(seen, (10..110).chain(300..455).chain([456]).collect());
             assert_eq!((zeros.round, batch.pages() + batch.zero_pages()), (5, 256));
         }
     }

@@ -239,7 +239,18 @@ impl<S: Stream> Driver<'_, S> {
         } = self;
         batch.begin(round);
         for run in runs.iter().flat_map(|run| regions.split(*run)) {
-            batch.add(run, |first, out| vm.read_pages(first, out));
+            let zeros = vm.zero_ahead(run.first, run.count).min(run.count);
+            if zeros > 0 {
+                batch.add_zeros(Run {
+                    first: run.first,
+                    count: zeros,
+                });
+            }
+            let rest = Run {
+                first: run.first + zeros,
+                count: run.count - zeros,
+            };
+            batch.add(rest, |first, out| vm.read_pages(first, out));
         }
         let mut sent = Sent {
             pages: batch.pages(),
