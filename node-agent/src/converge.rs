@@ -499,6 +499,3 @@ fn for_wanted_incoming(observed: &Observed, wanted: &VmDesired) -> Action {
 
 #[cfg(test)]
 mod tests;
-
-#[cfg(test)]
-mod tests;

@@ -539,6 +539,14 @@ prop_compose! {
     }
 }
 
+fn vmm<'a>(observed: &'a mut Observed, key: &Key) -> &'a mut Seen {
+    observed
+        .vmms
+        .iter_mut()
+        .find(|seen| seen.key == *key)
+        .expect("only what is here is acted on")
+}
+
 fn is_desired(desired: &HostDesired, observed: &Observed, seen: &Seen) -> bool {
     desired.vms.iter().any(|wanted| matches(observed, seen, wanted))
 }
@@ -580,12 +588,11 @@ proptest! {
         for _ in 0..16 {
             let actions = converge(&desired, &observed);
             for action in actions {
-                let of = |key: &Key| move |seen: &&mut Seen| seen.key == *key;
                 match action {
                     Action::Destroy { key, .. } | Action::Outcome { key, committed: true, .. } => {
-                        observed.vmms.iter_mut().find(of(&key)).unwrap().life = gone();
+                        vmm(&mut observed, &key).life = gone();
                     }
-                    Action::ReportEnd { key, .. } => observed.vmms.iter_mut().find(of(&key)).unwrap().end_reported = true,
+                    Action::ReportEnd { key, .. } => vmm(&mut observed, &key).end_reported = true,
                     Action::Forget { key } => observed.vmms.retain(|seen| seen.key != key),
                     _ => {}
                 }

@@ -1,0 +1,263 @@
+//! A VMM without a VM: a process of its own with the real one's lock, socket and manners. What a guest or a peer would do to it,
+//! a test does by writing a word to its console.
+//!
+//! It ends with an error when it is granted before it is ready, so that a test which goes on proves that it never was.
+
+use std::fs::{File, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use drover_proto::v1::vmm_server::{Vmm, VmmServer};
+use drover_proto::v1::*;
+use drover_proto::{Code, Fault};
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::Signal;
+use tokio::net::UnixListener;
+use tokio::sync::watch;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+use tonic::{Request, Response, Status};
+
+/// Set for a process that is to be a VMM.
+pub const IS_VMM: &str = "DROVER_FAKE_VMM";
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code, reason = "read to check the file's form")]
+struct Config {
+    cluster_id: String,
+    host: String,
+    vm: String,
+    epoch: u64,
+    vcpus: u32,
+    memory_mib: u64,
+    kernel: PathBuf,
+    initrd: Option<PathBuf>,
+    cmdline: String,
+    cpu_profile: String,
+    socket: PathBuf,
+    tls: drover_pki::TlsFiles,
+    incoming: Option<Incoming>,
+}
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code, reason = "read to check the file's form")]
+struct Incoming {
+    migration: String,
+    from_host: String,
+    listen_ip: std::net::IpAddr,
+}
+
+struct Fake {
+    info: watch::Sender<VmmInfo>,
+    requests: Mutex<Vec<String>>,
+}
+
+impl Fake {
+    fn change(&self, change: impl FnOnce(&mut VmmInfo)) -> VmmInfo {
+        self.info.send_modify(|info| {
+            change(info);
+            info.seq += 1;
+        });
+        self.info.borrow().clone()
+    }
+
+    fn note(&self, request: String) {
+        self.requests.lock().unwrap().push(request);
+    }
+
+    fn end(&self, code: i32) -> ! {
+        std::process::exit(code)
+    }
+
+    /// What a guest or a peer does.
+    fn happen(&self, word: &str) {
+        let failure = || Some(Fault::new(Code::LinkLost, "the peer is gone").into());
+        let reason = || Some(Fault::new(Code::GuestTripleFault, "the guest triple-faulted").into());
+        self.change(|info| match word {
+            "ready" => info.set_state(VmmState::Ready),
+            "hand-over" => info.set_state(VmmState::HandedOver),
+            "fail" => {
+                info.set_state(VmmState::Failed);
+                info.reason = reason();
+            }
+            "exit" => info.set_state(VmmState::Exited),
+            "break" => info.migration.get_or_insert_default().failure = failure(),
+            "progress" => {
+                let progress = info
+                    .migration
+                    .get_or_insert_default()
+                    .progress
+                    .get_or_insert_default();
+                progress.set_phase(MigrationPhase::PreCopy);
+                progress.round += 1;
+            }
+            "receipt" => {
+                let receipt = Receipt {
+                    rounds: 7,
+                    ..Receipt::default()
+                };
+                info.migration.get_or_insert_default().receipt = Some(receipt);
+            }
+            other => panic!("no such word: {other}"),
+        });
+    }
+}
+
+#[tonic::async_trait]
+impl Vmm for Fake {
+    async fn watch_info(&self, request: Request<WatchInfoRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        let mut info = self.info.subscribe();
+        let wait = Duration::from_millis(request.wait_ms.into());
+        let _ = tokio::time::timeout(wait, info.wait_for(|info| info.seq != request.seen_seq)).await;
+        Ok(Response::new(self.info.borrow().clone()))
+    }
+
+    async fn grant(&self, request: Request<GrantRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        let info = self.info.borrow().clone();
+        if info.epoch != request.epoch {
+            eprintln!("ERROR fake: a grant for epoch {}", request.epoch);
+            self.end(3);
+        }
+        if info.state() == VmmState::Incoming {
+            eprintln!("ERROR fake: granted before it was ready");
+            self.end(4);
+        }
+        Ok(Response::new(self.change(|info| {
+            info.deadline_boottime_ns = info.deadline_boottime_ns.max(request.deadline_boottime_ns);
+            if matches!(
+                info.state(),
+                VmmState::Waiting | VmmState::Ready | VmmState::Frozen
+            ) {
+                info.set_state(VmmState::Running);
+            }
+        })))
+    }
+
+    async fn start_outgoing(
+        &self,
+        request: Request<StartOutgoingRequest>,
+    ) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        let downtime = request.options.unwrap_or_default().max_downtime_ms;
+        self.note(format!(
+            "outgoing {} {} {downtime}",
+            request.migration, request.target_host
+        ));
+        let migration = VmmMigration {
+            id: request.migration,
+            outgoing: true,
+            ..VmmMigration::default()
+        };
+        Ok(Response::new(
+            self.change(|info| info.migration = Some(migration)),
+        ))
+    }
+
+    async fn outcome(&self, request: Request<OutcomeRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.note(format!("outcome {} {}", request.migration, request.committed));
+        if request.committed {
+            self.end(0);
+        }
+        Ok(Response::new(
+            self.change(|info| info.set_state(VmmState::Running)),
+        ))
+    }
+
+    async fn destroy(&self, _: Request<DestroyRequest>) -> Result<Response<VmmInfo>, Status> {
+        self.end(0)
+    }
+
+    /// What was asked of it, a line each.
+    async fn read_console(
+        &self,
+        request: Request<ReadConsoleRequest>,
+    ) -> Result<Response<ReadConsoleResponse>, Status> {
+        let data = self.requests.lock().unwrap().join("\n").into_bytes();
+        let next_offset = data.len() as u64;
+        let epoch = self.info.borrow().epoch;
+        Ok(Response::new(ReadConsoleResponse {
+            data,
+            offset: request.into_inner().offset,
+            next_offset,
+            epoch,
+        }))
+    }
+
+    async fn write_console(
+        &self,
+        request: Request<WriteConsoleRequest>,
+    ) -> Result<Response<WriteConsoleResponse>, Status> {
+        let data = request.into_inner().data;
+        for word in std::str::from_utf8(&data).unwrap().split_whitespace() {
+            self.happen(word);
+        }
+        Ok(Response::new(WriteConsoleResponse {
+            accepted: u32::try_from(data.len()).unwrap(),
+        }))
+    }
+}
+
+/// The process's whole life.
+pub fn live() {
+    // Orphans of a test that failed end with it.
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).unwrap();
+    let path = PathBuf::from(std::env::args_os().nth(2).expect("--config FILE"));
+    let folder = path.parent().unwrap();
+    let Ok(_lock) = lock(folder) else {
+        eprintln!("ERROR fake: the lock is held");
+        std::process::exit(5);
+    };
+    let config: Config = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    if config.cmdline == "die" {
+        eprintln!("INFO fake: starts\nERROR fake: the kernel is none");
+        std::process::exit(6);
+    }
+    let info = VmmInfo {
+        seq: 1,
+        vm: config.vm,
+        epoch: config.epoch,
+        state: if config.incoming.is_some() {
+            VmmState::Incoming
+        } else {
+            VmmState::Waiting
+        }
+        .into(),
+        listen_addr: config
+            .incoming
+            .map_or_else(String::new, |incoming| format!("{}:4711", incoming.listen_ip)),
+        pid: std::process::id(),
+        ..VmmInfo::default()
+    };
+    let fake = Fake {
+        info: watch::Sender::new(info),
+        requests: Mutex::default(),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let listener = UnixListener::bind(&config.socket).unwrap();
+        let server = Server::builder().add_service(VmmServer::new(fake));
+        server
+            .serve_with_incoming(UnixListenerStream::new(listener))
+            .await
+            .unwrap();
+    });
+}
+
+fn lock(folder: &Path) -> Result<Flock<File>, ()> {
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(folder.join("lock"))
+        .unwrap();
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| ())
+}

@@ -1,0 +1,111 @@
+//! The agent against a controller and VMMs that do as a test says; the VMMs are processes of their own.
+//!
+//! This program has its own main because it is both: started as a VMM it lives as one, else it runs the tests in the manner of
+//! the standard harness.
+
+mod fake_fleet;
+mod fake_vmm;
+mod fleet_tests;
+mod migration_tests;
+mod vm_tests;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use futures_of::{Boxed, Test};
+
+/// How long a test waits for something before it calls it missing.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+mod futures_of {
+    use std::pin::Pin;
+
+    pub type Boxed = Pin<Box<dyn Future<Output = ()>>>;
+    pub type Test = (&'static str, fn() -> Boxed);
+}
+
+macro_rules! tests {
+    ($($module:ident::$name:ident,)*) => {
+        const TESTS: &[Test] = &[$((
+            concat!(stringify!($module), "::", stringify!($name)),
+            || -> Boxed { Box::pin($module::$name()) },
+        ),)*];
+    };
+}
+
+tests! {
+    fleet_tests::a_host_registers_what_it_has_and_again_when_an_image_is_added,
+    fleet_tests::a_host_unknown_to_the_controllers_registers_again,
+    fleet_tests::dead_silent_and_leaderless_controllers_are_passed_over,
+    fleet_tests::consoles_are_for_controllers_only,
+    fleet_tests::an_agent_with_anothers_certificate_does_not_start,
+    vm_tests::a_vm_is_started_granted_and_reported_running,
+    vm_tests::a_vm_runs_on_while_its_agent_is_restarted,
+    vm_tests::a_vmm_that_was_killed_is_reported_failed_and_its_epoch_is_never_started_again,
+    vm_tests::a_vmm_that_was_killed_while_no_agent_watched_is_reported_failed,
+    vm_tests::a_vm_that_is_stopped_is_destroyed_and_reported_stopped,
+    vm_tests::a_vm_that_was_stopped_before_its_host_heard_of_it_is_reported_stopped,
+    vm_tests::a_guest_that_fails_is_reported_with_its_reason_and_then_destroyed,
+    vm_tests::a_guest_that_shuts_itself_down_is_reported_stopped,
+    vm_tests::a_vmm_that_cannot_start_is_reported_with_the_error_in_its_log,
+    vm_tests::a_missing_image_fails_the_vm_and_names_it,
+    vm_tests::silence_destroys_nothing_and_neither_does_an_unconfirmed_absence,
+    vm_tests::a_vmm_that_hangs_is_killed_when_it_is_to_end,
+    migration_tests::a_target_prepares_commits_and_runs_by_the_commits_lease,
+    migration_tests::a_commit_is_asked_for_until_it_is_answered_also_by_the_next_agent,
+    migration_tests::a_target_whose_commit_is_refused_ends_without_a_report,
+    migration_tests::a_target_that_dies_aborts_its_migration,
+    migration_tests::a_source_connects_pauses_and_resumes_by_the_abort_in_the_log,
+    migration_tests::a_source_ends_when_the_hand_over_is_committed,
+    migration_tests::a_failure_of_either_side_is_proposed_as_an_abort_with_its_phase,
+}
+
+fn main() -> ExitCode {
+    if std::env::var_os(fake_vmm::IS_VMM).is_some() {
+        fake_vmm::live();
+        return ExitCode::SUCCESS;
+    }
+    drover_pki::install_provider();
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let filter = args.iter().find(|arg| !arg.starts_with('-'));
+    let chosen = TESTS
+        .iter()
+        .filter(|(name, _)| filter.is_none_or(|filter| name.contains(filter.as_str())));
+    if args.iter().any(|arg| arg == "--list") {
+        chosen.for_each(|(name, _)| println!("{name}: test"));
+        return ExitCode::SUCCESS;
+    }
+    let chosen: Vec<&Test> = chosen.collect();
+    println!("\nrunning {} tests", chosen.len());
+    let failed = chosen.iter().filter(|(name, test)| !passes(name, *test)).count();
+    let (verdict, passed, filtered) = (
+        if failed == 0 { "ok" } else { "FAILED" },
+        chosen.len() - failed,
+        TESTS.len() - chosen.len(),
+    );
+    println!(
+        "\ntest result: {verdict}. {passed} passed; {failed} failed; 0 ignored; 0 measured; {filtered} filtered out\n"
+    );
+    if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn passes(name: &str, test: fn() -> Boxed) -> bool {
+    let run = || {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(test());
+        runtime.shutdown_background();
+    };
+    let passed = catch_unwind(AssertUnwindSafe(run)).is_ok();
+    println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
+    passed
+}
