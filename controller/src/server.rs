@@ -16,13 +16,15 @@ use drover_storage::RocksStore;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
+use crate::api::{Api, LeaderMemory};
 use crate::config::Config;
 use crate::consensus::{Consensus, Member};
+use crate::reconcile;
 
 /// The file in the data folder that says whose it is.
 const OWNER_FILE: &str = "member.json";
@@ -31,12 +33,13 @@ const DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 /// A client that is gone without a word is noticed by then.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Calls under way on one connection; one agent or controller uses a handful.
-const STREAMS_PER_CONNECTION_MAX: u32 = 256;
+/// Calls under way on one connection: a peer forwards the long polls of all its agents over one.
+const STREAMS_PER_CONNECTION_MAX: u32 = 4096;
 
 /// A running controller.
 pub struct Controller {
     consensus: Consensus,
+    reconcilers: JoinSet<()>,
     stop: Option<oneshot::Sender<()>>,
     serving: JoinHandle<Result<(), tonic::transport::Error>>,
 }
@@ -73,6 +76,10 @@ impl Controller {
         })
         .await?;
 
+        let memory = Arc::new(LeaderMemory::default());
+        let api = Api::new(consensus.clone(), credentials.clone(), memory.clone());
+        let reconcilers = reconcile::spawn(&consensus, &memory);
+
         let (stop, stopped) = oneshot::channel();
         let router = Server::builder()
             .tls_config(credentials.tonic_server())
@@ -80,7 +87,9 @@ impl Controller {
             .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
-            .add_service(consensus.raft_service());
+            .add_service(consensus.raft_service())
+            .add_service(api.controller())
+            .add_service(api.fleet());
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         let serving = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
             let _ = stopped.await;
@@ -88,6 +97,7 @@ impl Controller {
         tracing::info!(name = config.name, id = config.id, listen = %config.listen, "controller started");
         Ok(Self {
             consensus,
+            reconcilers,
             stop: Some(stop),
             serving,
         })
@@ -105,6 +115,7 @@ impl Controller {
 
     /// Stops serving and leaves the cluster to the others. The data folder can be opened again afterwards.
     pub async fn stop(mut self) {
+        self.reconcilers.shutdown().await;
         if let Some(stop) = self.stop.take() {
             let _ = stop.send(());
         }
