@@ -77,6 +77,9 @@ impl Batch {
 
     /// Adds pages that are known to be zero, as [`Batch::add`] does those that are read.
     pub fn add_zeros(&mut self, run: Run) {
+        if run.count == 0 {
+            return;
+        }
         self.count(usize::try_from(run.count).unwrap_or(usize::MAX));
         push(&mut self.zeros, run.first, run.count);
     }
@@ -174,10 +177,11 @@ mod tests {
             batch.add(
                 Run {
                     first: 300,
-                    count: 156,
+                    count: 155,
                 },
                 read,
             );
+            batch.add_zeros(Run { first: 456, count: 1 });
             let mut seen = std::collections::BTreeSet::new();
             let bytes = batch.seal_pages(0).unwrap().unwrap().to_vec();
             let (Frame::Pages(pages), []) = decode(&bytes, 0).unwrap() else {

@@ -23,6 +23,9 @@ use crate::handshake::{self, VERSIONS};
 use crate::transport::{Link, Stop, Stream};
 use crate::vm::{PAGE_SIZE, PageSet, RegionEnds, SourceVm};
 
+/// In the first round the VM is asked for holes again after so many pages.
+const HOLE_STEP: u64 = 16;
+
 /// What the source knows before it connects.
 #[derive(Clone, Debug)]
 pub struct Params {
@@ -239,17 +242,28 @@ impl<S: Stream> Driver<'_, S> {
         } = self;
         batch.begin(round);
         for run in runs.iter().flat_map(|run| regions.split(*run)) {
-            let zeros = vm.zero_ahead(run.first, run.count).min(run.count);
-            if zeros > 0 {
+            let mut rest = run;
+            // Later rounds hold only pages that were written.
+            while round == 1 && rest.count > 0 {
+                let zeros = vm.zero_ahead(rest.first, rest.count).min(rest.count);
                 batch.add_zeros(Run {
-                    first: run.first,
+                    first: rest.first,
                     count: zeros,
                 });
+                rest = Run {
+                    first: rest.first + zeros,
+                    count: rest.count - zeros,
+                };
+                let part = Run {
+                    first: rest.first,
+                    count: rest.count.min(HOLE_STEP),
+                };
+                batch.add(part, |first, out| vm.read_pages(first, out));
+                rest = Run {
+                    first: part.end(),
+                    count: rest.count - part.count,
+                };
             }
-            let rest = Run {
-                first: run.first + zeros,
-                count: run.count - zeros,
-            };
             batch.add(rest, |first, out| vm.read_pages(first, out));
         }
         let mut sent = Sent {
