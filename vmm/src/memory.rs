@@ -15,8 +15,10 @@ use std::os::fd::OwnedFd;
 
 use drover_migration::vm::{Layout, PAGE_SIZE, PageSet, Region};
 use drover_proto::{Code, Fault};
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::{Whence, lseek};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -174,6 +176,25 @@ impl Memory {
         Ok(())
     }
 
+    /// How many pages from `first` on, at most `count`, were never written: a hole of the memfd (lseek(2), `SEEK_DATA`).
+    /// Reading them through the mapping would fill it with zeroes.
+    pub fn hole_ahead(&self, first: u64, count: u64) -> u64 {
+        let file = self
+            .region(0)
+            .file_offset()
+            .expect("every region is a piece of the memfd")
+            .file();
+        // Pages are numbered as they stand in the memfd.
+        let Some(at) = first.checked_mul(PAGE).and_then(|at| i64::try_from(at).ok()) else {
+            return 0;
+        };
+        match lseek(file, at, Whence::SeekData) {
+            Ok(data) => u64::try_from(data - at).map_or(0, |hole| (hole / PAGE).min(count)),
+            Err(Errno::ENXIO) => count,
+            Err(_) => 0,
+        }
+    }
+
     /// Makes pages read as zero and gives their memory back. Pages that the VMM never wrote are skipped, so this is meant
     /// for a guest that has not run here yet.
     pub fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault> {
@@ -290,6 +311,18 @@ mod tests {
         assert_eq!(written.count(), 2);
         memory.take_written(&mut written);
         assert_eq!(written.count(), 2);
+    }
+
+    #[test]
+    fn holes_end_where_something_was_written() {
+        let memory = Memory::new((3 << 30) + (1 << 20)).unwrap();
+        let edge = (3 << 30) / PAGE;
+        memory.write_pages(edge + 5, &[7; PAGE_SIZE]).unwrap();
+        assert_eq!(memory.hole_ahead(0, edge), edge);
+        assert_eq!(memory.hole_ahead(edge, 20), 5);
+        assert_eq!(memory.hole_ahead(edge + 5, 1), 0);
+        assert_eq!(memory.hole_ahead(edge + 6, 20), 20);
+        assert_eq!(memory.hole_ahead(u64::MAX, 20), 0);
     }
 
     #[test]

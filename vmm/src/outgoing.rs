@@ -50,6 +50,10 @@ impl SourceVm for Source<'_> {
         read.expect("the engine asks for pages of the layout it was given");
     }
 
+    fn zero_ahead(&self, first: u64, count: u64) -> u64 {
+        self.machine.built().memory().hole_ahead(first, count)
+    }
+
     fn pause(&mut self) -> Result<(), Fault> {
         self.machine.hand_over(self.migration)
     }
