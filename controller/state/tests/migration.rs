@@ -45,6 +45,7 @@ fn a_migration_goes_through_its_phases_and_moves_the_right_to_run() {
     assert_eq!(c.refused(plan("vm1", "host3")), Code::MigrationActive);
     c.ok(finish(&id, 5));
     assert_eq!(c.phase(&id), MigrationPhase::Done);
+    assert_eq!(c.vm("vm1").seen_epoch, 2, "a receipt says that it ran");
     assert_eq!(
         c.state.migration(&id).unwrap().receipt.as_ref().unwrap().total_ms,
         5

@@ -241,7 +241,17 @@ impl Tx<'_> {
     pub(super) fn finish_migration(&mut self, finish: &FinishMigration) -> Applied {
         let migration = self.known_migration(&finish.id)?;
         match migration.phase() {
-            MigrationPhase::Committed => self.end_done(&finish.id, finish.receipt.as_ref()),
+            MigrationPhase::Committed => {
+                let (name, epoch) = (migration.vm.clone(), migration.epoch);
+                // A receipt is written by a guest that runs.
+                if let Some(vm) = self.state.vms.get_mut(&name)
+                    && finish.receipt.is_some()
+                    && epoch_of(vm) == epoch
+                {
+                    vm.seen_epoch = epoch;
+                }
+                self.end_done(&finish.id, finish.receipt.as_ref());
+            }
             MigrationPhase::Done => {
                 let migration = self.migration_mut(&finish.id);
                 // A receipt that comes late is still a receipt.
