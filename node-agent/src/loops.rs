@@ -222,7 +222,7 @@ pub async fn register(context: Arc<Context>, mut spec: HostSpec) {
                 format!("{}: {error}", context.config.images_dir.display()),
             )
         });
-        unreadable.note(readable.as_ref().map(|()| ()));
+        unreadable.note(readable.as_ref().copied());
         spec.images = images.list();
         let outcome = register_once(&context, &spec).await;
         trouble.note(outcome.as_ref().map(|_| ()));

@@ -57,6 +57,8 @@ pub enum Event {
         slot: String,
         /// What it achieved, if it did.
         effect: Option<Effect>,
+        /// When the desired state that it was for was received.
+        received_ns: u64,
     },
 }
 
@@ -226,14 +228,18 @@ impl Supervisor {
                     }
                 }
             }
-            Event::Done { slot, effect } => {
+            Event::Done {
+                slot,
+                effect,
+                received_ns,
+            } => {
                 self.under_way.remove(&slot);
-                self.keep(effect.unwrap_or(Effect::Nothing));
+                self.keep(effect.unwrap_or(Effect::Nothing), received_ns);
             }
         }
     }
 
-    fn keep(&mut self, effect: Effect) {
+    fn keep(&mut self, effect: Effect, received_ns: u64) {
         let known = |vmms: &mut BTreeMap<Key, Known>, key: &Key, change: &dyn Fn(&mut Known)| {
             if let Some(known) = vmms.get_mut(key) {
                 change(known);
@@ -253,7 +259,14 @@ impl Supervisor {
             }
             Effect::EndReported(key) => known(&mut self.vmms, &key, &|known| known.end_reported = true),
             Effect::Told(vm, epoch) => {
-                self.told.insert((vm, epoch));
+                // Under another desired state it may have to be told again.
+                if self
+                    .desired
+                    .as_ref()
+                    .is_some_and(|(_, current_ns)| *current_ns == received_ns)
+                {
+                    self.told.insert((vm, epoch));
+                }
             }
         }
     }
@@ -334,6 +347,7 @@ impl Supervisor {
             known.link.clone()
         });
         let (context, events) = (self.context.clone(), self.events.clone());
+        let received_ns = self.desired.as_ref().map_or(0, |(_, received_ns)| *received_ns);
         self.tasks.spawn(async move {
             let effect = match carry_out(&context, link.as_deref(), &action, kill).await {
                 Ok(effect) => Some(effect),
@@ -347,7 +361,13 @@ impl Supervisor {
                 sleep(RETRY).await;
             }
             // Only a supervisor that has ended does not listen.
-            let _ = events.send(Event::Done { slot, effect }).await;
+            let _ = events
+                .send(Event::Done {
+                    slot,
+                    effect,
+                    received_ns,
+                })
+                .await;
         });
     }
 }

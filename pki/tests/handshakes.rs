@@ -1,4 +1,5 @@
 //! Real handshakes on loopback: who is let in, and what those are told who are not.
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail as the test does")]
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};

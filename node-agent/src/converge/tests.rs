@@ -313,7 +313,7 @@ fn a_paused_source_waits_until_the_log_decides() {
         migration: "m1".into(),
         committed: false,
     };
-    assert_eq!(actions, [resume.clone()]);
+    assert_eq!(actions, std::slice::from_ref(&resume));
     let told = Seen {
         outcome_taken: Some(("m1".into(), false)),
         ..source.clone()

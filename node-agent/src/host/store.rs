@@ -319,7 +319,7 @@ mod tests {
         assert!(matches!(store.begin(&key), Err(StoreError::Used(_))));
         drop(store);
         let (mut store, found) = open(dir.path());
-        assert_eq!(found, [key.clone()]);
+        assert_eq!(found, std::slice::from_ref(&key));
         assert!(matches!(store.begin(&key), Err(StoreError::Used(_))));
         store.end(&key).unwrap();
         assert!(matches!(store.begin(&key), Err(StoreError::Used(_))));

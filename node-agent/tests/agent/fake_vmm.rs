@@ -218,19 +218,23 @@ pub fn live() {
         eprintln!("INFO fake: starts\nERROR fake: the kernel is none");
         std::process::exit(6);
     }
+    let receiving = config.incoming.as_ref();
+    let migration = receiving.map(|from| VmmMigration {
+        id: from.migration.clone(),
+        ..VmmMigration::default()
+    });
     let info = VmmInfo {
         seq: 1,
         vm: config.vm,
         epoch: config.epoch,
-        state: if config.incoming.is_some() {
+        state: if receiving.is_some() {
             VmmState::Incoming
         } else {
             VmmState::Waiting
         }
         .into(),
-        listen_addr: config
-            .incoming
-            .map_or_else(String::new, |incoming| format!("{}:4711", incoming.listen_ip)),
+        listen_addr: receiving.map_or_else(String::new, |incoming| format!("{}:4711", incoming.listen_ip)),
+        migration,
         pid: std::process::id(),
         ..VmmInfo::default()
     };

@@ -2,6 +2,11 @@
 //!
 //! This program has its own main because it is both: started as a VMM it lives as one, else it runs the tests in the manner of
 //! the standard harness.
+#![allow(
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "a test's helpers fail as the test does"
+)]
 
 mod fake_fleet;
 mod fake_vmm;
