@@ -12,12 +12,14 @@
 //!   0x0500  GDT                     0x9000   page tables, 6 pages: the first 4 GiB, one to one
 //!   0x6000  PVH start info          0x20000  command line
 //!   0x6800  PVH memory map          0x9fc00  multiprocessor table, to 0xa0000
-//!   0x7000  Linux zero page         0x100000 first byte a kernel may use
+//!   0x7000  Linux zero page         0xe0000  ACPI tables
+//!                                   0x100000 first byte a kernel may use
 //! ```
 //!
 //! A file that is not a kernel, or lies about itself, is refused as `kernel_invalid` with what is wrong; nothing in a file can
 //! make this code read or write outside the file and the guest.
 
+pub mod acpi;
 pub mod bzimage;
 pub mod elf;
 pub mod image;
@@ -52,6 +54,8 @@ pub const PAGE_TABLES: u64 = 0x9000;
 pub const CMDLINE: u64 = 0x20000;
 /// Where usable low memory ends and the multiprocessor table begins.
 pub const MP_TABLE: u64 = 0x9_fc00;
+/// Where the ACPI tables stand: in the range that a kernel searches by itself.
+pub const ACPI: u64 = 0xe_0000;
 /// Where the legacy hole ends: nothing of an image may lie below.
 pub const HIGH_START: u64 = 0x10_0000;
 
@@ -136,6 +140,7 @@ fn write_boot_info(memory: &Memory, kernel: &Kernel, info: &BootInfo, vcpus: u32
     put(memory, CMDLINE, info.cmdline.as_bytes())?;
     put(memory, CMDLINE + info.cmdline.len() as u64, &[0])?;
     put(memory, MP_TABLE, &mptable::build(vcpus))?;
+    put(memory, ACPI, &acpi::build(vcpus))?;
     let entry = match *kernel {
         Kernel::Elf(ref elf) => match elf.pvh_entry {
             Some(entry) => Entry::Pvh { entry },

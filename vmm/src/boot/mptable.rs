@@ -35,10 +35,9 @@ pub fn build(vcpus: u32) -> Vec<u8> {
     entries.extend([2, io_apic, APIC_VERSION, 1]);
     entries.extend(IO_APIC.to_le_bytes());
     for irq in 0..ISA_IRQS {
-        // The timer stands on pin 2 as on every PC; pin 0 is the legacy controller's.
-        let pin = if irq == 0 { 2 } else { irq };
+        // KVM routes every line to the pin of its number, the timer's too; line 2 joins the two legacy controllers.
         if irq != 2 {
-            entries.extend([3, 0, 0, 0, 0, irq, io_apic, pin]);
+            entries.extend([3, 0, 0, 0, 0, irq, io_apic, irq]);
         }
     }
     entries.extend([4, 3, 0, 0, 0, 0, 0, 0]);

@@ -5,7 +5,7 @@
 
 use drover_migration::vm::Layout;
 
-use super::{CMDLINE, PVH_MEMMAP, bzimage, usable};
+use super::{ACPI, CMDLINE, PVH_MEMMAP, bzimage, usable};
 
 /// What the kernel is told.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ pub fn pvh(info: &BootInfo) -> (Vec<u8>, Vec<u8>) {
     for address in [
         if info.initrd.is_some() { modules } else { 0 },
         CMDLINE,
-        0,
+        ACPI,
         PVH_MEMMAP,
     ] {
         start.extend(address.to_le_bytes());
@@ -70,6 +70,7 @@ pub fn pvh(info: &BootInfo) -> (Vec<u8>, Vec<u8>) {
 const LOADER_UNDEFINED: u8 = 0xff;
 /// The command line's length limit that is told to kernels without an own header.
 const E820_AT: usize = 0x2d0;
+const ACPI_AT: usize = 0x70;
 
 /// The Linux zero page; `setup_header` is the bzImage's, an ELF kernel gets the fields that matter to it.
 pub fn zero_page(info: &BootInfo, setup_header: Option<&[u8]>) -> Vec<u8> {
@@ -87,6 +88,7 @@ pub fn zero_page(info: &BootInfo, setup_header: Option<&[u8]>) -> Vec<u8> {
         page[at..at + 4].copy_from_slice(&low.to_le_bytes());
     };
     page[0x210] = LOADER_UNDEFINED;
+    page[ACPI_AT..ACPI_AT + 8].copy_from_slice(&ACPI.to_le_bytes());
     put32(&mut page, 0x228, CMDLINE);
     put32(&mut page, 0x238, info.cmdline.len() as u64);
     if let Some(initrd) = info.initrd {

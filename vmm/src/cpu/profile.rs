@@ -113,6 +113,7 @@ const LEAF_KVM_FEATURES: u32 = 0x4000_0001;
 const KVM_FEATURES: u32 = 1 | 1 << 1 | 1 << 3 | 1 << 24;
 
 const HTT: u32 = 1 << 28;
+const HYPERVISOR: u32 = 1 << 31;
 
 fn part(entry: &kvm_cpuid_entry2, register: Register) -> u32 {
     match register {
@@ -227,6 +228,8 @@ fn with_topology(mut entries: Vec<kvm_cpuid_entry2>, vcpus: u32) -> Vec<kvm_cpui
             LEAF_1 => {
                 entry.ebx = entry.ebx & 0x0000_ffff | vcpus.next_power_of_two() << 16;
                 entry.edx = entry.edx & !HTT | if vcpus > 1 { HTT } else { 0 };
+                // Not every KVM lists it among what it supports; without it a guest does not look for KVM's leaves.
+                entry.ecx |= HYPERVISOR;
             }
             // No cache is shared between vCPUs, but for the third level, which is shared by all.
             4 | 0x8000_001d => {

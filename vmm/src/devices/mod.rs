@@ -3,7 +3,8 @@
 //! | ports | device |
 //! | --- | --- |
 //! | 0x3f8..=0x3ff | serial port, IRQ 4: the console |
-//! | 0x604 | ACPI's PM1a control as QEMU places it: writing 0x2000 powers off |
+//! | 0x600..=0x603 | ACPI's PM1a status and enable: no event ever happens |
+//! | 0x604 | ACPI's PM1a control as QEMU places it: sleep type 0 with the enable bit (0x2000) powers off |
 //! | 0x64 | keyboard controller, of which only the reset line exists: writing 0xfe resets |
 //!
 //! Everything else reads as all ones, as an empty bus does, and ignores writes. Guests are never reset in place: a reset ends
@@ -17,13 +18,27 @@ use std::sync::Mutex;
 use drover_proto::{Code, Fault};
 
 use self::serial::SerialPort;
+use crate::boot::acpi;
 use crate::vcpu::GuestEnd;
 
-const POWER_PORT: u16 = 0x604;
-/// PM1a control: SLP_EN with sleep type 0 (S5, as QEMU and the probe guest have it).
+const POWER_PORT: u16 = acpi::PM1A_CONTROL;
+const POWER_EVENTS: u16 = acpi::PM1A_EVENT;
+const POWER_EVENTS_LAST: u16 = POWER_EVENTS + 3;
+/// PM1a control: SLP_EN with sleep type 0 (S5, as QEMU and the probe guest have it), and the bits that say so.
 const POWER_OFF: u16 = 0x2000;
+const POWER_OFF_BITS: u16 = 0x3c00;
+/// PM1a control as it reads: SCI_EN, the machine is in ACPI mode.
+const POWER_STATE: u16 = 1;
 const KEYBOARD_COMMAND: u16 = 0x64;
 const KEYBOARD_RESET: u8 = 0xfe;
+
+fn powers_off(data: &[u8]) -> bool {
+    let value = data
+        .iter()
+        .rev()
+        .fold(0u32, |value, byte| value << 8 | u32::from(*byte));
+    data.len() <= 4 && value & u32::from(POWER_OFF_BITS) == u32::from(POWER_OFF)
+}
 
 /// The devices of one VM.
 pub struct Devices {
@@ -49,7 +64,7 @@ impl Devices {
     pub fn port_write(&self, port: u16, data: &[u8]) -> Option<GuestEnd> {
         match port {
             serial::BASE..=serial::LAST => self.serial().write(port, data),
-            POWER_PORT if data == POWER_OFF.to_le_bytes() => return Some(GuestEnd::Exited),
+            POWER_PORT if powers_off(data) => return Some(GuestEnd::Exited),
             KEYBOARD_COMMAND if data.first() == Some(&KEYBOARD_RESET) => {
                 let message = "the guest reset itself through the keyboard controller";
                 return Some(GuestEnd::Failed(Fault::new(Code::GuestTripleFault, message)));
@@ -63,7 +78,13 @@ impl Devices {
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         match port {
             serial::BASE..=serial::LAST => self.serial().read(port, data),
-            KEYBOARD_COMMAND => data.fill(0),
+            KEYBOARD_COMMAND | POWER_EVENTS..=POWER_EVENTS_LAST => data.fill(0),
+            POWER_PORT => {
+                data.fill(0);
+                data.iter_mut()
+                    .zip(POWER_STATE.to_le_bytes())
+                    .for_each(|(byte, value)| *byte = value);
+            }
             _ => data.fill(0xff),
         }
     }

@@ -1,0 +1,203 @@
+//! The ACPI tables: how a guest learns of its CPUs, its interrupt controllers, and how to power off.
+//!
+//! Stock distribution kernels are built without support for the multiprocessor table, so this is what they boot by; the other
+//! table remains for small kernels without an ACPI interpreter. Source: ACPI Specification 6.4, chapter 5.
+//!
+//! ```text
+//!   RSDP ─► XSDT ─► FADT ─► DSDT: \_S5 alone
+//!              │        └──► FACS
+//!              └──► MADT: local APICs, the I/O APIC, what differs from ISA's interrupts
+//! ```
+//!
+//! Nothing here describes a device that can come or go; buses will bring their own tables.
+
+use super::ACPI;
+
+const LOCAL_APIC: u32 = 0xfee0_0000;
+const IO_APIC: u32 = 0xfec0_0000;
+const HEADER_BYTES: usize = 36;
+const RSDP_BYTES: usize = 36;
+const FADT_BYTES: usize = 276;
+const FACS_BYTES: usize = 64;
+
+/// ISA interrupt of ACPI events; none is ever raised.
+const SCI_IRQ: u8 = 9;
+/// PM1a event registers (status, enable), where QEMU's q35 has them.
+pub const PM1A_EVENT: u16 = 0x600;
+/// PM1a control register.
+pub const PM1A_CONTROL: u16 = 0x604;
+/// The keyboard controller's command port and its command to reset.
+const RESET_PORT: u16 = 0x64;
+const RESET_VALUE: u8 = 0xfe;
+
+/// `Name (\_S5, Package () { 0, 0, 0, 0 })`: sleep type 0 powers off.
+const SOFT_OFF: [u8; 12] = [0x08, b'_', b'S', b'5', b'_', 0x12, 0x06, 0x04, 0, 0, 0, 0];
+
+fn sum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte))
+}
+
+fn put(table: &mut [u8], at: usize, bytes: &[u8]) {
+    table[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+/// A table: the common header, filled in, before `body`.
+fn table(signature: &[u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(HEADER_BYTES + body.len()).expect("tables are small");
+    let mut table = Vec::from(*signature);
+    table.extend(length.to_le_bytes());
+    table.extend([revision, 0]);
+    table.extend(b"DROVERDROVERVM");
+    table.extend(1u32.to_le_bytes());
+    table.extend(b"DRVR");
+    table.extend(1u32.to_le_bytes());
+    table.extend(body);
+    table[9] = sum(&table).wrapping_neg();
+    table
+}
+
+/// The multiple APIC description table, for CPUs with APIC ids 0...
+fn madt(vcpus: u8) -> Vec<u8> {
+    const LEGACY_PICS: u32 = 1;
+    let mut body = Vec::from(LOCAL_APIC.to_le_bytes());
+    body.extend(LEGACY_PICS.to_le_bytes());
+    for id in 0..vcpus {
+        body.extend([0, 8, id, id, 1, 0, 0, 0]);
+    }
+    body.extend([1, 12, 0, 0]);
+    body.extend(IO_APIC.to_le_bytes());
+    body.extend(0u32.to_le_bytes());
+    // Interrupt 9 is active high and level-triggered. No entry moves the timer to pin 2: KVM routes every line to the pin of its number.
+    body.extend([2, 10, 0, SCI_IRQ, SCI_IRQ, 0, 0, 0, 0x0d, 0]);
+    // The non-maskable interrupt of all CPUs is at LINT1.
+    body.extend([4, 6, 0xff, 0, 0, 1]);
+    table(b"APIC", 5, &body)
+}
+
+/// The fixed table (ACPI 6.4, table 5.9).
+fn fadt(facs: u32, dsdt: u32) -> Vec<u8> {
+    // Serial port behind ISA; neither a keyboard controller to probe, nor VGA (bit 2), nor a CMOS clock (bit 5).
+    const BOOT_ARCH: u16 = 1 | 1 << 2 | 1 << 5;
+    // WBINVD works, C1 exists, no fixed power or sleep button, no fixed RTC event, the reset register exists.
+    const FLAGS: u32 = 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 10;
+    const NO_C2_US: u16 = 101;
+    const NO_C3_US: u16 = 1001;
+    let mut body = vec![0u8; FADT_BYTES - HEADER_BYTES];
+    let mut field = |at: usize, bytes: &[u8]| put(&mut body, at - HEADER_BYTES, bytes);
+    field(36, &facs.to_le_bytes());
+    field(40, &dsdt.to_le_bytes());
+    field(46, &u16::from(SCI_IRQ).to_le_bytes());
+    field(56, &u32::from(PM1A_EVENT).to_le_bytes());
+    field(64, &u32::from(PM1A_CONTROL).to_le_bytes());
+    field(88, &[4, 2]);
+    field(96, &NO_C2_US.to_le_bytes());
+    field(98, &NO_C3_US.to_le_bytes());
+    field(109, &BOOT_ARCH.to_le_bytes());
+    field(112, &FLAGS.to_le_bytes());
+    // A generic address: I/O space, 8 bits, offset 0, byte access.
+    field(116, &[1, 8, 0, 1]);
+    field(120, &u64::from(RESET_PORT).to_le_bytes());
+    field(128, &[RESET_VALUE]);
+    field(140, &u64::from(dsdt).to_le_bytes());
+    table(b"FACP", 6, &body)
+}
+
+fn facs() -> Vec<u8> {
+    let mut facs = vec![0u8; FACS_BYTES];
+    put(&mut facs, 0, b"FACS");
+    put(&mut facs, 4, &[64, 0, 0, 0]);
+    facs[32] = 2; // version
+    facs
+}
+
+fn rsdp(xsdt: u32) -> Vec<u8> {
+    let mut rsdp = vec![0u8; RSDP_BYTES];
+    put(&mut rsdp, 0, b"RSD PTR ");
+    put(&mut rsdp, 9, b"DROVER");
+    rsdp[15] = 2;
+    put(&mut rsdp, 20, &[36, 0, 0, 0]);
+    put(&mut rsdp, 24, &u64::from(xsdt).to_le_bytes());
+    rsdp[8] = sum(&rsdp[..20]).wrapping_neg();
+    rsdp[32] = sum(&rsdp).wrapping_neg();
+    rsdp
+}
+
+/// All tables of a guest with `vcpus` CPUs in one piece, to stand at [`ACPI`]; the RSDP comes first.
+pub fn build(vcpus: u32) -> Vec<u8> {
+    let vcpus = u8::try_from(vcpus).expect("a VM has at most 32 vCPUs");
+    let base = u32::try_from(ACPI).expect("the tables stand in low memory");
+    let at = |offset: usize| base + u32::try_from(offset).expect("the tables are a few hundred bytes");
+    // The FACS alone must be aligned, to 64 bytes; everything has its place before anything names it.
+    let facs_at = RSDP_BYTES.next_multiple_of(64);
+    let dsdt = table(b"DSDT", 2, &SOFT_OFF);
+    let dsdt_at = facs_at + FACS_BYTES;
+    let fadt_at = (dsdt_at + dsdt.len()).next_multiple_of(8);
+    let madt = madt(vcpus);
+    let madt_at = (fadt_at + FADT_BYTES).next_multiple_of(8);
+    let xsdt_at = (madt_at + madt.len()).next_multiple_of(8);
+    let entries = [at(fadt_at), at(madt_at)]
+        .map(|address| u64::from(address).to_le_bytes())
+        .concat();
+    let xsdt = table(b"XSDT", 1, &entries);
+    let mut bytes = vec![0u8; xsdt_at + xsdt.len()];
+    for (offset, part) in [
+        (0, rsdp(at(xsdt_at))),
+        (facs_at, facs()),
+        (dsdt_at, dsdt),
+        (fadt_at, fadt(at(facs_at), at(dsdt_at))),
+        (madt_at, madt),
+        (xsdt_at, xsdt),
+    ] {
+        put(&mut bytes, offset, &part);
+    }
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn word(bytes: &[u8], at: usize) -> usize {
+        u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+            .try_into()
+            .unwrap()
+    }
+
+    /// The table that stands at guest address `gpa`.
+    fn table_at(bytes: &[u8], gpa: usize) -> &[u8] {
+        let table = &bytes[gpa - usize::try_from(ACPI).unwrap()..];
+        &table[..word(table, 4)]
+    }
+
+    #[test]
+    fn every_table_is_reached_from_the_first_and_its_sum_is_zero() {
+        for vcpus in [1, 2, 32] {
+            let bytes = build(vcpus);
+            assert!(ACPI + (bytes.len() as u64) < super::super::HIGH_START);
+            assert_eq!((sum(&bytes[..20]), sum(&bytes[..36])), (0, 0));
+            let xsdt = table_at(&bytes, word(&bytes, 24));
+            let (fadt, madt) = (table_at(&bytes, word(xsdt, 36)), table_at(&bytes, word(xsdt, 44)));
+            let dsdt = table_at(&bytes, word(fadt, 40));
+            for (table, signature) in [(xsdt, b"XSDT"), (fadt, b"FACP"), (madt, b"APIC"), (dsdt, b"DSDT")] {
+                assert_eq!((&table[..4], sum(table)), (signature.as_slice(), 0));
+            }
+            assert_eq!((fadt.len(), word(fadt, 36) % 64), (FADT_BYTES, 0));
+            assert_eq!(&table_at(&bytes, word(fadt, 36))[..4], b"FACS");
+            assert_eq!(word(fadt, 140), word(fadt, 40));
+        }
+    }
+
+    #[test]
+    fn the_apic_table_lists_every_cpu_once() {
+        let madt = madt(3);
+        let mut ids = Vec::new();
+        let mut at = HEADER_BYTES + 8;
+        while at < madt.len() {
+            if madt[at] == 0 {
+                ids.push(madt[at + 3]);
+            }
+            at += usize::from(madt[at + 1]);
+        }
+        assert_eq!((ids, at), (vec![0, 1, 2], madt.len()));
+    }
+}
