@@ -439,7 +439,7 @@ fn unreachable(misses: &[String]) -> Failure {
         Exit::Unreachable,
         Code::NoLeader.as_str(),
         format!(
-            "no controller answers ({}). Does the cluster run? See `ctl dev status`",
+            "no controller answers ({}). Does the cluster run, and is this the right context?",
             misses.join("; ")
         ),
     )

@@ -6,7 +6,6 @@
 use std::time::Duration;
 
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -63,9 +62,10 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(help)
 }
 
-/// The integer quotient and the first decimal, rounded down: `1536, 1024` gives `1.5`.
+/// The quotient to the nearest tenth: `1536, 1024` gives `1.5`.
 fn one_decimal(value: u64, unit: u64) -> String {
-    let tenths = u128::from(value) * 10 / u128::from(unit);
+    let unit = u128::from(unit);
+    let tenths = (u128::from(value) * 10 + unit / 2) / unit;
     format!("{}.{}", tenths / 10, tenths % 10)
 }
 
@@ -102,10 +102,19 @@ pub fn instant(unix_ms: u64) -> String {
     if unix_ms == 0 {
         return String::new();
     }
-    OffsetDateTime::from_unix_timestamp_nanos(i128::from(unix_ms) * 1_000_000)
-        .ok()
-        .and_then(|at| at.format(&Rfc3339).ok())
-        .unwrap_or_else(|| format!("{unix_ms} ms"))
+    match OffsetDateTime::from_unix_timestamp_nanos(i128::from(unix_ms) * 1_000_000) {
+        Ok(at) => format!(
+            "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:03}Z",
+            at.year(),
+            u8::from(at.month()),
+            at.day(),
+            at.hour(),
+            at.minute(),
+            at.second(),
+            at.millisecond()
+        ),
+        Err(_) => format!("{unix_ms} ms"),
+    }
 }
 
 #[cfg(test)]
@@ -161,10 +170,10 @@ mod tests {
         assert_eq!(bytes(0), "0 B");
         assert_eq!(bytes(1536), "1.5 KiB");
         assert_eq!(bytes(64 * MIB), "64.0 MiB");
-        assert_eq!(bytes(u64::MAX), "17179869183.9 GiB");
+        assert_eq!(bytes(u64::MAX), "17179869184.0 GiB");
         assert_eq!(micros(999), "999 µs");
         assert_eq!(micros(12_345), "12.3 ms");
-        assert_eq!(millis(1_250), "1.2 s");
+        assert_eq!(millis(1_250), "1.3 s");
         assert_eq!(millis(61_000), "1m01s");
     }
 
@@ -172,6 +181,7 @@ mod tests {
     fn instants_are_utc_and_zero_is_never() {
         assert_eq!(instant(0), "");
         assert_eq!(instant(1_700_000_000_123), "2023-11-14T22:13:20.123Z");
+        assert_eq!(instant(1_700_000_000_000), "2023-11-14T22:13:20.000Z");
         assert_eq!(instant(u64::MAX), format!("{} ms", u64::MAX));
     }
 }

@@ -31,7 +31,7 @@ impl Progress {
         let bar = (out.talkative() && terminal).then(|| {
             let bar = ProgressBar::with_draw_target(Some(STEPS), ProgressDrawTarget::stderr());
             // A template of literals; a wrong one would show as the default style.
-            if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:24} {msg}") {
+            if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:24} {wide_msg}") {
                 bar.set_style(style.progress_chars("━╸─"));
             }
             bar.enable_steady_tick(Duration::from_millis(100));
@@ -97,18 +97,22 @@ fn details(migration: &MigrationView) -> String {
     let Some(progress) = &migration.progress else {
         return format!("{} {} -> {}", migration.vm, migration.from, migration.to);
     };
-    let eta = progress
-        .eta_ms
-        .map(|ms| format!(", ETA {}", millis(ms)))
-        .unwrap_or_default();
-    format!(
-        "round {}, {} sent, {} left, guest writes {}/s, link {}/s{eta}",
-        progress.round,
-        bytes(progress.bytes_sent),
-        bytes(progress.bytes_remaining),
-        bytes(progress.dirty_bytes_per_s),
-        bytes(progress.bandwidth_bytes_per_s),
-    )
+    let mut parts = vec![
+        format!("round {}", progress.round),
+        format!("{} sent", bytes(progress.bytes_sent)),
+        format!("{} left", bytes(progress.bytes_remaining)),
+    ];
+    // Before the first round has ended nobody knows.
+    if progress.dirty_bytes_per_s > 0 {
+        parts.push(format!("guest writes {}/s", bytes(progress.dirty_bytes_per_s)));
+    }
+    if progress.bandwidth_bytes_per_s > 0 {
+        parts.push(format!("link {}/s", bytes(progress.bandwidth_bytes_per_s)));
+    }
+    if let Some(ms) = progress.eta_ms {
+        parts.push(format!("ETA {}", millis(ms)));
+    }
+    parts.join(", ")
 }
 
 #[cfg(test)]
@@ -124,6 +128,7 @@ mod tests {
             bytes_total: total,
             bytes_remaining: remaining,
             eta_ms: 2_500,
+            dirty_bytes_per_s: 3 << 20,
             ..Default::default()
         };
         let phase = v1::MigrationPhase::PreCopy.into();
@@ -149,10 +154,14 @@ mod tests {
             "round 3",
             "1.0 MiB sent",
             "1.0 KiB left",
-            "guest writes 0 B/s",
+            "guest writes 3.0 MiB/s",
             "ETA 2.5 s",
         ] {
             assert!(text.contains(part), "{text}");
         }
+        assert!(
+            !text.contains("link"),
+            "an unknown rate is not shown as 0: {text}"
+        );
     }
 }

@@ -394,7 +394,7 @@ impl EventView {
             ..
         } = self;
         format!(
-            "{seq:>6}  {}  {kind:<20}  {subject:<16}  {message}",
+            "{seq:>6}  {}  {kind:<19}  {subject:<20}  {message}",
             instant(self.time_ms)
         )
         .trim_end()
@@ -483,7 +483,7 @@ mod tests {
         };
         let line = event.line();
         assert!(
-            line.contains("2023-11-14T22:13:20Z") && line.ends_with("on host1"),
+            line.contains("2023-11-14T22:13:20.000Z") && line.ends_with("on host1"),
             "{line}"
         );
     }

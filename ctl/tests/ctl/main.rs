@@ -5,4 +5,5 @@
 
 mod cluster;
 mod console;
+mod dev;
 mod fake;
