@@ -1,0 +1,198 @@
+//! The fuzz targets' corpus: every test run replays it and mutates it a little. `DROVER_WRITE_CORPUS=1` writes it anew.
+
+#![allow(clippy::unwrap_used)] // a test may, its helpers too
+
+#[path = "../fuzz/exercise.rs"]
+mod exercise;
+
+use std::mem::size_of;
+use std::path::{Path, PathBuf};
+
+use drover_proto::v1::{
+    ClockSave, CpuidEntry, IrqchipSave, Msr, SerialSave, VcpuSave, VmSave,
+};
+use kvm_bindings::{
+    kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_pit_state2, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use proptest::prelude::*;
+use prost::Message;
+
+fn vcpu(id: u32) -> VcpuSave {
+    VcpuSave {
+        id,
+        mp_state: vec![0; size_of::<kvm_mp_state>()],
+        regs: vec![1; size_of::<kvm_regs>()],
+        sregs: vec![2; size_of::<kvm_sregs>()],
+        xsave: vec![0; size_of::<kvm_xsave>()],
+        xcrs: vec![0; size_of::<kvm_xcrs>()],
+        debug_regs: vec![0; size_of::<kvm_debugregs>()],
+        lapic: vec![0; size_of::<kvm_lapic_state>()],
+        events: vec![0; size_of::<kvm_vcpu_events>()],
+        msrs: vec![Msr { index: 0x10, value: 7 }],
+        cpuid: vec![CpuidEntry { function: 1, edx: 0xff, ..Default::default() }],
+        tsc_khz: 2_000_000,
+        tsc_offset: Some(-1),
+    }
+}
+
+fn vm(vcpus: u32) -> VmSave {
+    let chip = |id: u8| {
+        let mut bytes = vec![0; size_of::<kvm_irqchip>()];
+        bytes[0] = id;
+        bytes
+    };
+    VmSave {
+        device_model: 1,
+        vcpus: (0..vcpus).map(vcpu).collect(),
+        irqchip: Some(IrqchipSave {
+            pic_master: chip(0),
+            pic_slave: chip(1),
+            ioapic: chip(2),
+            pit: vec![0; size_of::<kvm_pit_state2>()],
+        }),
+        clock: Some(ClockSave { kvmclock_ns: 1, realtime_ns: 2, host_tsc: 3 }),
+        serial: Some(SerialSave {
+            registers: vec![0; 9],
+            scrollback: b"hello\n".to_vec(),
+            console_next: 6,
+            input: b"x".to_vec(),
+        }),
+        memory_bytes: 64 << 20,
+    }
+}
+
+fn saves() -> Vec<(&'static str, Vec<u8>)> {
+    let encoded = |change: fn(&mut VmSave)| {
+        let mut save = vm(1);
+        change(&mut save);
+        save.encode_to_vec()
+    };
+    let whole = encoded(|_| {});
+    vec![
+        ("empty", vec![]),
+        ("one-vcpu", whole.clone()),
+        ("two-vcpus", vm(2).encode_to_vec()),
+        ("truncated", whole[..whole.len() / 2].to_vec()),
+        ("newer-model", encoded(|save| save.device_model = 2)),
+        ("no-vcpus", encoded(|save| save.vcpus.clear())),
+        ("wrong-order", encoded(|save| save.vcpus[0].id = 1)),
+        ("short-xsave", encoded(|save| save.vcpus[0].xsave.truncate(100))),
+        ("wrong-chip", encoded(|save| save.irqchip.as_mut().unwrap().ioapic[0] = 9)),
+        ("console-lies", encoded(|save| save.serial.as_mut().unwrap().console_next = 1)),
+        ("many-xcrs", encoded(|save| save.vcpus[0].xcrs[0] = 200)),
+        ("not-ours", b"hello, who is there?".to_vec()),
+    ]
+}
+
+fn elf() -> Vec<u8> {
+    let mut file = vec![0u8; 64 + 2 * 56];
+    file[..7].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1]);
+    file[16..20].copy_from_slice(&[2, 0, 62, 0]);
+    file[24..32].copy_from_slice(&0x20_0000u64.to_le_bytes());
+    file[32..40].copy_from_slice(&64u64.to_le_bytes());
+    file[54..58].copy_from_slice(&[56, 0, 2, 0]);
+    for (at, kind, offset, len) in [(64, 1u32, 176u64, 16u64), (120, 4, 192, 20)] {
+        file[at..at + 4].copy_from_slice(&kind.to_le_bytes());
+        file[at + 8..at + 16].copy_from_slice(&offset.to_le_bytes());
+        file[at + 24..at + 32].copy_from_slice(&0x20_0000u64.to_le_bytes());
+        file[at + 32..at + 40].copy_from_slice(&len.to_le_bytes());
+        file[at + 40..at + 48].copy_from_slice(&len.to_le_bytes());
+    }
+    file.extend([0xf4; 16]);
+    file.extend([4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0]);
+    file.extend(b"Xen\0");
+    file.extend(0x20_0000u32.to_le_bytes());
+    file
+}
+
+fn bzimage() -> Vec<u8> {
+    let mut file = vec![0u8; 2 * 512 + 0x400];
+    file[0x1f1] = 1;
+    file[0x1f4] = 0x40;
+    file[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+    file[0x201..0x208].copy_from_slice(b"\x66HdrS\x0f\x02");
+    file[0x211] = 1;
+    file[0x236] = 1;
+    file[0x258..0x260].copy_from_slice(&0x100_0000u64.to_le_bytes());
+    file[0x260..0x264].copy_from_slice(&0x20_0000u32.to_le_bytes());
+    file
+}
+
+fn kernels() -> Vec<(&'static str, Vec<u8>)> {
+    let mut huge = elf();
+    huge[64 + 40..64 + 48].copy_from_slice(&u64::MAX.to_le_bytes());
+    let mut notes = elf();
+    notes[192..196].copy_from_slice(&u32::MAX.to_le_bytes());
+    vec![
+        ("empty", vec![]),
+        ("elf-pvh", elf()),
+        ("elf-truncated", elf()[..100].to_vec()),
+        ("elf-endless-segment", huge),
+        ("elf-endless-note", notes),
+        ("bzimage", bzimage()),
+        ("bzimage-truncated", bzimage()[..0x500].to_vec()),
+        ("script", b"#!/bin/sh\nexit 0\n".to_vec()),
+    ]
+}
+
+fn folder(target: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target)
+}
+
+fn check(target: &str, made: &[(&str, Vec<u8>)], exercise: fn(&[u8])) {
+    let folder = folder(target);
+    if std::env::var_os("DROVER_WRITE_CORPUS").is_some() {
+        std::fs::create_dir_all(&folder).unwrap();
+        for (name, bytes) in made {
+            std::fs::write(folder.join(name), bytes).unwrap();
+        }
+    }
+    for (name, bytes) in made {
+        let stored = std::fs::read(folder.join(name)).unwrap();
+        assert_eq!(&stored, bytes, "{target}/{name} is not what this test makes; see its head");
+    }
+    let mut replayed = 0;
+    for entry in std::fs::read_dir(&folder).unwrap() {
+        exercise(&std::fs::read(entry.unwrap().path()).unwrap());
+        replayed += 1;
+    }
+    assert!(replayed >= made.len());
+}
+
+#[test]
+fn the_corpus_of_saved_states_is_replayed() {
+    check("save", &saves(), exercise::save);
+    for whole in ["one-vcpu", "two-vcpus"] {
+        let bytes = std::fs::read(folder("save").join(whole)).unwrap();
+        assert!(drover_vmm::save::decode(&bytes).is_ok(), "{whole} no longer decodes");
+    }
+}
+
+#[test]
+fn the_corpus_of_kernels_is_replayed() {
+    check("kernel", &kernels(), exercise::kernel);
+    for whole in ["elf-pvh", "bzimage"] {
+        let bytes = std::fs::read(folder("kernel").join(whole)).unwrap();
+        assert!(drover_vmm::boot::image::parse(&bytes).is_ok(), "{whole} is no longer a kernel");
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_mutated_corpus_breaks_nothing(
+        pick in any::<prop::sample::Index>(),
+        kernel in any::<bool>(),
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+    ) {
+        let made = if kernel { kernels() } else { saves() };
+        let mut bytes = made[pick.index(made.len())].1.clone();
+        for (at, value) in changes {
+            if !bytes.is_empty() {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+        }
+        if kernel { exercise::kernel(&bytes) } else { exercise::save(&bytes) }
+    }
+}
