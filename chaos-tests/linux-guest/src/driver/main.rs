@@ -5,6 +5,7 @@
 mod shell;
 mod vmm;
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -101,7 +102,7 @@ async fn drive() -> Result<()> {
     let incoming = json!({ "migration": MIGRATION, "from_host": "host1", "listen_ip": "127.0.0.1" });
     let mut target = Vmm::start(&folder("target")?, &config("host2", 2, &host2, Some(incoming))).await?;
     let migrated = migrate(&mut source, &mut target).await?;
-    let mut shell = Shell::of(&target);
+    shell.follow(&target);
     say(&migrated);
     let after = shell
         .facts()
@@ -120,7 +121,12 @@ fn identity(ca: &ClusterCa, host: &str) -> Result<TlsFiles> {
 
 fn folder(name: &str) -> Result<PathBuf> {
     let path = Path::new(ROOT).join(name);
-    std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+    let mut private = std::fs::DirBuilder::new();
+    private
+        .recursive(true)
+        .mode(0o700)
+        .create(&path)
+        .with_context(|| format!("making {}", path.display()))?;
     Ok(path)
 }
 

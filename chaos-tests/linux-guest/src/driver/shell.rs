@@ -40,6 +40,11 @@ impl Shell {
         }
     }
 
+    /// Goes on at the VMM that the guest has moved to: the console's offsets go on with it.
+    pub fn follow(&mut self, vmm: &Vmm) {
+        self.client = vmm.client();
+    }
+
     /// Waits for the shell to ask for a command.
     pub async fn wait_for_prompt(&mut self, limit: Duration) -> Result<()> {
         self.read_past(PROMPT, limit).await.map(drop)
@@ -71,7 +76,7 @@ impl Shell {
                 .await?,
             digest: self.ask("md5sum </tmp/file").await?,
             complaints: self
-                .number("dmesg | grep -c -i -E 'oops|panic|BUG:|lockup|stall'")
+                .number("dmesg | grep -c -E 'Oops|Kernel panic|BUG:|lockup|stalls on'")
                 .await?,
             cpus: self.number("nproc").await?,
         })
