@@ -218,12 +218,33 @@ async fn ready(
     timeout: Duration,
     out: Out,
 ) -> Result<()> {
+    tokio::select! {
+        outcome = watch(folder, images, timeout, out) => outcome?,
+        failure = death(started) => return Err(failure),
+        _ = tokio::signal::ctrl_c() => {
+            return Err(Failure::interrupted("stopped waiting; the daemons run on, `ctl dev down` ends them"));
+        }
+    }
+    started.iter_mut().try_for_each(Started::check)
+}
+
+/// Resolves when a daemon has ended.
+async fn death(started: &mut [Started]) -> Failure {
+    loop {
+        if let Err(failure) = started.iter_mut().try_for_each(Started::check) {
+            return failure;
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// Tells how far the cluster is until it is ready.
+async fn watch(folder: &Folder, images: &[NamedImage], timeout: Duration, out: Out) -> Result<()> {
     let client = Client::new(&Context::load(&folder.context_file())?)?;
     let until = Instant::now() + timeout;
     let mut told = String::new();
     loop {
         let (ready, state) = look(&client, folder, images).await;
-        started.iter_mut().try_for_each(Started::check)?;
         if ready {
             return Ok(());
         }
@@ -235,12 +256,7 @@ async fn ready(
             let message = format!("the cluster is not ready after {} s: {told}", timeout.as_secs());
             return Err(Failure::timed_out(message));
         }
-        tokio::select! {
-            () = tokio::time::sleep(POLL) => {}
-            _ = tokio::signal::ctrl_c() => {
-                return Err(Failure::interrupted("stopped waiting; the daemons run on, `ctl dev down` ends them"));
-            }
-        }
+        tokio::time::sleep(POLL).await;
     }
 }
 
