@@ -34,6 +34,7 @@ fn log() -> anyhow::Result<()> {
     let filter = std::env::var("DROVER_LOG").unwrap_or_else(|_| "info,openraft=warn".to_owned());
     let filter = EnvFilter::try_new(&filter).with_context(|| format!("DROVER_LOG is {filter:?}"))?;
     let log = tracing_subscriber::fmt()
+        .with_ansi(false)
         .with_writer(std::io::stderr)
         .with_env_filter(filter);
     match std::env::var("DROVER_LOG_FORMAT").as_deref() {

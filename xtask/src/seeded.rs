@@ -14,7 +14,7 @@ const CAUGHT_BY: [Seeded; 5] = [
     Seeded {
         bug: "no-final-dirty-pass",
         package: "drover-chaos-cluster",
-        test: "a_vm_tours_three_hosts_while_it_writes",
+        test: "what_is_written_between_the_last_round_and_the_pause_is_not_lost",
     },
     Seeded {
         bug: "resume-before-commit",

@@ -352,15 +352,18 @@ impl Cluster {
     /// Waits until somebody waits at `point`.
     pub fn await_reached(&self, point: &str) {
         await_some(&format!("somebody to come to {point}"), || {
-            match self
-                .holders(point)
-                .iter()
-                .any(|party| party.points.reached(point))
-            {
+            match self.reached(point) {
                 true => Ok(()),
                 false => Err("nobody".to_owned()),
             }
         });
+    }
+
+    /// Whether somebody has come to `point` since it was held.
+    pub fn reached(&self, point: &str) -> bool {
+        self.holders(point)
+            .iter()
+            .any(|party| party.points.reached(point))
     }
 
     /// Lets everybody go on.

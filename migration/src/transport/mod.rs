@@ -79,5 +79,10 @@ fn failure(doing: &str, error: &io::Error) -> Fault {
     } else {
         ""
     };
-    Fault::new(code, format!("{doing}: {error}{advice}"))
+    // rustls says it with a link to its manual.
+    let what = match error.kind() {
+        io::ErrorKind::UnexpectedEof => "the peer hung up without a word".to_owned(),
+        _ => error.to_string(),
+    };
+    Fault::new(code, format!("{doing}: {what}{advice}"))
 }
