@@ -27,7 +27,6 @@ use drover_proto::v1::{
 };
 use drover_proto::{Code, Fault};
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
 use tokio::process::Child;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
@@ -36,7 +35,7 @@ use tower::service_fn;
 
 use crate::agent::Context;
 use crate::clock::boottime_ns;
-use crate::host::process::{self, Abandoned, SOCKET_PATH_MAX};
+use crate::host::process::{self, Abandoned};
 use crate::host::store::write_private;
 use crate::key::Key;
 use crate::loops::deadline_ns;
@@ -88,10 +87,10 @@ pub struct Link {
 impl Link {
     /// The VMM of `folder`. Call it inside a tokio runtime.
     pub fn new(key: Key, folder: PathBuf) -> Arc<Self> {
-        let socket = folder.join("vmm.sock");
+        let in_folder = folder.clone();
         let connect = service_fn(move |_| {
-            let socket = socket.clone();
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+            let folder = in_folder.clone();
+            async move { process::connect(&folder).await.map(TokioIo::new) }
         });
         // The address is never resolved: the connector knows where to go.
         let channel = Endpoint::from_static("http://vmm.drover").connect_with_connector_lazy(connect);
@@ -259,14 +258,6 @@ fn vmm_config(
         Err(Fault::new(Code::ImageNotFound, message).field(field))
     };
     let socket = folder.join("vmm.sock");
-    let length = socket.as_os_str().len();
-    if length > SOCKET_PATH_MAX {
-        let message = format!(
-            "the VMM's socket {} has {length} bytes in its path, a Unix socket can have {SOCKET_PATH_MAX}: move data_dir",
-            socket.display()
-        );
-        return Err(Fault::new(Code::VmmStartFailed, message));
-    }
     let incoming = match (key.migration(), &desired.migration) {
         (None, _) => serde_json::Value::Null,
         (Some(id), Some(migration)) => serde_json::json!({

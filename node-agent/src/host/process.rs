@@ -7,6 +7,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -16,11 +17,14 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tokio::net::UnixStream;
 use tokio::process::Child;
 use tokio::sync::oneshot;
 
 /// Longest path of a Unix socket: `sun_path` holds 108 bytes with the closing zero (unix(7)).
-pub const SOCKET_PATH_MAX: usize = 107;
+const SOCKET_PATH_MAX: usize = 107;
+/// A VMM's socket, in its folder.
+const SOCKET: &str = "vmm.sock";
 /// The end of a log that is searched for an error, bytes.
 const LOG_TAIL_BYTES: u64 = 16 * 1024;
 /// Longest error taken from a log, characters.
@@ -49,6 +53,16 @@ pub fn spawn(program: &Path, folder: &Path) -> io::Result<Child> {
         command.pre_exec(|| nix::unistd::setsid().map(drop).map_err(io::Error::from));
     }
     tokio::process::Command::from(command).spawn()
+}
+
+/// Connects to the VMM of `folder`; a path too long for a socket's address is reached through its folder's descriptor.
+pub async fn connect(folder: &Path) -> io::Result<UnixStream> {
+    let path = folder.join(SOCKET);
+    if path.as_os_str().len() <= SOCKET_PATH_MAX {
+        return UnixStream::connect(path).await;
+    }
+    let folder = File::open(folder)?;
+    UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", folder.as_raw_fd())).await
 }
 
 /// Whether the VMM of `folder`, which this agent did not start, is gone: then its lock is ours.
@@ -154,6 +168,19 @@ mod tests {
             "an abandoned VMM could come back"
         );
         drop(taken);
+    }
+
+    #[tokio::test]
+    async fn a_socket_whose_path_is_too_long_for_its_address_is_reached() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("a".repeat(120));
+        std::fs::create_dir(&folder).unwrap();
+        assert!(connect(&folder).await.is_err());
+        let through = File::open(&folder).unwrap();
+        let _listener =
+            tokio::net::UnixListener::bind(format!("/proc/self/fd/{}/vmm.sock", through.as_raw_fd()))
+                .unwrap();
+        assert!(connect(&folder).await.is_ok());
     }
 
     #[test]
