@@ -61,7 +61,12 @@ impl Meter {
         }
     }
 
-    /// Bytes a second, never 0. `cap`: the rate that may be used.
+    /// Bytes a second as measured, if they were.
+    pub fn measured(&self) -> Option<u64> {
+        self.measured
+    }
+
+    /// Bytes a second to reckon with, never 0. `cap`: the rate that may be used.
     pub fn estimate(&self, cap: Option<u64>) -> u64 {
         self.measured
             .unwrap_or(ASSUMED)

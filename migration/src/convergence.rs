@@ -139,13 +139,13 @@ fn no_convergence(sample: &Sample, intent: &Intent) -> Fault {
     const MIB: f64 = 1_048_576.0;
     let blackout = expected_blackout(sample, intent);
     let cap = match intent.bandwidth {
-        Some(cap) if cap <= sample.bandwidth => " (its cap)",
+        Some(cap) if sample.bandwidth >= cap - cap / 8 => " (its cap)",
         _ => "",
     };
     let message = format!(
-        "after {} rounds {:.1} MiB stay dirty: the guest writes {:.1} MiB/s and the link carries {:.1} MiB/s{cap}, so \
-         the blackout would be {} ms and {} ms are allowed: allow {} ms with max-downtime, give the migration more \
-         bandwidth, or let the guest write less",
+        "after {} rounds {:.1} MiB stay dirty: the guest rewrites {:.1} MiB/s of its memory and the link carries \
+         {:.1} MiB/s{cap}, so the blackout would be {} ms and {} ms are allowed: allow {} ms with max-downtime, give \
+         the migration more bandwidth, or let the guest write less",
         sample.round,
         sample.remaining as f64 / MIB,
         sample.dirty_rate as f64 / MIB,

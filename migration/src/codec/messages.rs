@@ -189,10 +189,10 @@ impl Refusal {
 }
 
 impl Cancel {
-    /// The fault as the target reports it. A code that this build does not know becomes `cancelled`.
+    /// The fault as the target reports it, in the source's words. A code that this build does not know becomes `cancelled`.
     pub fn fault(&self) -> Fault {
         let code = Code::parse(&self.code).unwrap_or(Code::Cancelled);
-        Fault::new(code, format!("the source says: {}", shortened(&self.message)))
+        Fault::new(code, shortened(&self.message))
     }
 }
 

@@ -471,11 +471,8 @@ impl Machine {
         self.reported_at = now;
         let sample = self.sample(now);
         let bandwidth = self.live_bandwidth(now);
-        let net = bandwidth.saturating_sub(sample.dirty_rate);
-        let eta = match (phase, net) {
-            (MigrationPhase::PreCopy, 1..) if self.round > 1 || self.round_sent.pages > 0 => {
-                bandwidth::time(sample.remaining, net).as_millis().max(1)
-            }
+        let eta = match (phase, bandwidth.saturating_sub(sample.dirty_rate)) {
+            (MigrationPhase::PreCopy, net @ 1..) => bandwidth::time(sample.remaining, net).as_millis().max(1),
             _ => 0,
         };
         Action::Report(Progress {
@@ -490,14 +487,14 @@ impl Machine {
         })
     }
 
-    /// What the link carries in this round, or carried in the last one.
+    /// What the link carries in this round, or carried in the last one; 0 as long as nothing was measured.
     fn live_bandwidth(&self, now: Duration) -> u64 {
         let mut live = self.meter.clone();
         live.round(
             self.round_sent.pages * PAGE_SIZE as u64,
             now.saturating_sub(self.round_began),
         );
-        live.estimate(self.config.intent.bandwidth)
+        live.measured().unwrap_or(0)
     }
 }
 
