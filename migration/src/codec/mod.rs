@@ -12,7 +12,7 @@
 //! and the payload. The header's form never changes: a version is agreed inside the first frames, and a build that
 //! shares no version must still be able to read the refusal.
 //!
-//! Pages travel in a form that is filled and read without a copy ([`pages`]); everything else is a small protobuf
+//! Pages travel in a form that is filled and read without a copy ([`Pages`], [`Zeros`]); everything else is a small protobuf
 //! message ([`Message`]), so that fields can be added. Every size is bounded before memory is taken for it. Nothing here
 //! panics on any input. What a frame *means* in its place is not judged here but by the machines.
 
