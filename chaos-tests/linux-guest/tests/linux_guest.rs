@@ -15,14 +15,14 @@ fn target_dir() -> PathBuf {
         .to_owned()
 }
 
-/// The VMM that `cargo xtask test` put aside, else the one of a plain build.
+/// The newer of the VMM that `cargo xtask test` put aside and the one of a plain build.
 fn vmm(target: &Path) -> PathBuf {
-    let aside = target.join("chaos-bin/drover-vmm");
-    if aside.exists() {
-        aside
-    } else {
-        target.join("debug/drover-vmm")
-    }
+    let built = |path: &PathBuf| path.metadata().and_then(|file| file.modified()).ok();
+    let places = ["chaos-bin/drover-vmm", "debug/drover-vmm"].map(|path| target.join(path));
+    places
+        .into_iter()
+        .max_by_key(built)
+        .expect("there are two places")
 }
 
 /// Runs the emulated host, or says why that is not possible here.

@@ -18,8 +18,8 @@ const PROMPT: &str = "guest-shell> ";
 const ANSWER_MAX: Duration = Duration::from_secs(90);
 const READ_WAIT_MS: u32 = 2000;
 const RETRY: Duration = Duration::from_millis(100);
-/// What of the console an error shows, bytes.
-const TAIL_BYTES: usize = 4000;
+/// What of the console an error shows, characters.
+const TAIL_CHARS: usize = 4000;
 
 /// A conversation with the guest.
 pub struct Shell {
@@ -141,13 +141,9 @@ impl Shell {
                 return Ok(before);
             }
             if Instant::now() > deadline {
-                let start = self
-                    .seen
-                    .floor_char_boundary(self.seen.len().saturating_sub(TAIL_BYTES));
-                bail!(
-                    "waited {limit:?} for {needle:?}; the console shows: {}",
-                    &self.seen[start..]
-                );
+                let skipped = self.seen.chars().count().saturating_sub(TAIL_CHARS);
+                let tail: String = self.seen.chars().skip(skipped).collect();
+                bail!("waited {limit:?} for {needle:?}; the console shows: {tail}");
             }
             let request = ReadConsoleRequest {
                 offset: self.offset,
