@@ -11,7 +11,8 @@ const LOW_END: u64 = 64 << 20;
 pub fn save(bytes: &[u8]) {
     if let Ok(saved) = save::decode(bytes) {
         let again = save::encode(&saved);
-        let back = save::decode(&again).unwrap_or_else(|fault| panic!("an encoded state is refused: {fault}"));
+        let back =
+            save::decode(&again).unwrap_or_else(|fault| panic!("an encoded state is refused: {fault}"));
         assert_eq!(save::encode(&back), again, "a state changes by being encoded");
     }
 }
@@ -21,8 +22,14 @@ pub fn save(bytes: &[u8]) {
 pub fn kernel(bytes: &[u8]) {
     if let Ok(parts) = image::parse(bytes).and_then(|kernel| kernel.parts(LOW_END)) {
         for part in parts {
-            assert!(part.gpa >= HIGH_START && part.end <= LOW_END, "a part outside the guest");
-            assert!(part.gpa + part.bytes.len() as u64 <= part.end, "bytes beyond their part");
+            assert!(
+                part.gpa >= HIGH_START && part.end <= LOW_END,
+                "a part outside the guest"
+            );
+            assert!(
+                part.gpa + part.bytes.len() as u64 <= part.end,
+                "bytes beyond their part"
+            );
         }
     }
 }

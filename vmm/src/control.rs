@@ -72,9 +72,15 @@ impl Vmm for Service {
     async fn watch_info(&self, request: Request<WatchInfoRequest>) -> Result<Response<VmmInfo>, Status> {
         let WatchInfoRequest { seen_seq, wait_ms } = request.into_inner();
         let mut changes = self.0.subscribe();
-        let changed = changes.wait_for(|info| info.seq != seen_seq);
+        let mut over = self.0.over();
+        let wait = async {
+            tokio::select! {
+                _ = changes.wait_for(|info| info.seq != seen_seq) => {}
+                _ = over.wait_for(|over| *over) => {}
+            }
+        };
         // Both ends of the wait are answered alike: with what is so now.
-        let _ = tokio::time::timeout(wait_of(wait_ms), changed).await.is_ok();
+        let _ = tokio::time::timeout(wait_of(wait_ms), wait).await.is_ok();
         Ok(Response::new(self.0.info()))
     }
 

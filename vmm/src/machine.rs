@@ -179,7 +179,7 @@ impl Machine {
         if let Some(vm) = &self.vm {
             if may_run {
                 self.arm(core.right.deadline_ns());
-                if !core.running && core.ran_before {
+                if !core.running && (core.ran_before || self.config.incoming.is_some()) {
                     vm.announce_pause();
                 }
                 vm.resume(core.right.deadline_ns());
@@ -229,6 +229,8 @@ impl Machine {
         };
         self.info.send_if_modified(|info| {
             next.seq = info.seq;
+            // A lease that goes on is no news: else every heartbeat would wake every watcher.
+            info.deadline_boottime_ns = next.deadline_boottime_ns;
             if *info == next {
                 return false;
             }

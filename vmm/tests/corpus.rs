@@ -8,9 +8,7 @@ mod exercise;
 use std::mem::size_of;
 use std::path::{Path, PathBuf};
 
-use drover_proto::v1::{
-    ClockSave, CpuidEntry, IrqchipSave, Msr, SerialSave, VcpuSave, VmSave,
-};
+use drover_proto::v1::{ClockSave, CpuidEntry, IrqchipSave, Msr, SerialSave, VcpuSave, VmSave};
 use kvm_bindings::{
     kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_pit_state2, kvm_regs, kvm_sregs,
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -29,8 +27,15 @@ fn vcpu(id: u32) -> VcpuSave {
         debug_regs: vec![0; size_of::<kvm_debugregs>()],
         lapic: vec![0; size_of::<kvm_lapic_state>()],
         events: vec![0; size_of::<kvm_vcpu_events>()],
-        msrs: vec![Msr { index: 0x10, value: 7 }],
-        cpuid: vec![CpuidEntry { function: 1, edx: 0xff, ..Default::default() }],
+        msrs: vec![Msr {
+            index: 0x10,
+            value: 7,
+        }],
+        cpuid: vec![CpuidEntry {
+            function: 1,
+            edx: 0xff,
+            ..Default::default()
+        }],
         tsc_khz: 2_000_000,
         tsc_offset: Some(-1),
     }
@@ -51,7 +56,11 @@ fn vm(vcpus: u32) -> VmSave {
             ioapic: chip(2),
             pit: vec![0; size_of::<kvm_pit_state2>()],
         }),
-        clock: Some(ClockSave { kvmclock_ns: 1, realtime_ns: 2, host_tsc: 3 }),
+        clock: Some(ClockSave {
+            kvmclock_ns: 1,
+            realtime_ns: 2,
+            host_tsc: 3,
+        }),
         serial: Some(SerialSave {
             registers: vec![0; 9],
             scrollback: b"hello\n".to_vec(),
@@ -78,8 +87,14 @@ fn saves() -> Vec<(&'static str, Vec<u8>)> {
         ("no-vcpus", encoded(|save| save.vcpus.clear())),
         ("wrong-order", encoded(|save| save.vcpus[0].id = 1)),
         ("short-xsave", encoded(|save| save.vcpus[0].xsave.truncate(100))),
-        ("wrong-chip", encoded(|save| save.irqchip.as_mut().unwrap().ioapic[0] = 9)),
-        ("console-lies", encoded(|save| save.serial.as_mut().unwrap().console_next = 1)),
+        (
+            "wrong-chip",
+            encoded(|save| save.irqchip.as_mut().unwrap().ioapic[0] = 9),
+        ),
+        (
+            "console-lies",
+            encoded(|save| save.serial.as_mut().unwrap().console_next = 1),
+        ),
         ("many-xcrs", encoded(|save| save.vcpus[0].xcrs[0] = 200)),
         ("not-ours", b"hello, who is there?".to_vec()),
     ]
@@ -137,7 +152,9 @@ fn kernels() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 fn folder(target: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("fuzz/corpus")
+        .join(target)
 }
 
 fn check(target: &str, made: &[(&str, Vec<u8>)], exercise: fn(&[u8])) {
@@ -150,7 +167,10 @@ fn check(target: &str, made: &[(&str, Vec<u8>)], exercise: fn(&[u8])) {
     }
     for (name, bytes) in made {
         let stored = std::fs::read(folder.join(name)).unwrap();
-        assert_eq!(&stored, bytes, "{target}/{name} is not what this test makes; see its head");
+        assert_eq!(
+            &stored, bytes,
+            "{target}/{name} is not what this test makes; see its head"
+        );
     }
     let mut replayed = 0;
     for entry in std::fs::read_dir(&folder).unwrap() {
@@ -165,7 +185,10 @@ fn the_corpus_of_saved_states_is_replayed() {
     check("save", &saves(), exercise::save);
     for whole in ["one-vcpu", "two-vcpus"] {
         let bytes = std::fs::read(folder("save").join(whole)).unwrap();
-        assert!(drover_vmm::save::decode(&bytes).is_ok(), "{whole} no longer decodes");
+        assert!(
+            drover_vmm::save::decode(&bytes).is_ok(),
+            "{whole} no longer decodes"
+        );
     }
 }
 
@@ -174,7 +197,10 @@ fn the_corpus_of_kernels_is_replayed() {
     check("kernel", &kernels(), exercise::kernel);
     for whole in ["elf-pvh", "bzimage"] {
         let bytes = std::fs::read(folder("kernel").join(whole)).unwrap();
-        assert!(drover_vmm::boot::image::parse(&bytes).is_ok(), "{whole} is no longer a kernel");
+        assert!(
+            drover_vmm::boot::image::parse(&bytes).is_ok(),
+            "{whole} is no longer a kernel"
+        );
     }
 }
 

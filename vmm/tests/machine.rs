@@ -180,6 +180,7 @@ fn a_guest_moves_while_it_writes_and_runs_only_after_its_grant() {
             .expect("a target that runs has its receipt");
         assert!(receipt.rounds >= 1 && receipt.pages > 0 && receipt.bytes > receipt.pages * 4096);
         assert!(receipt.blackout_us.unwrap().total > 0);
+        println!("{receipt:?}");
         let text = await_console(target.console(), "line after the move", has_seconds(before + 2));
         assert_intact(&text);
         outcome(&source, true).unwrap();
@@ -318,5 +319,34 @@ fn a_frozen_vm_moves_frozen_and_runs_on_its_target() {
         target.console(),
         "line after the move",
         has_seconds(3),
+    ));
+}
+
+#[test]
+fn memory_beyond_the_32_bit_hole_moves_too() {
+    needs_kvm!();
+    let world = World::new();
+    let large = |config: &mut serde_json::Value| config["memory_mib"] = 3136.into();
+    let source = world.machine("host1", 1, large);
+    grant(&source);
+    await_console(source.console(), "first line", has_seconds(1));
+    let memory = source.vm().unwrap().memory();
+    let (last, mark) = (memory.pages() - 1, [0xc3; 4096]);
+    memory.write_pages(last, &mark).unwrap();
+    let target = world.machine("host2", 2, |config| {
+        large(config);
+        incoming(config, "host1");
+    });
+    send(&source, listen_addr(&target), "host2").unwrap();
+    await_state(&target, VmmState::Ready);
+    let mut page = [0; 4096];
+    target.vm().unwrap().memory().read_pages(last, &mut page).unwrap();
+    assert_eq!(page, mark);
+    grant(&target);
+    let before = seconds(&text(target.console()), "t").len();
+    assert_intact(&await_console(
+        target.console(),
+        "line after the move",
+        has_seconds(before + 2),
     ));
 }

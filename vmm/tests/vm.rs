@@ -7,6 +7,8 @@ mod common;
 use common::{assert_intact, await_console, empty_vm, has_seconds, probe_vm, seconds};
 use drover_migration::vm::PageSet;
 use drover_proto::Code;
+use drover_vmm::boot;
+use drover_vmm::cpu::profile::Profile;
 use drover_vmm::save;
 use drover_vmm::vm::Vm;
 
@@ -40,6 +42,26 @@ fn two_vcpus_both_work() {
     let text = await_console(vm.console(), "second line", has_seconds(2));
     assert!(text.contains("probe up cpus=2"), "{text}");
     assert_intact(&text);
+}
+
+#[test]
+fn an_elf_without_a_pvh_note_is_entered_by_the_linux_protocol() {
+    needs_kvm!();
+    let mut kernel = std::fs::read(common::probe()).unwrap();
+    let headers = u64::from_le_bytes(kernel[32..40].try_into().unwrap()) as usize;
+    let count = usize::from(u16::from_le_bytes([kernel[56], kernel[57]]));
+    for header in (0..count).map(|index| headers + index * 56) {
+        // PT_NOTE becomes PT_NULL.
+        if kernel[header..header + 4] == [4, 0, 0, 0] {
+            kernel[header] = 0;
+        }
+    }
+    let vm = empty_vm(1);
+    let entry = boot::load_bytes(vm.memory(), &kernel, None, "own=1M", 1).unwrap();
+    assert!(matches!(entry, boot::start::Entry::Linux64 { .. }));
+    vm.boot(Profile::Baseline, entry).unwrap();
+    vm.resume(FOREVER);
+    assert_intact(&await_console(vm.console(), "first line", has_seconds(1)));
 }
 
 #[test]

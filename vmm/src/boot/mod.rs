@@ -205,3 +205,37 @@ pub(crate) fn usable(layout: &Layout) -> Vec<(u64, u64)> {
     }
     ranges
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CODE: [u8; 100] = [0xf4; 100];
+
+    #[test]
+    fn an_initial_ram_disk_lies_at_the_top_on_a_page_of_its_own() {
+        let memory = Memory::new(16 << 20).expect("memory is there");
+        let kernel = elf::tests::build(0x20_0000, &CODE, true);
+        let initrd: Vec<u8> = (0..10_000u32).map(|i| u8::try_from(i % 251).unwrap()).collect();
+        let entry = load_bytes(&memory, &kernel, Some(&initrd), "quiet", 1).unwrap();
+        assert_eq!(entry, Entry::Pvh { entry: 0x20_0000 });
+        let mut found = vec![0; initrd.len()];
+        let gpa = (16 << 20) - 3 * PAGE;
+        memory.mapped().read_slice(&mut found, GuestAddress(gpa)).unwrap();
+        assert_eq!(found, initrd);
+        let module: u64 = memory.mapped().read_obj(GuestAddress(START_INFO + 56)).unwrap();
+        assert_eq!(module, gpa);
+    }
+
+    #[test]
+    fn what_does_not_fit_the_guest_is_refused_with_its_field() {
+        let memory = Memory::new(16 << 20).expect("memory is there");
+        let fault = |kernel: &[u8], initrd: Option<&[u8]>| {
+            load_bytes(&memory, kernel, initrd, "", 1).unwrap_err().field
+        };
+        let good = elf::tests::build(0x20_0000, &CODE, true);
+        assert_eq!(fault(&good, Some(&vec![0; 15 << 20])), "initrd");
+        assert_eq!(fault(&elf::tests::build(0x9000, &CODE, true), None), "kernel");
+        assert_eq!(fault(&elf::tests::build(16 << 20, &CODE, true), None), "kernel");
+    }
+}
