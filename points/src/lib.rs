@@ -8,8 +8,13 @@
 //! `DROVER_SEEDED_BUG=<name>` turns on one deliberate mistake; `cargo xtask test seeded-bugs` expects each to be caught.
 
 /// The names that [`seeded_bug`] knows.
-pub const SEEDED_BUGS: [&str; 5] =
-    ["no-final-dirty-pass", "resume-before-commit", "resume-on-lost-reply", "no-epoch-check", "vote-not-synced"];
+pub const SEEDED_BUGS: [&str; 5] = [
+    "no-final-dirty-pass",
+    "resume-before-commit",
+    "resume-on-lost-reply",
+    "no-epoch-check",
+    "vote-not-synced",
+];
 
 /// Whether the deliberate mistake `name` is on. Always `false` without the feature `chaos`.
 #[cfg(not(feature = "chaos"))]
@@ -36,7 +41,9 @@ mod chaos {
     pub fn seeded_bug(name: &str) -> bool {
         debug_assert!(super::SEEDED_BUGS.contains(&name), "unknown seeded bug {name}");
         static BUG: OnceLock<Option<String>> = OnceLock::new();
-        BUG.get_or_init(|| std::env::var("DROVER_SEEDED_BUG").ok()).as_deref() == Some(name)
+        BUG.get_or_init(|| std::env::var("DROVER_SEEDED_BUG").ok())
+            .as_deref()
+            == Some(name)
     }
 
     /// Waits while the file `$DROVER_POINTS_DIR/<name>` exists. Blocks the calling thread: call it where that is allowed

@@ -150,7 +150,11 @@ pub struct Fault {
 impl Fault {
     /// A fault without a field.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), field: String::new() }
+        Self {
+            code,
+            message: message.into(),
+            field: String::new(),
+        }
     }
 
     /// The same fault, with the field at fault named.
@@ -172,7 +176,9 @@ impl std::error::Error for Fault {}
 impl From<Fault> for Status {
     fn from(fault: Fault) -> Self {
         let mut status = Status::new(fault.code.grpc(), fault.message);
-        status.metadata_mut().insert(CODE_KEY, MetadataValue::from_static(fault.code.as_str()));
+        status
+            .metadata_mut()
+            .insert(CODE_KEY, MetadataValue::from_static(fault.code.as_str()));
         if let Ok(field) = MetadataValue::try_from(fault.field.as_str())
             && !fault.field.is_empty()
         {
@@ -186,14 +192,24 @@ impl From<Fault> for Status {
 /// says "unavailable", `internal` otherwise.
 impl From<&Status> for Fault {
     fn from(status: &Status) -> Self {
-        let text = |key| status.metadata().get(key).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let text = |key| {
+            status
+                .metadata()
+                .get(key)
+                .and_then(|v| v.to_str().ok())
+                .unwrap_or_default()
+        };
         let code = Code::parse(text(CODE_KEY)).unwrap_or(match status.code() {
             Grpc::Unavailable | Grpc::DeadlineExceeded => Code::NoLeader,
             Grpc::PermissionDenied | Grpc::Unauthenticated => Code::Denied,
             Grpc::InvalidArgument => Code::InvalidArgument,
             _ => Code::Internal,
         });
-        Self { code, message: status.message().to_owned(), field: text(FIELD_KEY).to_owned() }
+        Self {
+            code,
+            message: status.message().to_owned(),
+            field: text(FIELD_KEY).to_owned(),
+        }
     }
 }
 

@@ -13,6 +13,9 @@ pub use codes::{Code, Fault};
 
 impl From<Fault> for v1::Reason {
     fn from(fault: Fault) -> Self {
-        Self { code: fault.code.as_str().to_owned(), message: fault.message }
+        Self {
+            code: fault.code.as_str().to_owned(),
+            message: fault.message,
+        }
     }
 }
