@@ -31,7 +31,7 @@ impl Progress {
         let bar = (out.talkative() && terminal).then(|| {
             let bar = ProgressBar::with_draw_target(Some(STEPS), ProgressDrawTarget::stderr());
             // A template of literals; a wrong one would show as the default style.
-            if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:24} {wide_msg}") {
+            if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:16} {wide_msg}") {
                 bar.set_style(style.progress_chars("━╸─"));
             }
             bar.enable_steady_tick(Duration::from_millis(100));
@@ -104,13 +104,14 @@ fn details(migration: &MigrationView) -> String {
     ];
     // Before the first round has ended nobody knows.
     if progress.dirty_bytes_per_s > 0 {
-        parts.push(format!("guest writes {}/s", bytes(progress.dirty_bytes_per_s)));
-    }
-    if progress.bandwidth_bytes_per_s > 0 {
-        parts.push(format!("link {}/s", bytes(progress.bandwidth_bytes_per_s)));
+        parts.push(format!("dirty {}/s", bytes(progress.dirty_bytes_per_s)));
     }
     if let Some(ms) = progress.eta_ms {
         parts.push(format!("ETA {}", millis(ms)));
+    }
+    // Last, since a narrow terminal cuts the end off.
+    if progress.bandwidth_bytes_per_s > 0 {
+        parts.push(format!("link {}/s", bytes(progress.bandwidth_bytes_per_s)));
     }
     parts.join(", ")
 }
@@ -154,7 +155,7 @@ mod tests {
             "round 3",
             "1.0 MiB sent",
             "1.0 KiB left",
-            "guest writes 3.0 MiB/s",
+            "dirty 3.0 MiB/s",
             "ETA 2.5 s",
         ] {
             assert!(text.contains(part), "{text}");

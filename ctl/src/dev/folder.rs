@@ -41,10 +41,6 @@ const MEMORY_SHARE: u64 = 4;
 /// … and at least this much, MiB.
 const MEMORY_MIB_MIN: u64 = 512;
 
-/// A VMM's socket lies in the folder, and a Unix socket's path has at most 107 bytes (unix(7)): this leaves room for
-/// a VM's name of 20 and more.
-const ROOT_BYTES_MAX: usize = 50;
-
 /// What is chosen once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -111,14 +107,6 @@ impl Folder {
             return Ok(folder);
         }
         let root = std::path::absolute(root).map_err(|error| Failure::io(root.display(), &error))?;
-        let bytes = root.as_os_str().len();
-        if bytes > ROOT_BYTES_MAX {
-            return Err(dev(format!(
-                "{} has {bytes} bytes, too many for the sockets in it: name a folder of at most {ROOT_BYTES_MAX} by \
-                 --state-dir",
-                root.display()
-            )));
-        }
         make_dir(&root)?;
         let strange = fs::read_dir(&root)
             .map_err(|error| Failure::io(root.display(), &error))?
@@ -412,15 +400,6 @@ mod tests {
         assert_eq!(ports.len(), CONTROLLERS + HOSTS);
         assert!(ports.iter().all(|port| PORTS.contains(port)));
         assert_eq!(fs::metadata(&root).unwrap().permissions().mode() & 0o777, 0o700);
-    }
-
-    #[test]
-    fn a_folder_whose_sockets_would_not_fit_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().join("x".repeat(ROOT_BYTES_MAX));
-        let failure = Folder::open_or_create(&root).unwrap_err();
-        assert!(failure.message.contains("--state-dir"), "{}", failure.message);
-        assert!(!root.exists());
     }
 
     #[test]

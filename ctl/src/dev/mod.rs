@@ -345,7 +345,8 @@ async fn stop_vms(folder: &Folder, out: Out) -> Result<()> {
     if wanted.is_empty() {
         return Ok(());
     }
-    out.remark(&format!("stopping {} VMs", wanted.len()));
+    let names: Vec<_> = wanted.iter().map(|spec| spec.name.as_str()).collect();
+    out.remark(&format!("stopping {}", names.join(" ")));
     for spec in &wanted {
         client.stop_vm(&spec.name).await?;
     }

@@ -28,6 +28,9 @@ struct ProcessView {
     pid: Option<i32>,
     addr: Option<String>,
     log: String,
+    /// Where the log is in the folder, for the table.
+    #[serde(skip)]
+    log_inside: String,
 }
 
 impl Tabular for ProcessView {
@@ -44,7 +47,7 @@ impl Tabular for ProcessView {
             self.state.to_owned(),
             self.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
             self.addr.clone().unwrap_or_else(|| "-".to_owned()),
-            self.log.clone(),
+            self.log_inside.clone(),
         ]
     }
 }
@@ -53,18 +56,15 @@ impl Tabular for ProcessView {
 pub async fn show(folder: &Folder, daemons: &[Daemon], out: Out) -> Result<()> {
     let mut processes: Vec<_> = daemons.iter().map(process).collect();
     for vmm in vmms::running(&folder.root) {
-        let dir = folder
-            .of(&vmm.host)
-            .join("data/vms")
-            .join(&vmm.vm)
-            .join(&vmm.instance);
+        let log = format!("{}/data/vms/{}/{}/vmm.log", vmm.host, vmm.vm, vmm.instance);
         processes.push(ProcessView {
             name: format!("{} on {} ({})", vmm.vm, vmm.host, vmm.instance),
             kind: "vmm",
             state: "up",
             pid: Some(vmm.process.pid),
             addr: None,
-            log: dir.join("vmm.log").display().to_string(),
+            log: folder.root.join(&log).display().to_string(),
+            log_inside: log,
         });
     }
     let view = StatusView {
@@ -103,6 +103,7 @@ fn process(daemon: &Daemon) -> ProcessView {
         pid: process.map(|process| process.pid),
         addr: Some(daemon.node.addr()),
         log: daemon.log().display().to_string(),
+        log_inside: format!("{}/daemon.log", daemon.node.name),
     }
 }
 

@@ -28,13 +28,16 @@ struct Dev {
 
 impl Dev {
     fn new() -> Self {
-        // Short: sockets lie in it.
+        // Long: the paths of sockets in it do not fit their addresses.
         let parent = tempfile::Builder::new()
             .prefix("drover-")
             .tempdir_in("/tmp")
             .unwrap();
         Self {
-            dir: parent.path().join("dev"),
+            dir: parent
+                .path()
+                .join("a-folder-with-a-long-name".repeat(4))
+                .join("dev"),
             _parent: parent,
         }
     }
