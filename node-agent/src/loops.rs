@@ -77,12 +77,23 @@ impl Trouble {
     }
 }
 
+/// A host that the controllers do not know registers again; before it has registered once, that is no trouble.
+fn note_once_registered(context: &Context, trouble: &mut Trouble, outcome: Result<(), &Fault>) {
+    if outcome.is_err_and(|fault| fault.code == Code::HostNotFound) {
+        if context.settings.borrow().is_none() {
+            return;
+        }
+        context.register_again.notify_one();
+    }
+    trouble.note(outcome);
+}
+
 /// Renews the lease for ever.
 pub async fn heartbeat(context: Arc<Context>) {
     let mut trouble = Trouble::new("heartbeat");
     loop {
         let outcome = beat(&context).await;
-        trouble.note(outcome.as_ref().map(|_| ()));
+        note_once_registered(&context, &mut trouble, outcome.as_ref().map(|_| ()));
         let wait = match outcome {
             Ok(grants) => {
                 context.grants.send_replace(grants);
@@ -97,12 +108,7 @@ pub async fn heartbeat(context: Arc<Context>) {
                     HEARTBEAT_DEFAULT
                 }
             }
-            Err(fault) => {
-                if fault.code == Code::HostNotFound {
-                    context.register_again.notify_one();
-                }
-                RETRY
-            }
+            Err(_) => RETRY,
         };
         sleep(HEARTBEAT_GAP_MIN.min(wait)).await;
         tokio::select! {
@@ -169,7 +175,7 @@ pub async fn watch_desired(context: Arc<Context>, events: mpsc::Sender<Event>) {
             () = nudged(&mut grants, seen_revision) => continue,
             Ok(()) = current.changed() => continue,
         };
-        trouble.note(answer.as_ref().map(|_| ()));
+        note_once_registered(&context, &mut trouble, answer.as_ref().map(|_| ()));
         match answer {
             Ok(desired) if desired.revision == seen_revision => {}
             Ok(desired) => {
@@ -185,12 +191,7 @@ pub async fn watch_desired(context: Arc<Context>, events: mpsc::Sender<Event>) {
                     return;
                 }
             }
-            Err(fault) => {
-                if fault.code == Code::HostNotFound {
-                    context.register_again.notify_one();
-                }
-                sleep(RETRY).await;
-            }
+            Err(_) => sleep(RETRY).await,
         }
     }
 }

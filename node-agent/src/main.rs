@@ -7,7 +7,6 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use drover_node_agent::{Agent, Config};
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
 /// Keeps this host in its Drover cluster: renews its lease, starts its VMMs and finds them again.
 #[derive(Parser)]
@@ -21,25 +20,16 @@ struct Args {
 fn main() -> ExitCode {
     drover_pki::install_provider();
     let args = Args::parse();
-    start_log();
+    if let Err(error) = drover_telemetry::init("info") {
+        eprintln!("drover-agent: {error:#}");
+        return ExitCode::FAILURE;
+    }
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
             ExitCode::FAILURE
         }
-    }
-}
-
-fn start_log() {
-    let filter = EnvFilter::try_from_env("DROVER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    if std::env::var("DROVER_LOG_FORMAT").is_ok_and(|format| format == "json") {
-        log.json().init();
-    } else {
-        log.with_ansi(false).init();
     }
 }
 

@@ -335,28 +335,36 @@ impl Supervisor {
         if !self.under_way.insert(slot.clone()) {
             return;
         }
-        let known = key_of(&action).and_then(|key| self.vmms.get_mut(key));
+        let mut known = key_of(&action).and_then(|key| self.vmms.get_mut(key));
         let mut kill = false;
-        if let (Action::Destroy { .. }, Some(known)) = (&action, &known) {
+        if let (Action::Destroy { key, reason }, Some(known)) = (&action, known.as_deref_mut()) {
             known.link.cancelled.store(true, Ordering::SeqCst);
-        }
-        let link = known.map(|known| {
-            if matches!(action, Action::Destroy { .. }) {
-                kill = known.destroying_since.get_or_insert_with(Instant::now).elapsed() >= DESTROY_GRACE;
+            if known.destroying_since.is_none() {
+                tracing::info!(vmm = %key, "to be destroyed: {}", reason.message);
             }
-            known.link.clone()
-        });
+            kill = known.destroying_since.get_or_insert_with(Instant::now).elapsed() >= DESTROY_GRACE;
+        }
+        let link = known.map(|known| known.link.clone());
         let (context, events) = (self.context.clone(), self.events.clone());
         let received_ns = self.desired.as_ref().map_or(0, |(_, received_ns)| *received_ns);
         self.tasks.spawn(async move {
             let effect = match carry_out(&context, link.as_deref(), &action, kill).await {
                 Ok(effect) => Some(effect),
                 Err(fault) => {
-                    tracing::warn!("{action:?}: {fault}; trying on");
+                    // A VMM that is ending does not answer any more, and that is well.
+                    if matches!(action, Action::Destroy { .. } | Action::Outcome { .. }) {
+                        tracing::debug!("{action:?}: {fault}");
+                    } else {
+                        tracing::warn!("{action:?}: {fault}; trying on");
+                    }
                     None
                 }
             };
-            let again = matches!(action, Action::Destroy { .. } | Action::Abort { .. });
+            let again = match &action {
+                Action::Destroy { .. } | Action::Abort { .. } => true,
+                Action::Outcome { committed, .. } => *committed,
+                _ => false,
+            };
             if effect.is_none() || again {
                 sleep(RETRY).await;
             }
@@ -419,6 +427,11 @@ fn slot_of(action: &Action) -> String {
     match action {
         Action::ReportGone { vm, epoch, .. } => format!("gone {vm} {epoch}"),
         Action::Abort { migration, .. } => format!("abort {migration}"),
+        // Paced by itself, so that the report of the end does not wait for its turn.
+        Action::Destroy { key, .. } => format!("destroy {key}"),
+        Action::Outcome {
+            key, committed: true, ..
+        } => format!("committed {key}"),
         other => key_of(other).map_or_else(String::new, |key| format!("vmm {key}")),
     }
 }

@@ -189,8 +189,7 @@ async fn until_gone(link: &Link, child: Option<Child>) -> (Reason, Option<Abando
 
 /// The reason that a VMM which ended unasked is reported with.
 pub fn died(folder: &Path, how: &str) -> Reason {
-    let said =
-        process::last_error(folder).map_or_else(String::new, |line| format!("; last in its log: {line}"));
+    let said = process::last_error(folder).map_or_else(String::new, |line| format!("; in its log: {line}"));
     Fault::new(Code::VmmDied, format!("the VMM's process ended ({how}){said}")).into()
 }
 

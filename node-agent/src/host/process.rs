@@ -113,7 +113,7 @@ pub fn kill_hard(pid: u32) {
     }
 }
 
-/// The last error in the VMM's log, or its last line; `None` when the log says nothing.
+/// The last error in the VMM's log; `None` when it tells of none.
 pub fn last_error(folder: &Path) -> Option<String> {
     let mut log = File::open(folder.join("vmm.log")).ok()?;
     let length = log.metadata().ok()?.len();
@@ -122,14 +122,12 @@ pub fn last_error(folder: &Path) -> Option<String> {
     let mut tail = Vec::new();
     log.take(LOG_TAIL_BYTES).read_to_end(&mut tail).ok()?;
     let tail = String::from_utf8_lossy(&tail);
-    let lines = || tail.lines().map(str::trim).filter(|line| !line.is_empty()).rev();
-    let is_error = |line: &&str| {
-        ["ERROR", "panicked", "rror:"]
-            .iter()
-            .any(|word| line.contains(word))
+    // Not only the VMM writes there: so do the loader that does not find a library and a panic.
+    let tells = |line: &&str| {
+        let line = line.to_ascii_lowercase();
+        line.contains("error") || line.contains("panicked")
     };
-    let line = lines().find(is_error).or_else(|| lines().next())?;
-    let plain = without_escapes(line);
+    let plain = without_escapes(tail.lines().rev().find(tells)?.trim());
     Some(plain.chars().take(LOG_ERROR_MAX).collect())
 }
 
@@ -191,7 +189,12 @@ mod tests {
             "INFO starts\n\u{1b}[2m12:00\u{1b}[0m \u{1b}[31mERROR\u{1b}[0m vmm: no kernel\nINFO ends\n\n";
         std::fs::write(dir.path().join("vmm.log"), log).unwrap();
         assert_eq!(last_error(dir.path()).unwrap(), "12:00 ERROR vmm: no kernel");
-        std::fs::write(dir.path().join("vmm.log"), "just this\n").unwrap();
-        assert_eq!(last_error(dir.path()).unwrap(), "just this");
+        std::fs::write(dir.path().join("vmm.log"), "INFO nothing of note\n").unwrap();
+        assert_eq!(last_error(dir.path()), None);
+        std::fs::write(dir.path().join("vmm.log"), "vmm: error while loading libx.so\n").unwrap();
+        assert_eq!(
+            last_error(dir.path()).unwrap(),
+            "vmm: error while loading libx.so"
+        );
     }
 }

@@ -29,7 +29,7 @@ pub struct Script {
     pub mute: bool,
     /// The log's outcome of any hand-over; none: there is no leader.
     pub commit: Option<bool>,
-    /// The next heartbeat is answered with "no such host", once.
+    /// Heartbeats are answered with "no such host" until it registers.
     pub unknown_host: bool,
     /// Heartbeats answered since the script was changed.
     heartbeats: u64,
@@ -170,6 +170,7 @@ impl Fleet for FakeFleet {
         &self,
         request: Request<RegisterHostRequest>,
     ) -> Result<Response<RegisterHostResponse>, Status> {
+        self.script.send_modify(|script| script.unknown_host = false);
         self.note(Call::Register(request.into_inner().spec.unwrap()))?;
         let settings = Settings {
             lease_ms: LEASE_MS,
@@ -188,13 +189,10 @@ impl Fleet for FakeFleet {
         if script.mute {
             return Err(no_leader());
         }
-        self.script.send_modify(|script| {
-            script.heartbeats += 1;
-            script.unknown_host = false;
-        });
         if script.unknown_host {
             return Err(Fault::new(Code::HostNotFound, "no such host").into());
         }
+        self.script.send_modify(|script| script.heartbeats += 1);
         let grants = script
             .grants
             .into_iter()
