@@ -1,7 +1,7 @@
 //! A VM together with its right to run, its migration, and what is told of them: one owner, one lock.
 //!
 //! Every input (a grant, an outcome, the deadline's timer, the guest's end, the engine) changes the core under the lock and then
-//! [settles](Machine::settle): whether vCPUs run is made equal to what [`Right::may_run`] says, and what changed is published.
+//! settles: whether vCPUs run is made equal to what [`Right::may_run`] says, and what changed is published.
 //! Stopping vCPUs happens under the lock, so nobody sees "paused" before it is true.
 //!
 //! vCPU threads never take this lock: they park themselves and say so, and the watch thread takes it from there.
