@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Parser;
 use drover_controller::config::Config;
 use drover_controller::server::Controller;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
 /// The replicated control plane of a Drover cluster.
 #[derive(Parser)]
@@ -22,30 +21,18 @@ struct Arguments {
 fn main() -> ExitCode {
     drover_pki::install_provider();
     let arguments = Arguments::parse();
-    if let Err(error) = log().and_then(|()| run(&arguments)) {
+    if let Err(error) = run(&arguments) {
         eprintln!("drover-controller: {error:#}");
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
 }
 
-/// Logs to standard error: the filter from `DROVER_LOG`, the form from `DROVER_LOG_FORMAT`.
-fn log() -> anyhow::Result<()> {
-    let filter = std::env::var("DROVER_LOG").unwrap_or_else(|_| "info,openraft=warn".to_owned());
-    let filter = EnvFilter::try_new(&filter).with_context(|| format!("DROVER_LOG is {filter:?}"))?;
-    let log = tracing_subscriber::fmt()
-        .with_ansi(false)
-        .with_writer(std::io::stderr)
-        .with_env_filter(filter);
-    match std::env::var("DROVER_LOG_FORMAT").as_deref() {
-        Ok("json") => log.json().init(),
-        Ok("" | "text") | Err(_) => log.init(),
-        Ok(other) => bail!("DROVER_LOG_FORMAT is {other:?}; want json or text"),
-    }
-    Ok(())
-}
+/// openraft's own tale of every entry is of no use to whoever runs a cluster.
+const LOG_DEFAULT: &str = "info,openraft=warn";
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    drover_telemetry::init(LOG_DEFAULT)?;
     let config = Config::load(&arguments.config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

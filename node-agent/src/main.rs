@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     drover_pki::install_provider();
     let args = Args::parse();
     if let Err(error) = drover_telemetry::init("info") {
-        eprintln!("drover-agent: {error:#}");
+        eprintln!("drover-agent: {error}");
         return ExitCode::FAILURE;
     }
     match run(args) {

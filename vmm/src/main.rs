@@ -15,7 +15,6 @@ use drover_vmm::machine::Machine;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
 use tracing::{error, info};
-use tracing_subscriber::EnvFilter;
 
 #[derive(Parser)]
 #[command(version, about = "Runs one Drover virtual machine; started by drover-agent")]
@@ -23,18 +22,6 @@ struct Args {
     /// The VM's configuration, JSON
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-}
-
-fn log() {
-    let filter = EnvFilter::try_from_env("DROVER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    if std::env::var("DROVER_LOG_FORMAT").is_ok_and(|form| form == "json") {
-        builder.json().init();
-    } else {
-        builder.with_ansi(false).init();
-    }
 }
 
 /// Locks the folder for the process's life: by it an agent knows that its VMM lives. A lock that another holds at this
@@ -73,7 +60,10 @@ fn run(args: &Args) -> anyhow::Result<()> {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    log();
+    if let Err(error) = drover_telemetry::init("info") {
+        eprintln!("drover-vmm: {error}");
+        return ExitCode::FAILURE;
+    }
     drover_pki::install_provider();
     // The socket and whatever else this process creates is its user's alone.
     umask(Mode::from_bits_truncate(0o077));
