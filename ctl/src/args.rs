@@ -224,7 +224,8 @@ pub struct CreateArgs {
     /// Virtual CPUs
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..), default_value_t = 1, value_name = "N")]
     pub vcpus: u32,
-    /// The CPU features that the guest sees: what every host has, a named level, or this host's
+    /// The CPU features that the guest sees: baseline (x86-64-v2 less what the host it starts on lacks), a level in full, or all
+    /// of that host's; it moves only to hosts that have them
     #[arg(long, value_parser = ["baseline", "x86-64-v2", "x86-64-v3", "host"], default_value = "baseline", value_name = "PROFILE")]
     pub cpu_profile: String,
     /// Whether the VM starts again by itself after it failed

@@ -274,15 +274,28 @@ const LEVEL_V3_MORE: &[&[&str]] = &[
     &["xsave", "osxsave"],
 ];
 
-/// The guest must never see a feature that the host lacks. The baseline and the levels are fixed lists (System V ABI,
-/// AMD64 supplement, table 3.1); with the profile "host" a guest sees all of its host, so a target must have all of it.
+/// Whether a host's features have one under any of its names.
+fn names_feature(features: &[String], names: &[&str]) -> bool {
+    names
+        .iter()
+        .any(|name| features.iter().any(|feature| feature == name))
+}
+
+/// The guest must never see a feature that the host lacks. A level is a fixed list (System V ABI, AMD64 supplement, table
+/// 3.1). What a guest sees with "baseline" (level v2, less what its host lacks) and with "host" (all of its host) depends on
+/// the host where it started: a start fits anywhere, a target must have as much of it as the source. A guest that came
+/// from elsewhere sees no more than its source has, so this may refuse too much, never too little.
 fn cpu(state: &State, spec: &VmSpec, purpose: Purpose<'_>, host: &Host) -> Result<(), Fault> {
     let has = host
         .spec
         .as_ref()
         .map(|spec| spec.cpu_features.as_slice())
         .unwrap_or_default();
-    let lacks = |names: &&[&str]| !names.iter().any(|name| has.iter().any(|feature| feature == name));
+    let source = |from| {
+        let spec = state.host(from).and_then(|host| host.spec.as_ref());
+        spec.map(|spec| spec.cpu_features.as_slice()).unwrap_or_default()
+    };
+    let lacks = |names: &&[&str]| !names_feature(has, names);
     let mut missing: Vec<&str> = Vec::new();
     match (spec.cpu_profile.as_str(), purpose) {
         ("x86-64-v2", _) => missing.extend(LEVEL_V2.iter().copied().filter(lacks).map(|names| names[0])),
@@ -290,13 +303,17 @@ fn cpu(state: &State, spec: &VmSpec, purpose: Purpose<'_>, host: &Host) -> Resul
             let level = LEVEL_V2.iter().chain(LEVEL_V3_MORE).copied();
             missing.extend(level.filter(lacks).map(|names| names[0]));
         }
+        ("baseline", Purpose::Migrate { from }) => {
+            let seen = LEVEL_V2
+                .iter()
+                .copied()
+                .filter(|names| names_feature(source(from), names));
+            missing.extend(seen.filter(lacks).map(|names| names[0]));
+        }
         ("host", Purpose::Migrate { from }) => {
-            let source = state.host(from).and_then(|host| host.spec.as_ref());
-            let seen = source
-                .map(|spec| spec.cpu_features.as_slice())
-                .unwrap_or_default();
             missing.extend(
-                seen.iter()
+                source(from)
+                    .iter()
                     .map(String::as_str)
                     .filter(|name| lacks(&[*name].as_slice())),
             );
