@@ -29,7 +29,10 @@ fn a_vm_is_created_placed_run_stopped_and_deleted() {
     assert_eq!(c.granted("host2"), ["vm1@1"]);
     assert!(c.ok(report("host2", "vm1", 1, VmState::Running)).current);
     assert_eq!(c.vm("vm1").state(), VmState::Running);
-    assert_eq!(c.ok(stop("vm1")).vm.unwrap().state(), VmState::Stopping);
+    let stopping = c.ok(stop("vm1")).vm.unwrap();
+    assert_eq!(stopping.state(), VmState::Stopping);
+    let awaited = stopping.reason.unwrap().message;
+    assert!(awaited.contains("host1's agent"), "{awaited}");
     assert!(
         c.granted("host2").is_empty(),
         "a VM that is being stopped has no right to run"

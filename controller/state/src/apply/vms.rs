@@ -130,7 +130,8 @@ impl Tx<'_> {
         if may_execute {
             self.abort_uncommitted(name, reason(Code::VmStopped, format!("{name} was stopped")));
             if state != VmState::Stopping {
-                self.set_vm_state(name, VmState::Stopping, None);
+                let awaited = format!("waits for {host}'s agent to report that the VMM is gone");
+                self.set_vm_state(name, VmState::Stopping, Some(reason(Code::VmStopped, awaited)));
             }
         } else {
             self.run_is_over(name, "nothing of it runs");
