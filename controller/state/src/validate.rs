@@ -167,6 +167,18 @@ pub(crate) fn host_spec(spec: &HostSpec) -> Result<HostSpec, Fault> {
             ),
         ));
     }
+    host_lists(&spec)?;
+    spec.cpu_features.sort_unstable();
+    spec.cpu_features.dedup();
+    spec.kvm_caps.sort_unstable();
+    spec.kvm_caps.dedup();
+    spec.images.sort_by(|a, b| a.name.cmp(&b.name));
+    spec.images.dedup_by(|a, b| a.name == b.name);
+    Ok(spec)
+}
+
+/// Bounds what a host lists and says of itself in its own words.
+fn host_lists(spec: &HostSpec) -> Result<(), Fault> {
     for (field, text) in [("spec.version", &spec.version), ("spec.boot_id", &spec.boot_id)] {
         if text.len() > TEXT_BYTES_MAX {
             return Err(invalid(
@@ -208,13 +220,7 @@ pub(crate) fn host_spec(spec: &HostSpec) -> Result<HostSpec, Fault> {
             ),
         ));
     }
-    spec.cpu_features.sort_unstable();
-    spec.cpu_features.dedup();
-    spec.kvm_caps.sort_unstable();
-    spec.kvm_caps.dedup();
-    spec.images.sort_by(|a, b| a.name.cmp(&b.name));
-    spec.images.dedup_by(|a, b| a.name == b.name);
-    Ok(spec)
+    Ok(())
 }
 
 /// Checks a migration's options and fills in the cluster's defaults.
