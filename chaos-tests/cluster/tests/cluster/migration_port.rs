@@ -119,7 +119,7 @@ fn a_source_that_talks_nonsense_is_answered_by_an_abort_and_the_vm_runs_on() {
         // Either side reports what it saw of it first.
         assert_aborted(&ended, &["bad_frame", "link_lost"]);
         assert_eq!(cluster.await_runs_exactly_once(VM), (source, epoch), "{what}");
-        console.ping(&cluster.client, &what);
+        console.ping(&cluster.client, what);
     }
     assert_sound_at_the_end(&cluster, &mut console);
 }
