@@ -11,9 +11,6 @@ use serde_json::Value;
 use crate::Outcome;
 use crate::tool::{ask, cargo, show};
 
-/// The packages of the daemons.
-const DAEMONS: [&str; 3] = ["drover-controller", "drover-node-agent", "drover-vmm"];
-
 /// The packages that have the feature `chaos`: pause points and seeded bugs.
 const CHAOS_PACKAGES: [&str; 5] = [
     "drover-controller",
@@ -29,6 +26,16 @@ const CHAOS_BINARIES: [&str; 3] = ["drover-controller", "drover-agent", "drover-
 /// Cargo's words for the chaos features of the whole workspace.
 pub fn chaos_features() -> String {
     CHAOS_PACKAGES.map(|package| format!("{package}/chaos")).join(",")
+}
+
+/// Cargo's words for the chaos features of one package.
+pub fn chaos_features_of(package: &str) -> String {
+    let has_them = CHAOS_PACKAGES.contains(&package);
+    if has_them {
+        format!("{package}/chaos")
+    } else {
+        String::new()
+    }
 }
 
 /// The folder that cargo builds into, wherever it was moved to.
@@ -51,11 +58,8 @@ pub struct Plain {
 
 /// Builds what the demo runs.
 pub fn build_plain() -> Outcome<Plain> {
-    show(
-        cargo()
-            .args(["build", "-p", "drover-ctl"])
-            .args(DAEMONS.iter().flat_map(|package| ["-p", *package])),
-    )?;
+    // The whole workspace, as the tests are built: so that both share every dependency's build.
+    show(cargo().args(["build", "--workspace", "--bins"]))?;
     let target = target_dir()?;
     Ok(Plain {
         ctl: target.join("debug/ctl"),
@@ -72,7 +76,16 @@ pub fn build_probe(target: &Path) -> Outcome<PathBuf> {
 /// Builds the chaos binaries, puts them aside, and builds the probe.
 pub fn build_chaos() -> Outcome<()> {
     let target = target_dir()?;
-    show(cargo().args(["build", "--workspace", "--bins", "--features", &chaos_features()]))?;
+    // With the tests: what they need of dependencies is then built in once, not a second time without it.
+    let what = [
+        "build",
+        "--workspace",
+        "--bins",
+        "--tests",
+        "--features",
+        &chaos_features(),
+    ];
+    show(cargo().args(what))?;
     let aside = target.join("chaos-bin");
     fs::create_dir_all(&aside).map_err(|error| format!("{}: {error}", aside.display()))?;
     for name in CHAOS_BINARIES {

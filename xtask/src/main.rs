@@ -4,7 +4,9 @@
 //! (`artifacts`) and does its work. It depends on almost nothing, so that it starts within seconds on a fresh machine.
 
 mod artifacts;
+mod binaries;
 mod demo;
+mod follow;
 mod fuzz;
 mod seeded;
 mod setup;
@@ -35,10 +37,11 @@ fn main() -> ExitCode {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
         ["demo"] => demo::run(),
-        ["test"] => suites::run(&suites::Part::ALL),
+        // What says how the tests went is its last line, the count.
+        ["test"] => return verdict(suites::run(&suites::Part::ALL)),
         ["test", "fuzz"] => fuzz::run(10),
         ["test", part] => match suites::Part::parse(part) {
-            Some(part) => suites::run(&[part]),
+            Some(part) => return verdict(suites::run(&[part])),
             None => Err(format!("there is no part {part:?} of the tests\n\n{USAGE}")),
         },
         ["fuzz"] => fuzz::run(60),
@@ -55,4 +58,8 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn verdict(good: bool) -> ExitCode {
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

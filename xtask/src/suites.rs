@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 
-use crate::artifacts::{build_chaos, chaos_features, target_dir};
+use crate::artifacts::{build_chaos, chaos_features, chaos_features_of, target_dir};
 use crate::setup::{Need, kvm_problem, prepare};
 use crate::tally::{Reader, Tally};
 use crate::tool::{cargo, show, succeeds, typed};
@@ -16,9 +16,9 @@ use crate::{Outcome, seeded};
 /// A part of the tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// Formatting and clippy.
+    /// Formatting, clippy, the documentation's links.
     Lint,
-    /// Unit, property and storage tests, fuzz corpora, documentation's examples.
+    /// Unit, property and storage tests, fuzz corpora.
     Unit,
     /// Real processes.
     Cluster,
@@ -54,18 +54,37 @@ impl Part {
     }
 }
 
-/// Runs `parts`; prints the count as the last line.
-pub fn run(parts: &[Part]) -> Outcome<()> {
-    prepare(Need::Tests)?;
+/// Runs `parts`; prints the count as the last line. Whether nothing failed.
+pub fn run(parts: &[Part]) -> bool {
+    let mut total = Tally::default();
+    match prepare(Need::Tests) {
+        Ok(()) => run_parts(parts, &mut total),
+        Err(why) => total.check("set-up", Err(why)),
+    }
+    for name in total.failed() {
+        eprintln!("failed: {name}");
+    }
+    for (name, fate) in &total.tests {
+        if let Fate::Skipped(why) = fate {
+            eprintln!("SKIPPED: {name}: {why}");
+        }
+    }
+    println!("{}", total.line());
+    total.failed().is_empty()
+}
+
+fn run_parts(parts: &[Part], total: &mut Tally) {
     if let Some(problem) = kvm_problem() {
         eprintln!("WARNING: {problem} Everything else is tested; the tests with a VM are skipped.");
     }
-    let mut total = Tally::default();
+    if !is_root() {
+        eprintln!("WARNING: you are not root: the cluster tests, which make network namespaces, are skipped.");
+    }
     let mut built = None;
     for &part in parts {
         eprintln!("=== {} ===", part.name());
         if part == Part::Lint {
-            lint(&mut total);
+            lint(total);
             continue;
         }
         // Once, and before the first part that needs it: what cannot be built cannot be tested.
@@ -75,31 +94,12 @@ pub fn run(parts: &[Part]) -> Outcome<()> {
             continue;
         }
         match part {
-            Part::Unit => unit(&mut total),
-            Part::Cluster => total.add(run_tests(
-                "cluster",
-                &Selection::package("drover-chaos-cluster"),
-                &[],
-            )),
-            Part::SeededBugs => seeded::run(&mut total),
-            Part::LinuxGuest => total.add(run_tests("linux-guest", &Selection::named("linux_guest"), &[])),
+            Part::Unit => total.add(run_tests("unit", &Selection::the_rest(), &[])),
+            Part::Cluster => total.add(run_tests("cluster", &Selection::package(CLUSTER), &[])),
+            Part::SeededBugs => seeded::run(total),
+            Part::LinuxGuest => total.add(run_tests("linux-guest", &Selection::linux_guest(), &[])),
             Part::Lint => {}
         }
-    }
-    for name in total.failed() {
-        eprintln!("failed: {name}");
-    }
-    for (name, why) in total.tests.iter().filter_map(|(name, fate)| match fate {
-        crate::tally::Fate::Skipped(why) => Some((name, why)),
-        _ => None,
-    }) {
-        eprintln!("SKIPPED: {name}: {why}");
-    }
-    println!("{}", total.line());
-    if total.failed().is_empty() {
-        Ok(())
-    } else {
-        Err("Some tests failed.".to_owned())
     }
 }
 
@@ -112,158 +112,175 @@ fn lint(total: &mut Tally) {
     total.check("lints (cargo clippy)", show(cargo().args(clippy)));
 }
 
-fn unit(total: &mut Tally) {
-    total.add(run_tests("unit", &Selection::the_rest(), &[]));
-    // nextest runs no examples of the documentation.
-    if has_nextest() {
-        let mut command = cargo();
-        command.args([
-            "test",
-            "--doc",
-            "--workspace",
-            "--no-fail-fast",
-            "--features",
-            &chaos_features(),
-        ]);
-        total.add(count("doc", &mut command));
-    }
+/// Which tests.
+pub struct Selection {
+    packages: Packages,
+    names: Names,
 }
 
-/// Which tests, in either runner's words.
-pub struct Selection {
-    nextest: String,
-    cargo_test: Vec<String>,
-    libtest: Vec<String>,
+enum Packages {
+    Only(&'static str),
+    AllBut(&'static str),
+}
+
+enum Names {
+    All,
+    /// With these words.
+    With(&'static str),
+    /// Without these words.
+    Without(&'static str),
+    /// This function, in whatever module.
+    Of(&'static str),
 }
 
 impl Selection {
-    fn words(nextest: &str, cargo_test: &[&str], libtest: &[&str]) -> Self {
-        let own = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
+    /// Every test of a package.
+    fn package(package: &'static str) -> Self {
         Self {
-            nextest: nextest.to_owned(),
-            cargo_test: own(cargo_test),
-            libtest: own(libtest),
+            packages: Packages::Only(package),
+            names: Names::All,
         }
     }
 
-    /// Every test of a package, one after the other.
-    pub fn package(package: &str) -> Self {
-        Self::words(
-            &format!("package({package})"),
-            &["-p", package],
-            &["--test-threads=1"],
-        )
-    }
-
-    /// Every test with these words in its name, one after the other.
-    fn named(words: &str) -> Self {
-        Self::words(
-            &format!("test({words})"),
-            &["--workspace", "--tests"],
-            &["--test-threads=1", words],
-        )
+    /// The stock kernel's test.
+    fn linux_guest() -> Self {
+        Self {
+            packages: Packages::Only(LINUX_GUEST.0),
+            names: Names::With(LINUX_GUEST.1),
+        }
     }
 
     /// One test of a package.
-    pub fn test(package: &str, test: &str) -> Self {
-        let filter = format!("package({package}) and test(/(^|::){test}$/)");
-        Self::words(&filter, &["-p", package], &["--test-threads=1", test])
+    pub fn test(package: &'static str, test: &'static str) -> Self {
+        Self {
+            packages: Packages::Only(package),
+            names: Names::Of(test),
+        }
     }
 
     /// What no other part runs.
     fn the_rest() -> Self {
-        let others = [
-            "--workspace",
-            "--exclude",
-            "drover-chaos-cluster",
-            "--lib",
-            "--bins",
-            "--tests",
-        ];
-        Self::words(
-            "not package(drover-chaos-cluster) and not test(linux_guest)",
-            &others,
-            &["--skip", "linux_guest"],
-        )
+        Self {
+            packages: Packages::AllBut(CLUSTER),
+            names: Names::Without(LINUX_GUEST.1),
+        }
+    }
+
+    /// In nextest's filter language.
+    fn filter(&self) -> String {
+        let packages = match self.packages {
+            Packages::Only(package) => format!("package({package})"),
+            Packages::AllBut(package) => format!("not package({package})"),
+        };
+        match self.names {
+            Names::All => packages,
+            Names::With(words) => format!("{packages} and test({words})"),
+            Names::Without(words) => format!("{packages} and not test({words})"),
+            Names::Of(test) => format!("{packages} and test(/(^|::){test}$/)"),
+        }
+    }
+
+    fn holds(&self, binary: &TestBinary) -> bool {
+        match self.packages {
+            Packages::Only(package) => binary.package == package,
+            Packages::AllBut(package) => binary.package != package,
+        }
+    }
+
+    /// In libtest's arguments.
+    fn arguments(&self) -> Vec<&'static str> {
+        match self.names {
+            Names::All => vec![],
+            Names::With(words) | Names::Of(words) => vec![words],
+            Names::Without(words) => vec!["--skip", words],
+        }
     }
 }
 
-/// Runs the selected tests and counts them.
+/// Runs the selected tests, keeps what they printed, and counts them.
 pub fn run_tests(part: &str, selection: &Selection, environment: &[(&str, &str)]) -> Tally {
-    let mut command = cargo();
-    if has_nextest() {
-        let quiet = [
-            "--color",
-            "never",
-            "--show-progress",
-            "none",
-            "--final-status-level",
-            "none",
-        ];
-        let output = ["--success-output", "immediate", "--failure-output", "immediate"];
-        command
-            .args(["nextest", "run", "--workspace", "--no-fail-fast"])
-            .args(quiet)
-            .args(output);
-        command.args(["--features", &chaos_features(), "-E", &selection.nextest]);
-    } else {
-        command.args(["test", "--no-fail-fast", "--color", "never"]);
-        command
-            .args(&selection.cargo_test)
-            .arg("--features")
-            .arg(chaos_features());
-        command.args(["--", "--show-output"]).args(&selection.libtest);
+    let mut tally = Tally::default();
+    match try_run(part, selection, environment) {
+        Ok(counted) => tally = counted,
+        Err(why) => tally.check(part, Err(why)),
     }
-    command.envs(environment.iter().copied());
-    count(part, &mut command)
+    tally
 }
 
-/// Whether cargo-nextest is installed.
-fn has_nextest() -> bool {
-    succeeds(cargo().args(["nextest", "--version"]))
+fn try_run(part: &str, selection: &Selection, environment: &[(&str, &str)]) -> Outcome<Tally> {
+    let logs = target_dir()?.join("xtask");
+    let path = logs.join(format!("{part}.log"));
+    let mut log = std::fs::create_dir_all(&logs)
+        .and_then(|()| File::create(&path))
+        .map_err(|error| format!("{}: {error}", path.display()))?;
+    if succeeds(cargo().args(["nextest", "--version"])) {
+        let mut command = nextest(selection);
+        command.envs(environment.iter().copied());
+        return Ok(count(part, &mut command, &mut log, Reader::new(Runner::Nextest)));
+    }
+    let mut tally = Tally::default();
+    for binary in build()?.iter().filter(|binary| selection.holds(binary)) {
+        let mut command = binary.command();
+        command.args(["--show-output", "--color", "never"]);
+        if ONE_AFTER_THE_OTHER.contains(&binary.package.as_str()) {
+            command.arg("--test-threads=1");
+        }
+        command
+            .args(selection.arguments())
+            .envs(environment.iter().copied());
+        let reader = Reader::new(Runner::Libtest(binary.id.clone()));
+        tally.add(count(&binary.id, &mut command, &mut log, reader));
+    }
+    if tally.tests.is_empty() {
+        return Err("no such test was found".to_owned());
+    }
+    Ok(tally)
 }
 
-/// Runs a test runner in view, keeps all it printed in a file, and counts.
-fn count(part: &str, command: &mut Command) -> Tally {
+fn nextest(selection: &Selection) -> Command {
+    let mut command = cargo();
+    command.args(["nextest", "run", "--workspace", "--tests", "--no-fail-fast"]);
+    command.args(["--color", "never", "--show-progress", "none"]);
+    command.args(["--status-level", "pass", "--final-status-level", "none"]);
+    command.args(["--success-output", "immediate", "--failure-output", "immediate"]);
+    command.args(["--features", &chaos_features(), "-E", &selection.filter()]);
+    command
+}
+
+/// Runs one runner and counts; a count that differs from the runner's own is a failure.
+fn count(name: &str, command: &mut Command, log: &mut File, mut reader: Reader) -> Tally {
     eprintln!("+ {}", typed(command));
-    let mut reader = Reader::default();
-    let ended = follow(part, command, &mut reader);
-    let mut tally = reader.finish();
-    // A runner that fails although no test did could not build, or found no test.
-    if tally.failed().is_empty() {
-        match ended {
-            Ok(true) => {}
-            Ok(false) => tally.check(part, Err("its runner failed: see above".to_owned())),
-            Err(why) => tally.check(part, Err(why)),
+    let ended = follow(command, log, &mut reader);
+    let (mut tally, proof) = reader.finish();
+    match ended {
+        Err(why) => tally.check(name, Err(why)),
+        // A runner that fails although no test did could not build, or found no test.
+        Ok(false) if tally.failed().is_empty() => {
+            tally.check(name, Err("its runner failed: see above".to_owned()));
+        }
+        Ok(_) => {
+            if let Err(why) = proof {
+                tally.check(&format!("{name}: the count"), Err(why));
+            }
         }
     }
     tally
 }
 
-/// Whether the runner succeeded.
-fn follow(part: &str, command: &mut Command, reader: &mut Reader) -> Outcome<bool> {
-    let broken = |error: std::io::Error| format!("running the tests: {error}");
-    let logs = target_dir()?.join("xtask");
-    std::fs::create_dir_all(&logs).map_err(broken)?;
-    let mut log = File::create(logs.join(format!("{part}.log"))).map_err(broken)?;
-    let (output, input) = std::io::pipe().map_err(broken)?;
-    command
-        .stdin(Stdio::null())
-        .stdout(input.try_clone().map_err(broken)?)
-        .stderr(input);
-    let mut child = command.spawn().map_err(broken)?;
-    // The command holds the pipe's other ends: the output only ends when they are closed.
-    command.stdout(Stdio::null()).stderr(Stdio::null());
-    let mut output = BufReader::new(output);
-    let mut line = Vec::new();
-    while output.read_until(b'\n', &mut line).map_err(broken)? > 0 {
-        let text = String::from_utf8_lossy(&line);
-        let text = text.trim_end_matches(['\n', '\r']);
-        log.write_all(&line).map_err(broken)?;
-        if reader.line(text) {
-            eprintln!("{text}");
-        }
-        line.clear();
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_runners_are_told_the_same() {
+        let one = Selection::test("drover-state", "a_rule");
+        assert_eq!(one.filter(), "package(drover-state) and test(/(^|::)a_rule$/)");
+        assert_eq!(one.arguments(), ["a_rule"]);
+        let rest = Selection::the_rest();
+        assert_eq!(
+            rest.filter(),
+            "not package(drover-chaos-cluster) and not test(linux_guest)"
+        );
+        assert_eq!(rest.arguments(), ["--skip", "linux_guest"]);
     }
-    child.wait().map(|status| status.success()).map_err(broken)
 }

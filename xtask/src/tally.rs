@@ -1,10 +1,11 @@
 //! Counting tests by what their runner prints.
 //!
 //! A test that cannot run prints a line `SKIPPED: why` and returns. The runner takes that for a pass; here it becomes a skip.
-//! Both runners' forms are read:
+//! Both runners' forms are read, and what was read is compared with the runner's own count: a line that was misread is a failure, never
+//! a test less.
 //!
 //! ```text
-//! cargo nextest:          PASS [   0.005s] (1/3) crate::binary module::test        cargo test:  test module::test ... ok
+//! cargo nextest:          PASS [   0.005s] (1/3) crate::binary module::test        libtest:     test module::test ... ok
 //!                       stdout ───                                                              ---- module::test stdout ----
 //!                         SKIPPED: /dev/kvm cannot be opened                                    SKIPPED: /dev/kvm cannot …
 //! ```
@@ -78,44 +79,95 @@ impl Tally {
     }
 }
 
+/// Whose output is read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Runner {
+    /// cargo-nextest.
+    Nextest,
+    /// libtest, in the test binary of that name.
+    Libtest(String),
+}
+
+/// What a runner says at its end that it did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Said {
+    passed: usize,
+    failed: usize,
+    ignored: usize,
+}
+
 /// Reads a runner's output line by line.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Reader {
+    runner: Runner,
     tally: Tally,
-    /// The binary whose tests run (cargo test).
-    binary: String,
+    /// What the runner counted itself.
+    said: Option<Said>,
     /// The test whose output is being read.
     current: Option<String>,
     /// Whether that output is of a test that passed.
     quiet: bool,
+    /// libtest: a test whose line came with noise, so that its end may still follow.
+    open: Option<String>,
+    /// libtest: the tests have run, their output follows.
+    reported: bool,
 }
 
 impl Reader {
+    /// Nothing read yet.
+    pub fn new(runner: Runner) -> Self {
+        Self {
+            runner,
+            tally: Tally::default(),
+            said: None,
+            current: None,
+            quiet: false,
+            open: None,
+            reported: false,
+        }
+    }
+
     /// Takes one line; whether a person wants to see it.
     pub fn line(&mut self, line: &str) -> bool {
         let text = line.trim();
+        if let Some(why) = text.strip_prefix("SKIPPED:") {
+            self.skipped(why.trim());
+            return true;
+        }
+        match self.runner.clone() {
+            Runner::Nextest => self.nextest(text),
+            Runner::Libtest(binary) => self.libtest(&binary, text),
+        }
+    }
+
+    fn nextest(&mut self, text: &str) -> bool {
         if let Some((fate, name)) = nextest_status(text) {
             self.quiet = fate == Fate::Passed;
             self.record(name, fate);
             return true;
         }
-        if let Some(binary) = text
-            .strip_prefix("Running ")
-            .or_else(|| text.strip_prefix("Doc-tests "))
-        {
-            binary.clone_into(&mut self.binary);
+        if let Some(said) = nextest_summary(text) {
+            self.said = Some(said);
             self.quiet = false;
-            return true;
         }
-        if let Some((name, fate)) = libtest_status(text).filter(|_| !self.binary.is_empty()) {
-            self.record(&format!("{} {name}", self.binary), fate);
+        // A rule ends a test's output.
+        if text.starts_with("────") {
+            self.quiet = false;
+        }
+        !self.quiet
+    }
+
+    fn libtest(&mut self, binary: &str, text: &str) -> bool {
+        if let Some(said) = libtest_summary(text) {
+            self.said = Some(said);
+            self.quiet = false;
             return true;
         }
         if let Some(name) = text
             .strip_prefix("---- ")
             .and_then(|rest| rest.strip_suffix(" stdout ----"))
         {
-            let name = format!("{} {name}", self.binary);
+            let name = format!("{binary} {name}");
             self.quiet = self
                 .tally
                 .tests
@@ -124,22 +176,38 @@ impl Reader {
             self.current = Some(name);
             return !self.quiet;
         }
-        if let Some(why) = text.strip_prefix("SKIPPED:") {
-            if let Some(fate) = self
-                .current
-                .as_ref()
-                .and_then(|name| self.tally.tests.get_mut(name))
-                && *fate == Fate::Passed
-            {
-                *fate = Fate::Skipped(why.trim().to_owned());
-            }
+        if text == "successes:" || text == "failures:" {
+            (self.reported, self.quiet, self.open) = (true, false, None);
             return true;
         }
-        // nextest's rule ends a section, and so do cargo test's summaries.
-        if text.starts_with("────") || text == "failures:" {
-            self.quiet = false;
+        if self.reported {
+            return !self.quiet;
         }
-        !self.quiet
+        if let Some((name, end)) = libtest_line(text) {
+            let name = format!("{binary} {name}");
+            let (fate, sure) = libtest_end(end);
+            self.open = (!sure).then(|| name.clone());
+            if let Some(fate) = fate {
+                self.record(&name, fate);
+            }
+        } else if let Some(name) = self.open.clone()
+            && let (Some(fate), _) = libtest_end(text)
+        {
+            self.record(&name, fate);
+        }
+        true
+    }
+
+    /// The test that is being read says that it cannot run.
+    fn skipped(&mut self, why: &str) {
+        if let Some(fate) = self
+            .current
+            .as_ref()
+            .and_then(|name| self.tally.tests.get_mut(name))
+            && *fate == Fate::Passed
+        {
+            *fate = Fate::Skipped(why.to_owned());
+        }
     }
 
     fn record(&mut self, name: &str, fate: Fate) {
@@ -147,9 +215,18 @@ impl Reader {
         self.current = Some(name.to_owned());
     }
 
-    /// What was counted.
-    pub fn finish(self) -> Tally {
-        self.tally
+    /// What was counted, and whether the runner counted the same.
+    pub fn finish(self) -> (Tally, Result<(), String>) {
+        let failed = self.tally.failed().len();
+        let all = self.tally.tests.len();
+        let proof = match self.said {
+            None => Err("the runner ended without its own count".to_owned()),
+            Some(said) if said.failed != failed || said.passed + said.failed + said.ignored != all => {
+                Err(format!("{all} tests were read, {failed} failed; the runner says {said:?}"))
+            }
+            Some(_) => Ok(()),
+        };
+        (self.tally, proof)
     }
 }
 
@@ -172,30 +249,99 @@ fn nextest_status(text: &str) -> Option<(Fate, &str)> {
     Some((fate, name))
 }
 
-/// `test name ... ok`.
-fn libtest_status(text: &str) -> Option<(&str, Fate)> {
-    let (name, end) = text.strip_prefix("test ")?.rsplit_once(" ... ")?;
-    let fate = match end {
-        "ok" => Fate::Passed,
-        "FAILED" => Fate::Failed,
-        _ if end.starts_with("ignored") => Fate::Skipped(end.to_owned()),
-        _ => return None,
+/// `Summary [   5.010s] 4 tests run: 2 passed (1 slow), 1 failed, 1 timed out, 7 skipped`: what nextest skips it did not run.
+fn nextest_summary(text: &str) -> Option<Said> {
+    let (_, counts) = text
+        .strip_prefix("Summary [")?
+        .split_once("run: ")
+        .filter(|(run, _)| run.ends_with("tests ") || run.ends_with("test "))?;
+    let mut said = Said::default();
+    let mut depth = 0_u32;
+    let plain: String = counts
+        .chars()
+        .filter(|&c| {
+            depth += u32::from(c == '(');
+            let inside = depth > 0;
+            depth -= u32::from(c == ')' && inside);
+            !inside
+        })
+        .collect();
+    for item in plain.split(',') {
+        let (number, word) = item.trim().split_once(' ')?;
+        let number: usize = number.parse().ok()?;
+        match word.trim() {
+            "passed" => said.passed += number,
+            "skipped" => {}
+            _ => said.failed += number,
+        }
+    }
+    Some(said)
+}
+
+/// `test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.01s`.
+fn libtest_summary(text: &str) -> Option<Said> {
+    let (_, counts) = text.strip_prefix("test result: ")?.split_once(". ")?;
+    let number = |word: &str| -> Option<usize> {
+        counts
+            .split(';')
+            .find_map(|item| item.trim().strip_suffix(word)?.trim_end().parse().ok())
     };
-    Some((name, fate))
+    Some(Said {
+        passed: number("passed")?,
+        failed: number("failed")?,
+        ignored: number("ignored")?,
+    })
+}
+
+/// The name and the rest of `test name ... rest`, whatever was written to the same line before.
+fn libtest_line(text: &str) -> Option<(&str, &str)> {
+    let is_name = |name: &str| {
+        !name.is_empty()
+            && name
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"_:".contains(&byte))
+    };
+    text.match_indices(" ... ")
+        .chain(text.match_indices(" ..."))
+        .find_map(|(at, dots)| {
+            let before = &text[..at];
+            let before = before.strip_suffix(" - should panic").unwrap_or(before);
+            let name = &before[before.rfind("test ")? + "test ".len()..];
+            is_name(name).then_some((name, &text[at + dots.len()..]))
+        })
+}
+
+/// How a test ended, and whether nothing else stood there: noise may end with the same letters.
+fn libtest_end(end: &str) -> (Option<Fate>, bool) {
+    let (fate, word) = if end.starts_with("ignored") {
+        return (Some(Fate::Skipped(end.to_owned())), true);
+    } else if end.ends_with("ok") {
+        (Fate::Passed, "ok")
+    } else if end.ends_with("FAILED") {
+        (Fate::Failed, "FAILED")
+    } else {
+        return (None, false);
+    };
+    (Some(fate), end == word)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn read(text: &str) -> (Tally, Vec<String>) {
-        let mut reader = Reader::default();
+    fn read(runner: Runner, text: &str) -> (Tally, Result<(), String>, Vec<String>) {
+        let mut reader = Reader::new(runner);
         let shown = text
             .lines()
             .filter(|line| reader.line(line))
             .map(str::to_owned)
             .collect();
-        (reader.finish(), shown)
+        let (tally, proof) = reader.finish();
+        (tally, proof, shown)
+    }
+
+    fn libtest(text: &str) -> (Tally, Result<(), String>, Vec<String>) {
+        read(Runner::Libtest("a".to_owned()), text)
     }
 
     const NEXTEST: &str = "\
@@ -219,12 +365,13 @@ mod tests {
     it hung
      SIGABRT [   0.004s] (4/4) drover-b five
 ────────────
-     Summary [  60.100s] 4 tests run: 2 passed, 2 failed, 0 skipped
+     Summary [  60.100s] 4 tests run: 2 passed (1 slow, 1 leaky), 1 failed, 1 timed out, 9 skipped
 ";
 
     #[test]
     fn a_nextest_run_is_counted_and_its_skips_are_no_passes() {
-        let (tally, shown) = read(NEXTEST);
+        let (tally, proof, shown) = read(Runner::Nextest, NEXTEST);
+        assert_eq!(proof, Ok(()));
         assert_eq!(tally.line(), "1 passed, 2 failed, 1 skipped");
         assert_eq!(tally.failed(), ["drover-a four", "drover-b five"]);
         assert_eq!(
@@ -240,11 +387,9 @@ mod tests {
     }
 
     #[test]
-    fn a_plain_cargo_test_run_is_counted_too() {
-        let (tally, shown) = read(
+    fn a_run_of_a_test_binary_is_counted_too() {
+        let (tally, proof, shown) = libtest(
             "\
-     Running unittests src/lib.rs (target/debug/deps/a-1)
-
 running 4 tests
 test one ... ok
 test two ... FAILED
@@ -257,28 +402,61 @@ successes:
 SKIPPED: no root
 ---- one stdout ----
 noise
+test five ... ok
 
 failures:
 
 ---- two stdout ----
 it broke
-   Doc-tests a
-test src/lib.rs - (line 3) ... ok
-test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out
+
+test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 7 filtered out; finished in 0.00s
 ",
         );
-        assert_eq!(tally.line(), "2 passed, 1 failed, 2 skipped");
-        assert_eq!(
-            tally.failed(),
-            ["unittests src/lib.rs (target/debug/deps/a-1) two"]
-        );
+        assert_eq!(proof, Ok(()));
+        assert_eq!(tally.line(), "1 passed, 1 failed, 2 skipped");
+        assert_eq!(tally.failed(), ["a two"]);
         let shown = shown.join("\n");
         assert!(shown.contains("it broke") && !shown.contains("noise"), "{shown}");
     }
 
     #[test]
+    fn noise_on_a_tests_line_does_not_hide_its_end() {
+        let (tally, proof, _) = libtest(
+            "\
+test one ... a child says ok
+but goes on
+FAILED
+a child saystest two::three ... ok
+test four - should panic ... more
+and more noiseok
+test five ...
+ok
+test result: FAILED. 3 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
+",
+        );
+        assert_eq!(proof, Ok(()));
+        assert_eq!(tally.failed(), ["a one"]);
+        let names: Vec<_> = tally.tests.keys().collect();
+        assert_eq!(names, ["a five", "a four", "a one", "a two::three"]);
+    }
+
+    #[test]
+    fn a_count_that_differs_from_the_runners_is_an_error() {
+        for end in [
+            "test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out",
+            "test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out",
+            "",
+        ] {
+            let (_, proof, _) = libtest(&format!("test one ... ok\n{end}\n"));
+            assert!(proof.is_err(), "{end}");
+        }
+        let summary = "PASS [   0.005s] (1/1) a one\n     Summary [   0.1s] 2 tests run: 2 passed, 0 skipped\n";
+        assert!(read(Runner::Nextest, summary).1.is_err());
+    }
+
+    #[test]
     fn a_failed_test_stays_failed_whatever_it_says_of_skipping() {
-        let (tally, _) = read("        FAIL [   0.005s] (1/1) drover-a one\n    SKIPPED: a lie\n");
-        assert_eq!(tally.line(), "0 passed, 1 failed, 0 skipped");
+        let text = "        FAIL [   0.005s] (1/1) drover-a one\n    SKIPPED: a lie\n";
+        assert_eq!(read(Runner::Nextest, text).0.line(), "0 passed, 1 failed, 0 skipped");
     }
 }
