@@ -28,16 +28,6 @@ pub fn chaos_features() -> String {
     CHAOS_PACKAGES.map(|package| format!("{package}/chaos")).join(",")
 }
 
-/// Cargo's words for the chaos features of one package.
-pub fn chaos_features_of(package: &str) -> String {
-    let has_them = CHAOS_PACKAGES.contains(&package);
-    if has_them {
-        format!("{package}/chaos")
-    } else {
-        String::new()
-    }
-}
-
 /// The folder that cargo builds into, wherever it was moved to.
 pub fn target_dir() -> Outcome<PathBuf> {
     let text = ask(cargo().args(["metadata", "--no-deps", "--offline", "--format-version", "1"]))?;

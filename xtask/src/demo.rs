@@ -1,10 +1,13 @@
 //! A whole cluster on this machine, one VM that writes as fast as it can, one live migration, and what the guest saw of it.
 
 use std::fs;
+use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use drover_probe::report::Second;
 use serde_json::Value;
 
 use crate::Outcome;
@@ -17,6 +20,20 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the guest does: owns 64 MiB and writes all of it flat out.
 const CMDLINE: &str = "own=64M hot=64M rate=max";
+
+/// The guard: takes the cluster down when its input ends. That is when the demo says that it is over, and also when it was
+/// interrupted or killed, whatever it was doing. It has a process group of its own, for Ctrl-C is for the demo.
+const GUARD: &str = r#"
+trap '' HUP INT TERM
+read -r over || echo "The demo was interrupted: its cluster is taken down." >&2
+rmdir "$2" 2>/dev/null && exit 0
+for attempt in 1 2 3 4 5; do
+    "$1" dev down --purge --state-dir "$2" && exit 0
+    sleep 1
+done
+echo "The demo's cluster is left behind. To take it down: $1 dev down --purge --state-dir $2" >&2
+exit 1
+"#;
 
 /// Runs the demo; its last line says how it went.
 pub fn run() -> Outcome<()> {
@@ -32,17 +49,19 @@ pub fn run() -> Outcome<()> {
     Ok(())
 }
 
-/// A development cluster in a folder of its own; down and gone when dropped.
+/// A development cluster in a folder of its own; down and gone when dropped, and also when this process ends in any other way.
 struct Demo {
     plain: Plain,
     dir: PathBuf,
+    guard: Child,
 }
 
 impl Demo {
     fn new(plain: Plain) -> Outcome<Self> {
         let dir = std::env::temp_dir().join(format!("drover-demo-{}", std::process::id()));
         fs::create_dir(&dir).map_err(|error| format!("{}: {error}", dir.display()))?;
-        Ok(Self { plain, dir })
+        let guard = guard(&plain.ctl, &dir).map_err(|error| format!("the demo's guard: {error}"))?;
+        Ok(Self { plain, dir, guard })
     }
 
     fn ctl(&self, words: &[&str]) -> Command {
@@ -72,13 +91,13 @@ impl Demo {
         show(self.ctl(&create).args(["--host", "host1", "--start", "--wait"]))?;
         let before = self.await_reports(2)?;
         for report in &before {
-            println!("{}", report.line);
+            println!("{report}");
         }
         show(&mut self.ctl(&["migrate", "vm1", "host2"]))?;
         // What the guest saw of the move stands in the first report after it; one more proves that it goes on.
         let after = self.await_reports(self.reports()?.len() + 2)?;
         for report in &after[before.len()..] {
-            println!("{}", report.line);
+            println!("{report}");
         }
         let gap_us = after[before.len()..]
             .iter()
@@ -129,12 +148,16 @@ impl Demo {
         ask(&mut self.ctl(&["vm", "console", "vm1", "--no-follow"]))
     }
 
-    fn reports(&self) -> Outcome<Vec<Report>> {
-        Ok(self.console()?.lines().filter_map(Report::parse).collect())
+    fn reports(&self) -> Outcome<Vec<Second>> {
+        let console = self.console()?;
+        Ok(console
+            .lines()
+            .filter_map(|line| Second::parse(line.trim()))
+            .collect())
     }
 
     /// Waits until the console holds `count` reports.
-    fn await_reports(&self, count: usize) -> Outcome<Vec<Report>> {
+    fn await_reports(&self, count: usize) -> Outcome<Vec<Second>> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let reports = self.reports()?;
@@ -154,45 +177,23 @@ impl Demo {
 
 impl Drop for Demo {
     fn drop(&mut self) {
-        if let Err(why) = show(&mut self.ctl(&["dev", "down", "--purge"])) {
-            eprintln!("{why}");
+        // Its input ends when this handle is dropped; the word says that this is the regular end.
+        if let Some(mut over) = self.guard.stdin.take() {
+            let _ = over.write_all(b"over\n");
         }
-        remove(&self.dir);
+        if let Err(error) = self.guard.wait() {
+            eprintln!("the demo's guard: {error}");
+        }
     }
 }
 
-fn remove(dir: &Path) {
-    if let Err(error) = fs::remove_dir_all(dir)
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
-        eprintln!("{} is left behind: {error}", dir.display());
-    }
-}
-
-/// One line `probe t=…` of the guest.
-struct Report {
-    line: String,
-    gap_us: u64,
-    lost: u64,
-}
-
-impl Report {
-    fn parse(line: &str) -> Option<Self> {
-        let line = line.trim();
-        let words = line.strip_prefix("probe t=")?;
-        let value = |key: &str| -> Option<u64> {
-            words
-                .split(' ')
-                .find_map(|word| word.strip_prefix(key)?.strip_prefix('='))?
-                .parse()
-                .ok()
-        };
-        Some(Self {
-            line: line.to_owned(),
-            gap_us: value("gap_us")?,
-            lost: value("lost")?,
-        })
-    }
+fn guard(ctl: &Path, dir: &Path) -> std::io::Result<Child> {
+    Command::new("sh")
+        .args(["-c", GUARD, "guard"])
+        .args([ctl, dir])
+        .stdin(Stdio::piped())
+        .process_group(0)
+        .spawn()
 }
 
 /// A number that JSON may carry as a string, as protobuf's mapping does with 64 bits.
@@ -204,9 +205,10 @@ fn text(value: &Value, key: &str) -> String {
     value[key].as_str().unwrap_or_default().to_owned()
 }
 
-/// Microseconds as milliseconds with one decimal.
+/// Microseconds as milliseconds to the nearest tenth, as the receipt shows them.
 fn millis(us: u64) -> String {
-    format!("{}.{}", us / 1000, us % 1000 / 100)
+    let tenths = us.saturating_add(50) / 100;
+    format!("{}.{}", tenths / 10, tenths % 10)
 }
 
 #[cfg(test)]
@@ -214,19 +216,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_report_gives_the_gap_since_the_last_one_and_not_the_largest_ever() {
-        let report = Report::parse(
-            "probe t=3 ticks=300 gap_us=10012 max_gap_us=99999 written=1 verified=1 lost=0 back=0\r",
-        );
-        assert_eq!(
-            report.map(|report| (report.gap_us, report.lost)),
-            Some((10012, 0))
-        );
-        assert!(Report::parse("probe up cpus=1 own=64").is_none());
+    fn the_guard_ends_with_the_demo_and_leaves_no_empty_folder() {
+        let dir = std::env::temp_dir().join(format!("drover-guard-{}", std::process::id()));
+        fs::create_dir(&dir).expect("a folder");
+        let mut guard = guard(Path::new("/bin/false"), &dir).expect("sh starts");
+        drop(guard.stdin.take());
+        assert!(guard.wait().expect("its end").success());
+        assert!(!dir.exists());
     }
 
     #[test]
-    fn microseconds_are_shown_as_milliseconds() {
-        assert_eq!([millis(0), millis(999), millis(12_345)], ["0.0", "0.9", "12.3"]);
+    fn microseconds_are_shown_as_milliseconds_rounded() {
+        assert_eq!(
+            [0, 949, 950, 12_149, 12_150].map(millis),
+            ["0.0", "0.9", "1.0", "12.1", "12.2"]
+        );
     }
 }

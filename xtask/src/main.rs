@@ -25,7 +25,7 @@ usage: cargo xtask <command>
   test cluster         real processes and KVM guests in network namespaces, broken at every step
   test seeded-bugs     puts each deliberate mistake in and expects its test to fail
   test linux-guest     a stock Debian kernel, migrated inside an emulated host
-  test lint            formatting and clippy
+  test lint            formatting, clippy, the documentation's links
   test fuzz            as `fuzz`, ten seconds a target
   fuzz [seconds]       fuzzes every decoder, 60 seconds a target by default (needs cargo-fuzz)";
 
@@ -61,5 +61,9 @@ fn main() -> ExitCode {
 }
 
 fn verdict(good: bool) -> ExitCode {
-    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

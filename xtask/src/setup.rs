@@ -54,7 +54,9 @@ pub fn prepare(need: Need) -> Outcome<()> {
             && !succeeds(&mut command("apt-cache", &["show", GUEST_KERNEL]))
             && let Err(why) = apt_get(&["update"]).and_then(|mut update| show(&mut update))
         {
-            eprintln!("{why}\napt does not know {GUEST_KERNEL}: the test with a stock kernel may be skipped.");
+            eprintln!(
+                "{why}\napt does not know {GUEST_KERNEL}: the test with a stock kernel may be skipped."
+            );
         }
         return Ok(());
     }

@@ -1,17 +1,28 @@
 //! The parts of the tests, and how each is run.
 //!
 //! One runner for all of them: cargo-nextest where it is installed (a process a test, time limits, see
-//! `.config/nextest.toml`), else `cargo test`. Every part runs although another failed; the last line counts them all.
+//! `.config/nextest.toml`), else the tests' own binaries (`binaries`). Both are built with the whole workspace's features, so
+//! that no part builds a crate again. Every part runs although another failed; the last line counts them all.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use crate::artifacts::{build_chaos, chaos_features, chaos_features_of, target_dir};
-use crate::setup::{Need, kvm_problem, prepare};
-use crate::tally::{Reader, Tally};
+use crate::artifacts::{build_chaos, chaos_features, target_dir};
+use crate::binaries::{TestBinary, build};
+use crate::follow::follow;
+use crate::setup::{Need, is_root, kvm_problem, prepare};
+use crate::tally::{Fate, Reader, Runner, Tally};
 use crate::tool::{cargo, show, succeeds, typed};
 use crate::{Outcome, seeded};
+
+/// The package of the cluster tests.
+const CLUSTER: &str = "drover-chaos-cluster";
+
+/// The package of the stock kernel's test, and the words in the name of every such test.
+const LINUX_GUEST: (&str, &str) = ("drover-linux-guest", "linux_guest");
+
+/// Packages whose tests use the machine for themselves (`.config/nextest.toml` says the same to nextest).
+const ONE_AFTER_THE_OTHER: [&str; 4] = [CLUSTER, LINUX_GUEST.0, "drover-vmm", "drover-probe"];
 
 /// A part of the tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +89,9 @@ fn run_parts(parts: &[Part], total: &mut Tally) {
         eprintln!("WARNING: {problem} Everything else is tested; the tests with a VM are skipped.");
     }
     if !is_root() {
-        eprintln!("WARNING: you are not root: the cluster tests, which make network namespaces, are skipped.");
+        eprintln!(
+            "WARNING: you are not root: the cluster tests, which make network namespaces, are skipped."
+        );
     }
     let mut built = None;
     for &part in parts {
@@ -110,6 +123,10 @@ fn lint(total: &mut Tally) {
     );
     let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
     total.check("lints (cargo clippy)", show(cargo().args(clippy)));
+    let mut doc = cargo();
+    doc.args(["doc", "--workspace", "--no-deps"])
+        .env("RUSTDOCFLAGS", "-D warnings");
+    total.check("the documentation's links (cargo doc)", show(&mut doc));
 }
 
 /// Which tests.

@@ -221,9 +221,9 @@ impl Reader {
         let all = self.tally.tests.len();
         let proof = match self.said {
             None => Err("the runner ended without its own count".to_owned()),
-            Some(said) if said.failed != failed || said.passed + said.failed + said.ignored != all => {
-                Err(format!("{all} tests were read, {failed} failed; the runner says {said:?}"))
-            }
+            Some(said) if said.failed != failed || said.passed + said.failed + said.ignored != all => Err(
+                format!("{all} tests were read, {failed} failed; the runner says {said:?}"),
+            ),
             Some(_) => Ok(()),
         };
         (self.tally, proof)
@@ -450,13 +450,17 @@ test result: FAILED. 3 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; 
             let (_, proof, _) = libtest(&format!("test one ... ok\n{end}\n"));
             assert!(proof.is_err(), "{end}");
         }
-        let summary = "PASS [   0.005s] (1/1) a one\n     Summary [   0.1s] 2 tests run: 2 passed, 0 skipped\n";
+        let summary =
+            "PASS [   0.005s] (1/1) a one\n     Summary [   0.1s] 2 tests run: 2 passed, 0 skipped\n";
         assert!(read(Runner::Nextest, summary).1.is_err());
     }
 
     #[test]
     fn a_failed_test_stays_failed_whatever_it_says_of_skipping() {
         let text = "        FAIL [   0.005s] (1/1) drover-a one\n    SKIPPED: a lie\n";
-        assert_eq!(read(Runner::Nextest, text).0.line(), "0 passed, 1 failed, 0 skipped");
+        assert_eq!(
+            read(Runner::Nextest, text).0.line(),
+            "0 passed, 1 failed, 0 skipped"
+        );
     }
 }
