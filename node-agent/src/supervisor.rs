@@ -16,7 +16,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use drover_proto::v1::{
-    DestroyRequest, HostDesired, OutcomeRequest, Reason, ReportVmRequest, VmState, VmmInfo,
+    DestroyRequest, HostDesired, OutcomeRequest, Reason, ReportVmRequest, StartOutgoingRequest, VmState,
+    VmmInfo, VmmState,
 };
 use drover_proto::{Code, Fault};
 use tokio::sync::mpsc;
@@ -28,6 +29,7 @@ use crate::agent::Context;
 use crate::converge::{Action, Alive, Life, Observed, Seen, converge};
 use crate::host::process::{self, Abandoned};
 use crate::key::Key;
+use crate::pause_point;
 use crate::vmm::{self, Link, News, VMM_CALL_MAX};
 
 /// Between two attempts of an action.
@@ -443,18 +445,9 @@ async fn carry_out(
     kill: bool,
 ) -> Result<Effect, Fault> {
     match (action.clone(), link) {
-        (Action::StartOutgoing { key, mut request }, Some(link)) => {
-            let options = request.options.get_or_insert_default();
-            if options.max_downtime_ms == 0 {
-                options.max_downtime_ms = context
-                    .settings
-                    .borrow()
-                    .as_ref()
-                    .map_or(0, |s| s.max_downtime_ms);
-            }
-            tracing::info!(vmm = %key, migration = request.migration, to = request.target_addr, "migrates");
+        (Action::StartOutgoing { key, request }, Some(link)) => {
             let migration = request.migration.clone();
-            bounded(link.client.clone().start_outgoing(request)).await?;
+            start_outgoing(context, link, request).await?;
             Ok(Effect::OutgoingTaken(key, migration))
         }
         (
@@ -466,6 +459,7 @@ async fn carry_out(
             Some(link),
         ) => {
             tracing::info!(vmm = %key, migration, committed, "the outcome is known");
+            pause_point("agent.before_outcome").await;
             let request = OutcomeRequest {
                 migration: migration.clone(),
                 committed,
@@ -473,18 +467,8 @@ async fn carry_out(
             bounded(link.client.clone().outcome(request)).await?;
             Ok(Effect::OutcomeTaken(key, migration, committed))
         }
-        (Action::Destroy { key, reason }, Some(link)) => {
-            if kill {
-                tracing::error!(vmm = %key, "it does not end; killing its process");
-                process::kill_hard(link.pid.load(Ordering::SeqCst));
-            }
-            tracing::info!(vmm = %key, "to be destroyed: {}", reason.message);
-            bounded(
-                link.client
-                    .clone()
-                    .destroy(DestroyRequest { reason: Some(reason) }),
-            )
-            .await?;
+        (Action::Destroy { reason, .. }, Some(link)) => {
+            destroy(link, reason, kill).await?;
             Ok(Effect::Nothing)
         }
         (Action::ReportEnd { key, state, reason }, Some(link)) => {
@@ -519,6 +503,37 @@ async fn carry_out(
         }
         _ => Ok(Effect::Nothing),
     }
+}
+
+async fn start_outgoing(
+    context: &Context,
+    link: &Link,
+    mut request: StartOutgoingRequest,
+) -> Result<(), Fault> {
+    let options = request.options.get_or_insert_default();
+    if options.max_downtime_ms == 0 {
+        let settings = *context.settings.borrow();
+        options.max_downtime_ms = settings.map_or(0, |settings| settings.max_downtime_ms);
+    }
+    tracing::info!(vmm = %link.key, migration = request.migration, to = request.target_addr, "migrates");
+    pause_point("agent.before_outgoing").await;
+    bounded(link.client.clone().start_outgoing(request)).await?;
+    Ok(())
+}
+
+/// Asks the VMM to end; `kill`: it was asked for long enough.
+async fn destroy(link: &Link, reason: Reason, kill: bool) -> Result<(), Fault> {
+    let handed_over = |info: VmmInfo| info.state() == VmmState::HandedOver;
+    if link.newest_info().is_some_and(handed_over) {
+        pause_point("agent.before_outcome").await;
+    }
+    if kill {
+        tracing::error!(vmm = %link.key, "it does not end; killing its process");
+        process::kill_hard(link.pid.load(Ordering::SeqCst));
+    }
+    let request = DestroyRequest { reason: Some(reason) };
+    bounded(link.client.clone().destroy(request)).await?;
+    Ok(())
 }
 
 /// From here on nothing is started for `epoch`, not even when an older desired state turns up.
