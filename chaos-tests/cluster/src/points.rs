@@ -33,17 +33,28 @@ pub const TARGET: [&str; 9] = [
     "target.running",
 ];
 
-/// Points of the target's agent.
-pub const AGENT: [&str; 3] = [
+/// Points of the agents: the second and the last are the source's, the others the target's.
+pub const AGENT: [&str; 5] = [
     "agent.before_prepare",
+    "agent.before_outgoing",
     "agent.before_commit",
     "agent.after_commit",
+    "agent.before_outcome",
 ];
 
 /// Points of the leader.
-pub const CONTROLLER: [&str; 2] = ["controller.before_commit_propose", "controller.after_commit"];
+pub const CONTROLLER: [&str; 5] = [
+    "controller.before_prepare",
+    "controller.before_precopy",
+    "controller.before_commit_propose",
+    "controller.after_commit",
+    "controller.before_finish",
+];
 
-/// Every point, all parties.
+/// The leader's point before an abort, which a migration meets only when it is aborted.
+pub const CONTROLLER_ABORT: &str = "controller.before_abort";
+
+/// Every point that each migration meets, all parties.
 pub fn all() -> impl Iterator<Item = &'static str> {
     SOURCE.into_iter().chain(TARGET).chain(AGENT).chain(CONTROLLER)
 }
@@ -72,9 +83,12 @@ pub fn stage(point: &str) -> Stage {
         | "target.after_ready"
         | "agent.before_commit"
         | "controller.before_commit_propose" => Stage::Paused,
-        "target.granted" | "target.running" | "agent.after_commit" | "controller.after_commit" => {
-            Stage::Committed
-        }
+        "target.granted"
+        | "target.running"
+        | "agent.after_commit"
+        | "agent.before_outcome"
+        | "controller.after_commit"
+        | "controller.before_finish" => Stage::Committed,
         _ => Stage::BeforePause,
     }
 }

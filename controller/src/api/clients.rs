@@ -23,7 +23,7 @@ use tonic::{Request, Response, Status};
 
 use super::caller::{Caller, Service};
 use super::on_leader::Call;
-use super::{Api, Shared, console, wait_of};
+use super::{Api, Shared, console, reach, wait_of};
 
 /// Events in one answer when the request names no number, and at most.
 const EVENTS_DEFAULT: usize = 500;
@@ -327,6 +327,7 @@ impl Controller for Api {
                 reason: Some(reason),
                 phase: phase.into(),
             };
+            reach("controller.before_abort").await;
             let response = call
                 .propose(&message.request_id, Kind::AbortMigration(abort))
                 .await

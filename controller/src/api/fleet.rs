@@ -244,6 +244,7 @@ async fn report_migration(
             phase: MigrationPhase::PreCopy.into(),
             target_addr: request.target_addr,
         };
+        reach("controller.before_precopy").await;
         phase = phase_after(&call, &request.migration, Kind::AdvanceMigration(advance)).await?;
     }
     if side == Side::Target && request.receipt.is_some() && drover_state::is_committed(&migration) {
@@ -253,6 +254,7 @@ async fn report_migration(
                 id: request.migration.clone(),
                 receipt: request.receipt,
             };
+            reach("controller.before_finish").await;
             phase = phase_after(&call, &request.migration, Kind::FinishMigration(finish)).await?;
         }
     }
@@ -320,6 +322,7 @@ async fn abort_migration(
     side_of(&known, &request.host)?;
     let furthest = request.phase().max(call.api.memory.progress.phase(&known));
     request.set_phase(furthest);
+    reach("controller.before_abort").await;
     let phase = phase_after(&call, &id, Kind::AbortMigration(request)).await?;
     Ok(AbortMigrationResponse {
         aborted: phase == MigrationPhase::Aborted,

@@ -110,7 +110,7 @@ fn wait_of(wait_ms: u32) -> Duration {
 }
 
 /// Waits at a pause point without blocking the runtime. Nothing in a build without the feature `chaos`.
-async fn reach(name: &'static str) {
+pub(crate) async fn reach(name: &'static str) {
     if cfg!(feature = "chaos") {
         // The task only fails when the runtime ends, and then nothing waits here any more.
         let _ = tokio::task::spawn_blocking(move || drover_points::reach(name)).await;

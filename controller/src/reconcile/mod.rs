@@ -26,7 +26,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::{debug, info};
 
-use crate::api::LeaderMemory;
+use crate::api::{LeaderMemory, reach};
 use crate::consensus::Consensus;
 
 /// Pause after a command was refused, so that two views of the state cannot chase each other through the log.
@@ -113,6 +113,9 @@ async fn look<R: Reconciler>(consensus: &Consensus, task: &mut R) -> Result<(), 
             kind: Some(kind.clone()),
             ..Command::default()
         };
+        if let Some(point) = pause_point(&kind) {
+            reach(point).await;
+        }
         let outcome = consensus
             .propose(command)
             .await
@@ -128,6 +131,16 @@ async fn look<R: Reconciler>(consensus: &Consensus, task: &mut R) -> Result<(), 
         }
     }
     all_applied
+}
+
+/// Where a test can hold the leader before it takes this step of a migration.
+fn pause_point(kind: &Kind) -> Option<&'static str> {
+    match kind {
+        Kind::AdvanceMigration(_) => Some("controller.before_prepare"),
+        Kind::AbortMigration(_) => Some("controller.before_abort"),
+        Kind::FinishMigration(_) => Some("controller.before_finish"),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

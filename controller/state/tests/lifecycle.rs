@@ -32,7 +32,7 @@ fn a_vm_is_created_placed_run_stopped_and_deleted() {
     let stopping = c.ok(stop("vm1")).vm.unwrap();
     assert_eq!(stopping.state(), VmState::Stopping);
     let awaited = stopping.reason.unwrap().message;
-    assert!(awaited.contains("host1's agent"), "{awaited}");
+    assert!(awaited.contains("host2's agent"), "{awaited}");
     assert!(
         c.granted("host2").is_empty(),
         "a VM that is being stopped has no right to run"

@@ -185,6 +185,15 @@ impl Killing {
     }
 }
 
+/// Whether there is such a party at the point: no target's VMM before it is prepared, and the source's may be over at the end.
+fn is_there(victim: Victim, point: &str) -> bool {
+    match victim {
+        Victim::TargetVmm => !["controller.before_prepare", "agent.before_prepare"].contains(&point),
+        Victim::SourceVmm => point != "controller.before_finish",
+        _ => true,
+    }
+}
+
 fn kill_at_each_point(victim: Victim) {
     let Some(cluster) = cluster() else { return };
     let console = boot(&cluster, 1, STEADY);
@@ -194,8 +203,7 @@ fn kill_at_each_point(victim: Victim) {
         victim,
     };
     for point in points::all() {
-        // Before it is prepared there is no target VMM to kill.
-        if (victim, point) != (Victim::TargetVmm, "agent.before_prepare") {
+        if is_there(victim, point) {
             killing.at(point);
         }
     }
