@@ -32,6 +32,9 @@ pub const NAME_BYTES_MAX: usize = 63;
 pub const IMAGE_NAME_BYTES_MAX: usize = 128;
 /// Images, CPU features or KVM capabilities that one host may report.
 pub const HOST_LIST_MAX: usize = 4_096;
+/// A host's boots that are remembered after a reboot: news of one of them comes too late. What was sent before as many
+/// reboots is no longer under way.
+pub const EARLIER_BOOTS_MAX: usize = 8;
 /// Bytes of any other text that a host reports.
 pub const TEXT_BYTES_MAX: usize = 1_024;
 /// Bytes of a reason's message; longer ones are cut.

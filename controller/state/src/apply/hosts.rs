@@ -1,13 +1,14 @@
 //! The cluster's forming, and hosts: registered, declared down, up again.
 //!
 //! A host that is down has, by the lease, no VMM that executes: its VMs become UNKNOWN, and one that was being stopped
-//! is stopped by that. What a host's reboot means is known here too: none of its VMMs can have outlived it.
+//! is stopped by that. What a host's reboot means is known here too: none of its VMMs can have outlived it. A boot that
+//! was left is never come back to: what still names it was sent before the reboot, and is refused.
 
 use drover_proto::v1::{CommandResponse, Host, HostDown, HostSpec, HostState, HostUp, InitCluster, VmState};
 use drover_proto::{Code, Fault};
 
 use super::{Applied, Tx, reason};
-use crate::limits::HOSTS_MAX;
+use crate::limits::{EARLIER_BOOTS_MAX, HOSTS_MAX, TEXT_BYTES_MAX};
 use crate::state::{epoch_of, host_of};
 use crate::validate;
 
@@ -65,11 +66,10 @@ impl Tx<'_> {
             );
             return Ok(self.host_response(&name));
         };
-        let known = host.spec.as_ref();
-        if known == Some(&spec) {
+        if host.spec.as_ref() == Some(&spec) {
             return Ok(self.host_response(&name));
         }
-        let rebooted = known.is_some_and(|known| is_reboot(&known.boot_id, &spec.boot_id));
+        let rebooted = reboots(host, &name, "spec.boot_id", &spec.boot_id)?;
         host.spec = Some(spec);
         host.changed_ms = self.now_ms;
         self.event(
@@ -114,11 +114,10 @@ impl Tx<'_> {
     pub(super) fn host_up(&mut self, up: &HostUp) -> Applied {
         let now_ms = self.now_ms;
         let host = self.known_host(&up.host)?;
-        let mut rebooted = false;
+        let rebooted = reboots(host, &up.host, "boot_id", &up.boot_id)?;
         if let Some(spec) = host.spec.as_mut()
             && !up.boot_id.is_empty()
         {
-            rebooted = is_reboot(&spec.boot_id, &up.boot_id);
             spec.boot_id.clone_from(&up.boot_id);
         }
         let was_down = host.state() == HostState::Down;
@@ -202,6 +201,28 @@ impl Tx<'_> {
     }
 }
 
-fn is_reboot(known: &str, now: &str) -> bool {
-    !known.is_empty() && !now.is_empty() && known != now
+/// Whether the host, known as it was, runs another boot `now`; then its last one is remembered as left. Refuses a boot that
+/// it left before.
+fn reboots(host: &mut Host, name: &str, field: &str, now: &str) -> Result<bool, Fault> {
+    let refused = |why: String| {
+        let message = format!("{field} is {}; {why}", validate::quoted(now));
+        Err(Fault::new(Code::InvalidArgument, message).field(field))
+    };
+    if now.len() > TEXT_BYTES_MAX {
+        return refused(format!("at most {TEXT_BYTES_MAX} bytes are possible"));
+    }
+    if host.earlier_boot_ids.iter().any(|earlier| earlier == now) {
+        return refused(format!(
+            "{name} was restarted since: this was sent before, and counts no more"
+        ));
+    }
+    let known = host.spec.as_ref().map_or("", |spec| spec.boot_id.as_str());
+    if known.is_empty() || now.is_empty() || known == now {
+        return Ok(false);
+    }
+    let known = known.to_owned();
+    host.earlier_boot_ids.push(known);
+    let excess = host.earlier_boot_ids.len().saturating_sub(EARLIER_BOOTS_MAX);
+    host.earlier_boot_ids.drain(..excess);
+    Ok(true)
 }
