@@ -14,7 +14,6 @@ use crate::state::{State, epoch_of, host_of, is_committed, is_ended};
 /// lists: it changes exactly when they do, and is never 0.
 pub fn desired(state: &State, host: &str) -> HostDesired {
     let mut vms = Vec::new();
-    let mut stopping = Vec::new();
     for (name, vm) in &state.vms {
         if host_of(vm) == host && has_run(vm) {
             vms.push(VmDesired {
@@ -23,12 +22,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 spec: vm.spec.clone(),
                 role: VmRole::Run.into(),
                 migration: migration_of_run(state, vm).cloned(),
-            });
-        }
-        if host_of(vm) == host && vm.state() == VmState::Stopping {
-            stopping.push(VmRef {
-                vm: name.clone(),
-                epoch: epoch_of(vm),
+                arrived_by: arrived_by(vm).to_owned(),
             });
         }
         if let Some(migration) = incoming(state, vm, host) {
@@ -38,6 +32,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 spec: vm.spec.clone(),
                 role: VmRole::Incoming.into(),
                 migration: Some(migration.clone()),
+                arrived_by: String::new(),
             });
         }
     }
@@ -81,6 +76,13 @@ fn has_run(vm: &Vm) -> bool {
         vm.state(),
         VmState::Starting | VmState::Running | VmState::Paused | VmState::Unknown
     )
+}
+
+/// The migration that brought the placement's epoch, or nothing: then the VM booted for it.
+fn arrived_by(vm: &Vm) -> &str {
+    vm.placement
+        .as_ref()
+        .map_or("", |placement| placement.arrived_by.as_str())
 }
 
 /// The newest migration of this VM if the placement's epoch is its source's or the one it brought.

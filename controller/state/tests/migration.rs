@@ -60,6 +60,34 @@ fn a_migration_goes_through_its_phases_and_moves_the_right_to_run() {
 }
 
 #[test]
+fn what_brought_an_epoch_stays_known_until_the_next_one() {
+    let mut c = Cluster::running();
+    let by = |c: &Cluster, host: &str| desired(&c.state, host).vms[0].arrived_by.clone();
+    assert_eq!(by(&c, "host1"), "", "it booted there");
+    let first = c.copying("vm1", "host2");
+    assert_eq!(by(&c, "host2"), "", "an incoming VMM has not arrived");
+    c.ok(commit(&first, "host2", "vm1", 2));
+    c.ok(finish(&first, 5));
+    assert_eq!(by(&c, "host2"), first);
+    // A later migration of the same epoch changes nothing about it, neither under way nor aborted.
+    let second = c.copying("vm1", "host3");
+    let shown = desired(&c.state, "host2").vms[0].clone();
+    assert_eq!(
+        (shown.arrived_by, shown.migration.unwrap().id),
+        (first.clone(), second.clone())
+    );
+    c.ok(abort(&second, "host3", Code::TargetFailed));
+    assert_eq!(by(&c, "host2"), first);
+    let restored = State::decode(&c.state.encode()).unwrap();
+    assert_eq!(desired(&restored, "host2"), desired(&c.state, "host2"));
+    c.ok(stop("vm1"));
+    c.ok(report("host2", "vm1", 2, VmState::Stopped));
+    c.ok(start("vm1"));
+    c.ok(place("vm1", "host2", 2));
+    assert_eq!(by(&c, "host2"), "", "it boots anew");
+}
+
+#[test]
 fn what_cannot_be_moved_is_refused_with_its_code() {
     let mut c = Cluster::running();
     assert_eq!(c.refused(plan("vm9", "host2")), Code::VmNotFound);

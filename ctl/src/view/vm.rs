@@ -226,6 +226,7 @@ mod tests {
             placement: Some(v1::Placement {
                 host: "host1".to_owned(),
                 epoch: 3,
+                ..Default::default()
             }),
             wanted_running: true,
             ..Default::default()

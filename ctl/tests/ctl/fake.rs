@@ -195,6 +195,7 @@ pub fn vm(name: &str, state: v1::VmState) -> v1::Vm {
         placement: Some(v1::Placement {
             host: "host1".to_owned(),
             epoch: 1,
+            ..Default::default()
         }),
         wanted_running: true,
         ..Default::default()

@@ -27,6 +27,7 @@ fn wanted(role: VmRole, epoch: u64, migration: Option<Migration>) -> VmDesired {
         spec: None,
         role: role.into(),
         migration,
+        arrived_by: String::new(),
     }
 }
 
@@ -533,6 +534,7 @@ prop_compose! {
     ) -> HostDesired {
         let vms = vms.into_iter().map(|(vm, epoch, run, migration)| VmDesired {
             vm, epoch, spec: None, role: if run { VmRole::Run } else { VmRole::Incoming }.into(), migration,
+            arrived_by: String::new(),
         }).collect();
         let stopping = stopping.into_iter().map(|(vm, epoch)| VmRef { vm, epoch }).collect();
         HostDesired { revision: 1, vms, stopping }

@@ -187,6 +187,7 @@ pub fn run(epoch: u64, migration: Option<Migration>) -> HostDesired {
         spec: Some(run_spec()),
         role,
         migration,
+        arrived_by: String::new(),
     };
     HostDesired {
         vms: vec![vm],

@@ -203,6 +203,7 @@ impl Tx<'_> {
         vm.placement = Some(Placement {
             host: to.clone(),
             epoch: commit.epoch,
+            arrived_by: commit.migration.clone(),
         });
         self.set_vm_state(&name, VmState::Running, None);
         let message = format!(

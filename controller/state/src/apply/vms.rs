@@ -51,8 +51,8 @@ impl Tx<'_> {
         let mut vm = Vm {
             spec: Some(spec),
             placement: Some(Placement {
-                host: String::new(),
                 epoch,
+                ..Placement::default()
             }),
             wanted_running: create.start,
             created_ms: self.now_ms,
@@ -165,6 +165,7 @@ impl Tx<'_> {
         vm.placement = Some(Placement {
             host: place.host.clone(),
             epoch,
+            arrived_by: String::new(),
         });
         self.set_vm_state(&place.vm, VmState::Starting, None);
         self.vm_event(
