@@ -4,7 +4,9 @@
 //! settles: whether vCPUs run is made equal to what [`Right::may_run`] says, and what changed is published.
 //! Stopping vCPUs happens under the lock, so nobody sees "paused" before it is true.
 //!
-//! vCPU threads never take this lock: they park themselves and say so, and the watch thread takes it from there.
+//! vCPU threads never take this lock. They leave the guest at its deadline by timers of their own (see [`crate::vcpu`]), whoever holds the
+//! lock, and whatever a stalled disk makes a log line wait for; the watch thread only makes the state that is told follow.
+//! A holder that panics ends the process, see `main.rs`.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -202,7 +204,7 @@ impl Machine {
             .timer
             .set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME);
         if let Err(error) = set {
-            // The vCPUs still look at the clock whenever they are out of the guest.
+            // The vCPUs have timers of their own.
             error!(%error, "the lease's timer cannot be set");
         }
     }

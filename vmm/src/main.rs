@@ -39,6 +39,15 @@ fn lock(folder: &Path) -> anyhow::Result<Flock<File>> {
         .with_context(|| format!("{} is held by another: this VMM was given up", path.display()))
 }
 
+/// A panic anywhere ends the process, so the guest too: what a lock guarded may be half changed, and nobody would be left to
+/// heed what the agent says. Its agent learns of it by the lock of the folder.
+fn abort_on_panic() {
+    std::panic::set_hook(Box::new(|panic| {
+        error!("a bug in this VMM, which ends with its guest: {panic}");
+        std::process::abort();
+    }));
+}
+
 fn run(args: &Args) -> anyhow::Result<()> {
     let folder = args
         .config
@@ -64,6 +73,7 @@ fn main() -> ExitCode {
         eprintln!("drover-vmm: {error}");
         return ExitCode::FAILURE;
     }
+    abort_on_panic();
     drover_pki::install_provider();
     // The socket and whatever else this process creates is its user's alone.
     umask(Mode::from_bits_truncate(0o077));

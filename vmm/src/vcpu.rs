@@ -9,8 +9,14 @@
 //! So a parked vCPU has no half-done instruction, and its state can be saved.
 //!
 //! To kick: set `immediate_exit`, then send the signal. Whichever the thread meets first brings it out; there is no moment in which
-//! both are missed. The thread itself looks at the clock each time it is out, so a process that was stopped with
-//! `SIGSTOP` past its deadline does not enter again before anybody else has noticed.
+//! both are missed.
+//!
+//! The deadline needs nobody else: each thread has a timer of its own on `CLOCK_BOOTTIME`, armed for the gate's deadline, whose signal's
+//! handler sets that vCPU's `immediate_exit`. Before an entry the thread arms the timer, then clears the flag, then looks at the clock. A
+//! deadline that passed before the look is seen by it; one that passes later is a signal, and that ends the entry wherever the
+//! thread was: even one that was stopped with `SIGSTOP` just before `KVM_RUN` and wakes an hour later runs the handler first.
+//! No lock of the machine is needed for it, no other thread, and no log. When a deadline rises, the timer still fires at the old one,
+//! and the thread arms it anew.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
@@ -149,25 +155,33 @@ impl Gate {
     }
 
     /// Waits until this vCPU may run. False: its thread is to end.
-    fn enter(&self, cell: &VcpuCell) -> bool {
+    fn enter(&self, cell: &VcpuCell, timer: &mut raw::DeadlineTimer) -> bool {
         let mut state = self.state();
         loop {
             if state.quit {
                 return false;
             }
-            if state.wanted && state.end.is_none() && !self.expired() {
-                break;
+            if state.wanted && state.end.is_none() {
+                // Under the lock, so that a `stop` comes either wholly before, and is seen, or wholly after, and kicks.
+                self.prepare(cell, timer);
+                if !self.expired() {
+                    break;
+                }
             }
             state = self
                 .changed
                 .wait(state)
                 .expect("no holder of the gate's lock panics");
         }
-        // Under the lock, so that a `stop` comes either wholly before, and is seen, or wholly after, and kicks.
-        cell.immediate_exit.get().store(0, Ordering::SeqCst);
         state.running += 1;
         self.changed.notify_all();
         true
+    }
+
+    /// Makes an entry possible that the deadline ends. In this order: a deadline that passes after the store sets the flag again.
+    fn prepare(&self, cell: &VcpuCell, timer: &mut raw::DeadlineTimer) {
+        timer.arm(self.deadline_ns.load(Ordering::SeqCst));
+        cell.immediate_exit.get().store(0, Ordering::SeqCst);
     }
 
     /// Waits, but not for long, until a vCPU has passed the gate: for measuring how long a resume takes.
@@ -182,12 +196,16 @@ impl Gate {
         let mut state = self.state();
         state.running -= 1;
         if let Some(end) = end {
-            state.end.get_or_insert(end);
-            if let Err(error) = self.ended.write(1) {
-                error!(%error, "the guest's end cannot be announced");
-            }
+            self.conclude(&mut state, end);
         }
         self.changed.notify_all();
+    }
+
+    fn conclude(&self, state: &mut State, end: GuestEnd) {
+        state.end.get_or_insert(end);
+        if let Err(error) = self.ended.write(1) {
+            error!(%error, "the guest's end cannot be announced");
+        }
     }
 
     fn expired(&self) -> bool {
@@ -219,14 +237,24 @@ pub struct Context {
 pub fn run(context: &Context) {
     let thread = raw::this_thread();
     context.cell.thread.get_or_init(|| thread);
-    while context.gate.enter(&context.cell) {
-        let end = execute(context);
+    let mut timer = match raw::DeadlineTimer::of_this_thread(&context.cell.immediate_exit) {
+        Ok(timer) => timer,
+        Err(error) => {
+            // Without it nothing runs.
+            let message = format!("no timer for the deadline of vCPU {}: {error}", context.cell.id);
+            let end = GuestEnd::Failed(Fault::new(Code::VmmStartFailed, message));
+            context.gate.conclude(&mut context.gate.state(), end);
+            return;
+        }
+    };
+    while context.gate.enter(&context.cell, &mut timer) {
+        let end = execute(context, &mut timer);
         context.gate.leave(end);
     }
 }
 
 /// Executes the vCPU until it is kicked out or the guest ends.
-fn execute(context: &Context) -> Option<GuestEnd> {
+fn execute(context: &Context, timer: &mut raw::DeadlineTimer) -> Option<GuestEnd> {
     let Context {
         cell,
         gate,
@@ -239,8 +267,8 @@ fn execute(context: &Context) -> Option<GuestEnd> {
             Ok(exit) => exit,
             Err(error) if error.errno() == libc::EINTR => {
                 if gate.keep_running() {
-                    cell.immediate_exit.get().store(0, Ordering::SeqCst);
-                    // A `stop` between the question and the store has its kick overwritten: ask again.
+                    gate.prepare(cell, timer);
+                    // A `stop` or the deadline between the question and the store has its kick overwritten: ask again.
                     if gate.keep_running() {
                         continue;
                     }
@@ -368,12 +396,21 @@ fn log_state(fd: &VcpuFd, memory: &Memory, what: &str) -> String {
 /// What touches the shared `kvm_run` page and signals.
 #[allow(unsafe_code)]
 mod raw {
-    use std::ptr::NonNull;
+    use std::cell::Cell;
+    use std::io;
+    use std::ptr::{self, NonNull};
     use std::sync::Once;
-    use std::sync::atomic::AtomicU8;
+    use std::sync::atomic::{AtomicU8, Ordering};
 
     use kvm_ioctls::VcpuFd;
     use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+    use crate::time::NS_PER_S;
+
+    thread_local! {
+        /// The flag of the vCPU whose timer this thread has, or null. Neither built nor torn down lazily, so a handler may read it.
+        static OWN_FLAG: Cell<*const AtomicU8> = const { Cell::new(ptr::null()) };
+    }
 
     /// The flag in a vCPU's `kvm_run` page that turns an entry back.
     #[derive(Debug)]
@@ -397,13 +434,82 @@ mod raw {
         }
     }
 
-    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    /// Turns this thread's next entry back: the signal may have come just before it.
+    extern "C" fn turn_back(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        // SAFETY: null, or the flag that the thread's `DeadlineTimer` borrows; an atomic store is safe in a handler.
+        if let Some(flag) = unsafe { OWN_FLAG.get().as_ref() } {
+            flag.store(1, Ordering::SeqCst);
+        }
+    }
+
+    /// A timer of the calling thread on `CLOCK_BOOTTIME`, which turns the thread out of its vCPU.
+    pub struct DeadlineTimer<'a> {
+        id: libc::timer_t,
+        armed_ns: u64,
+        _flag: &'a ImmediateExit,
+    }
+
+    impl<'a> DeadlineTimer<'a> {
+        /// Not armed yet. The signal must have its handler, see [`this_thread`].
+        pub fn of_this_thread(flag: &'a ImmediateExit) -> io::Result<Self> {
+            // SAFETY: all its fields may be zero.
+            let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+            event.sigev_notify = libc::SIGEV_THREAD_ID;
+            event.sigev_signo = SIGRTMIN();
+            // SAFETY: always succeeds.
+            event.sigev_notify_thread_id = unsafe { libc::gettid() };
+            let mut id = ptr::null_mut();
+            // SAFETY: both pointers are to live values of the right type.
+            if unsafe { libc::timer_create(libc::CLOCK_BOOTTIME, &raw mut event, &raw mut id) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            OWN_FLAG.set(flag.get());
+            Ok(Self {
+                id,
+                armed_ns: 0,
+                _flag: flag,
+            })
+        }
+
+        /// Fires at `deadline_ns`, at once if that has passed. Armed for it already, it stays as it is.
+        pub fn arm(&mut self, deadline_ns: u64) {
+            if deadline_ns == self.armed_ns {
+                return;
+            }
+            let part =
+                |value: u64| i64::try_from(value).expect("a 64-bit count of nanoseconds has few seconds");
+            let zero = libc::timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
+            let at = libc::itimerspec {
+                it_interval: zero,
+                it_value: libc::timespec {
+                    tv_sec: part(deadline_ns / NS_PER_S),
+                    tv_nsec: part(deadline_ns % NS_PER_S),
+                },
+            };
+            // SAFETY: the timer lives until `drop`; the old value is not asked for.
+            let set =
+                unsafe { libc::timer_settime(self.id, libc::TIMER_ABSTIME, &raw const at, ptr::null_mut()) };
+            assert_eq!(set, 0, "a timer that exists takes every time");
+            self.armed_ns = deadline_ns;
+        }
+    }
+
+    impl Drop for DeadlineTimer<'_> {
+        fn drop(&mut self) {
+            // SAFETY: the timer exists and is deleted once. What it sent is delivered to this thread before the call returns.
+            unsafe { libc::timer_delete(self.id) };
+            OWN_FLAG.set(ptr::null());
+        }
+    }
 
     /// The calling thread, prepared to be kicked.
     pub fn this_thread() -> libc::pthread_t {
         static HANDLER: Once = Once::new();
         HANDLER.call_once(|| {
-            register_signal_handler(SIGRTMIN(), nothing).expect("SIGRTMIN can be handled");
+            register_signal_handler(SIGRTMIN(), turn_back).expect("SIGRTMIN can be handled");
         });
         // SAFETY: always succeeds.
         unsafe { libc::pthread_self() }

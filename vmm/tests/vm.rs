@@ -4,12 +4,17 @@
 
 mod common;
 
-use common::{assert_intact, await_console, empty_vm, has_seconds, probe_vm, seconds};
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
+
+use common::{PATIENCE, assert_intact, await_console, empty_vm, has_seconds, probe_vm, seconds};
 use drover_migration::vm::PageSet;
 use drover_proto::Code;
 use drover_vmm::boot;
+use drover_vmm::boot::start::Entry;
 use drover_vmm::cpu::profile::Profile;
 use drover_vmm::save;
+use drover_vmm::time::{NS_PER_S, boottime_ns};
 use drover_vmm::vm::Vm;
 
 const FOREVER: u64 = u64::MAX;
@@ -32,6 +37,51 @@ fn the_probe_boots_and_finds_its_memory_intact() {
     assert!(text.contains("clock=kvmclock"), "{text}");
     assert!(*seconds(&text, "written").last().unwrap() > 0);
     assert_intact(&text);
+}
+
+/// `inc dword ptr [COUNTER]; jmp` back to it, in 32-bit code: a guest that never leaves by itself.
+const COUNT_FOR_EVER: [u8; 8] = [0xff, 0x05, 0, 0, 0x20, 0, 0xeb, 0xf8];
+const CODE_PAGE: u64 = 0x100;
+const COUNTER_PAGE: u64 = 0x200;
+
+fn counter(vm: &Vm) -> u32 {
+    let mut page = vec![0; 4096];
+    vm.memory().read_pages(COUNTER_PAGE, &mut page).unwrap();
+    u32::from_le_bytes(page[..4].try_into().unwrap())
+}
+
+fn await_counting(vm: &Vm, from: u32) {
+    let began = Instant::now();
+    while counter(vm) == from {
+        assert!(began.elapsed() < PATIENCE, "the guest does not count");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_vcpu_leaves_a_guest_that_never_exits_at_the_deadline_with_nobody_to_stop_it() {
+    needs_kvm!();
+    let vm = Arc::new(empty_vm(1));
+    let mut code = vec![0; 4096];
+    code[..COUNT_FOR_EVER.len()].copy_from_slice(&COUNT_FOR_EVER);
+    vm.memory().write_pages(CODE_PAGE, &code).unwrap();
+    let entry = CODE_PAGE * 4096;
+    vm.boot(Profile::Baseline, Entry::Pvh { entry }).unwrap();
+    vm.resume(boottime_ns() + NS_PER_S);
+    for _ in 0..2 {
+        await_counting(&vm, counter(&vm));
+        // The lease is prolonged while it executes.
+        let deadline = boottime_ns() + 2 * NS_PER_S;
+        vm.resume(deadline);
+        // Saving waits until the vCPU is out.
+        let (out, seen) = mpsc::channel();
+        let saver = vm.clone();
+        std::thread::spawn(move || out.send((saver.save().map(drop), boottime_ns())));
+        let (saved, at) = seen.recv_timeout(PATIENCE).expect("the vCPU leaves");
+        saved.unwrap();
+        assert!(at >= deadline, "out before the prolonged lease was over");
+        vm.resume(boottime_ns() + 2 * NS_PER_S);
+    }
 }
 
 #[test]
