@@ -5,7 +5,7 @@
 mod common;
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
@@ -400,6 +400,73 @@ fn strangers_are_denied_and_the_target_still_takes_its_source() {
     assert_eq!(outcomes[3], Outcome::AwaitOutcome);
     received.unwrap();
     assert_moved(&guest.vm, &target_vm);
+}
+
+/// The head of a TLS handshake record that announces 16 KiB.
+const LONG_RECORD: [u8; 5] = [22, 3, 1, 0x40, 0];
+const DRIP: Duration = Duration::from_millis(10);
+
+/// Sends the head of a record and then a byte every now and then, until the peer hangs up.
+fn drip(mut stream: TcpStream, begun: &mpsc::Sender<()>) {
+    if stream.write_all(&LONG_RECORD).is_err() {
+        return;
+    }
+    let _ = begun.send(());
+    while stream.write_all(&[0]).is_ok() {
+        thread::sleep(DRIP);
+    }
+}
+
+#[test]
+fn strangers_who_drip_bytes_do_not_keep_the_source_out() {
+    const STRANGERS: usize = 6;
+    let cluster = Cluster::new();
+    let (guest, target_vm) = (Guest::start(), FakeVm::new(PAGES));
+    let (host1, host2) = (cluster.host("host1"), cluster.host("host2"));
+    let listener = Listener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
+    let addr = listener.addr().unwrap();
+    let (begun, dripping) = mpsc::channel();
+    let target_control = quiet();
+    thread::scope(|scope| {
+        for _ in 0..STRANGERS {
+            let begun = begun.clone();
+            scope.spawn(move || drip(TcpStream::connect(addr).unwrap(), &begun));
+        }
+        for _ in 0..STRANGERS {
+            dripping.recv().unwrap();
+        }
+        let target = scope.spawn(|| {
+            let stream = listener.accept(host2.rustls_server(), |_| Ok(()), &target_control)?;
+            target::run(&mut target_vm.clone(), stream, &target_params(), &target_control)
+        });
+        let control = quiet();
+        let dial = || connect(addr, &host_dns("host2"), host1.rustls_client(), &control);
+        let outcome = source::run(&mut guest.vm.clone(), dial, &source_params(), &control);
+        if outcome != Outcome::AwaitOutcome {
+            target_control.cancel();
+        }
+        assert_eq!(outcome, Outcome::AwaitOutcome);
+        target.join().unwrap().unwrap();
+    });
+    assert_moved(&guest.vm, &target_vm);
+}
+
+#[test]
+fn a_target_that_drips_bytes_does_not_keep_its_source_from_a_cancel() {
+    let cluster = Cluster::new();
+    let host1 = cluster.host("host1");
+    let stranger = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let addr = stranger.local_addr().unwrap();
+    let (begun, dripping) = mpsc::channel();
+    let control = quiet();
+    let fault = thread::scope(|scope| {
+        scope.spawn(move || drip(stranger.accept().unwrap().0, &begun));
+        let dial = scope.spawn(|| connect(addr, &host_dns("host2"), host1.rustls_client(), &control).err());
+        dripping.recv().unwrap();
+        control.cancel();
+        dial.join().unwrap()
+    });
+    assert_eq!(fault.unwrap().code, Code::Cancelled);
 }
 
 #[test]
