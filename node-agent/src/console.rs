@@ -56,7 +56,14 @@ impl Console {
                 format!("{host} has no VMM of {vm} for epoch {epoch}"),
             )
             .field("epoch")),
-            None => Err(Fault::new(Code::VmNotFound, format!("{host} has no VMM of {vm:?}")).field("vm")),
+            // Whether there is such a VM is for the controllers to say, who asked.
+            None => Err(Fault::new(
+                Code::VmState,
+                format!(
+                    "vm is {vm:?}, which has no VMM on {host}: it has not started there yet, or has ended"
+                ),
+            )
+            .field("vm")),
         }
     }
 }

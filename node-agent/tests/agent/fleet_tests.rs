@@ -145,7 +145,7 @@ pub async fn consoles_are_for_controllers_only() {
     );
     assert_eq!(
         code(controller.read_console(read("vm2", 0)).await.unwrap_err()),
-        Code::VmNotFound
+        Code::VmState
     );
     for (role, name) in [(Role::User, "admin"), (Role::Host, "host1")] {
         let mut other = console_as(&world, agent.addr(), role, name).await;
