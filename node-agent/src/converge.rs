@@ -6,8 +6,9 @@
 //! ```text
 //!   desired                      no VMM here                 a VMM here
 //!   ─────────────────────────    ─────────────────────────   ─────────────────────────────────────────────
-//!   RUN                          start it, once an epoch;    run on; StartOutgoing in PRE_COPY; Outcome
-//!                                else report it FAILED       aborted when the log says so; its end is
+//!   RUN, booted for its epoch    start it, once an epoch;    run on; StartOutgoing in PRE_COPY; Outcome
+//!                                else report it FAILED       aborted when the log says so, until its info
+//!   RUN, arrived by a migration  report it FAILED            names that migration no more; its end is
 //!                                                            reported, then it is destroyed
 //!   INCOMING                     start it in PREPARING,      wait for the source; abort when it ended
 //!                                once; else abort
@@ -18,6 +19,10 @@
 //! Two things are never done here. A VMM is never destroyed for want of an answer: without desired state nothing is called, and
 //! that a VMM is *not* desired is believed only when it is [`Observed::confirmed`] or a higher epoch of the VM is desired, which
 //! is final. And no VMM is started for an epoch that had one, or that lies below the highest seen.
+//!
+//! Which VMM a run is, the desired state says and nothing else: `arrived_by` M is `e<epoch>-M`, none is `e<epoch>-start`. What the
+//! VMM answered, or whether it answers at all, has no part in it, nor has the VM's newest migration, which may be another. Should
+//! a desired state be wrong about it, the store still refuses the second VMM of an epoch (see [`crate::host::store`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -59,8 +64,8 @@ pub struct Seen {
     pub commit_refused: bool,
     /// The migration for which the VMM took `StartOutgoing`.
     pub outgoing_taken: Option<String>,
-    /// The migration whose outcome the VMM took, and whether it was the commit.
-    pub outcome_taken: Option<(String, bool)>,
+    /// The VMM took the commit of its outgoing migration.
+    pub commit_taken: bool,
     /// A controller has answered the report of its end.
     pub end_reported: bool,
 }
@@ -208,33 +213,24 @@ fn reason(code: Code, message: impl Into<String>) -> Reason {
     Fault::new(code, message).into()
 }
 
-/// Whether `wanted` is a run that a migration brought to this host, and by which.
-fn arrived_by<'a>(observed: &Observed, wanted: &'a VmDesired) -> Option<&'a Migration> {
-    let committed = |m: &&Migration| matches!(m.phase(), MigrationPhase::Committed | MigrationPhase::Done);
-    wanted
-        .migration
-        .as_ref()
-        .filter(|m| m.to == observed.host && m.epoch == wanted.epoch)
-        .filter(committed)
-}
-
-fn matches(observed: &Observed, seen: &Seen, wanted: &VmDesired) -> bool {
-    if seen.key.vm != wanted.vm || seen.key.epoch != wanted.epoch {
+/// Whether this VMM is the one that `wanted` means: see the module.
+fn matches(key: &Key, wanted: &VmDesired) -> bool {
+    if key.vm != wanted.vm || key.epoch != wanted.epoch {
         return false;
     }
-    let migration = wanted.migration.as_ref().map(|migration| migration.id.as_str());
-    match (wanted.role(), &seen.key.kind) {
-        (VmRole::Run, Kind::Start) => true,
-        (VmRole::Run, Kind::Incoming(id)) => {
-            seen.had_right || arrived_by(observed, wanted).is_some_and(|migration| migration.id == *id)
-        }
-        (VmRole::Incoming, Kind::Incoming(id)) => migration == Some(id.as_str()),
+    match (wanted.role(), &key.kind) {
+        (VmRole::Run, Kind::Start) => wanted.arrived_by.is_empty(),
+        (VmRole::Run, Kind::Incoming(id)) => wanted.arrived_by == *id,
+        (VmRole::Incoming, Kind::Incoming(id)) => wanted
+            .migration
+            .as_ref()
+            .is_some_and(|migration| migration.id == *id),
         (VmRole::Incoming, Kind::Start) | (VmRole::Unspecified, _) => false,
     }
 }
 
 fn want<'a>(desired: &'a HostDesired, observed: &Observed, seen: &Seen) -> Want<'a> {
-    match desired.vms.iter().find(|wanted| matches(observed, seen, wanted)) {
+    match desired.vms.iter().find(|wanted| matches(&seen.key, wanted)) {
         Some(wanted) if wanted.role() == VmRole::Run => Want::Run(wanted),
         Some(wanted) => Want::Incoming(wanted),
         None => {
@@ -319,11 +315,7 @@ fn for_gone(seen: &Seen, why: &Reason, want: Want<'_>) -> Option<Action> {
         }),
         Want::Incoming(wanted) => Some(abort(wanted, why.clone())),
         Want::Nothing { .. } => {
-            let handed_over = seen
-                .outcome_taken
-                .as_ref()
-                .is_some_and(|(_, committed)| *committed);
-            if !seen.had_right || seen.end_reported || handed_over {
+            if !seen.had_right || seen.end_reported || seen.commit_taken {
                 return Some(Action::Forget { key });
             }
             let reason = reason(Code::VmStopped, "its VMM is gone, as desired");
@@ -368,8 +360,8 @@ fn for_running(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesir
         migration.filter(|m| m.from == observed.host && m.epoch == wanted.epoch.saturating_add(1))?;
     if let Some(outgoing) = &alive.outgoing
         && is_aborted(outgoing, migration)
-        && seen.outcome_taken.as_ref().is_none_or(|(id, _)| id != outgoing)
     {
+        // For as long as it names it: one that has learned of the abort does no more.
         return Some(Action::Outcome {
             key,
             migration: outgoing.clone(),
@@ -409,7 +401,7 @@ fn outgoing_request(migration: &Migration) -> StartOutgoingRequest {
 
 /// What to do about something desired that has no VMM here.
 fn for_wanted(observed: &Observed, wanted: &VmDesired) -> Option<Action> {
-    if observed.vmms.iter().any(|seen| matches(observed, seen, wanted)) {
+    if observed.vmms.iter().any(|seen| matches(&seen.key, wanted)) {
         return None;
     }
     let same_vm = |seen: &&Seen| seen.key.vm == wanted.vm;
@@ -443,10 +435,10 @@ fn for_wanted_run(observed: &Observed, wanted: &VmDesired) -> Option<Action> {
             reason: reason(code, message),
         })
     };
-    if let Some(migration) = arrived_by(observed, wanted) {
+    if !wanted.arrived_by.is_empty() {
         return failed(
             Code::VmmDied,
-            format!("the VMM that received it by {} is gone", migration.id),
+            format!("the VMM that received it by {} is gone", wanted.arrived_by),
         );
     }
     if observed.markers.contains(&key) {

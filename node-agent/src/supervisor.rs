@@ -70,8 +70,8 @@ pub enum Effect {
     Nothing,
     /// The VMM took `StartOutgoing` for this migration.
     OutgoingTaken(Key, String),
-    /// The VMM took the outcome of this migration.
-    OutcomeTaken(Key, String, bool),
+    /// The VMM took the commit of its outgoing migration.
+    CommitTaken(Key),
     /// The end of the VMM is reported.
     EndReported(Key),
     /// The end of a run without a VMM is reported.
@@ -85,7 +85,7 @@ struct Known {
     gone: Option<Reason>,
     commit_refused: bool,
     outgoing_taken: Option<String>,
-    outcome_taken: Option<(String, bool)>,
+    commit_taken: bool,
     end_reported: bool,
     destroying_since: Option<Instant>,
     _lock: Option<Abandoned>,
@@ -171,7 +171,7 @@ impl Supervisor {
             gone: None,
             commit_refused: false,
             outgoing_taken: None,
-            outcome_taken: None,
+            commit_taken: false,
             end_reported: false,
             destroying_since: None,
             _lock: None,
@@ -254,11 +254,7 @@ impl Supervisor {
                     known.outgoing_taken = Some(id.clone())
                 });
             }
-            Effect::OutcomeTaken(key, id, committed) => {
-                known(&mut self.vmms, &key, &|known| {
-                    known.outcome_taken = Some((id.clone(), committed))
-                });
-            }
+            Effect::CommitTaken(key) => known(&mut self.vmms, &key, &|known| known.commit_taken = true),
             Effect::EndReported(key) => known(&mut self.vmms, &key, &|known| known.end_reported = true),
             Effect::Told(vm, epoch) => {
                 // Under another desired state it may have to be told again.
@@ -339,10 +335,10 @@ impl Supervisor {
         }
         let mut known = key_of(&action).and_then(|key| self.vmms.get_mut(key));
         let mut kill = false;
-        if let (Action::Destroy { key, reason }, Some(known)) = (&action, known.as_deref_mut()) {
+        if let (Some(why), Some(known)) = (why_it_ends(&action), known.as_deref_mut()) {
             known.link.cancelled.store(true, Ordering::SeqCst);
             if known.destroying_since.is_none() {
-                tracing::info!(vmm = %key, "to be destroyed: {}", reason.message);
+                tracing::info!(vmm = %known.link.key, "to be destroyed: {why}");
             }
             kill = known.destroying_since.get_or_insert_with(Instant::now).elapsed() >= DESTROY_GRACE;
         }
@@ -362,11 +358,10 @@ impl Supervisor {
                     None
                 }
             };
-            let again = match &action {
-                Action::Destroy { .. } | Action::Abort { .. } => true,
-                Action::Outcome { committed, .. } => *committed,
-                _ => false,
-            };
+            let again = matches!(
+                action,
+                Action::Destroy { .. } | Action::Abort { .. } | Action::Outcome { .. }
+            );
             if effect.is_none() || again {
                 sleep(RETRY).await;
             }
@@ -396,7 +391,7 @@ impl Known {
             had_right: *self.link.had_right.borrow(),
             commit_refused: self.commit_refused,
             outgoing_taken: self.outgoing_taken.clone(),
-            outcome_taken: self.outcome_taken.clone(),
+            commit_taken: self.commit_taken,
             end_reported: self.end_reported,
         }
     }
@@ -408,6 +403,15 @@ fn alive(info: &VmmInfo) -> Alive {
         state: info.state(),
         reason: info.reason.clone(),
         outgoing: outgoing.map(|migration| migration.id.clone()),
+    }
+}
+
+/// Why the VMM is to be gone after this action, which it answers or is killed; `None` for what leaves it alive.
+fn why_it_ends(action: &Action) -> Option<&str> {
+    match action {
+        Action::Destroy { reason, .. } => Some(&reason.message),
+        Action::Outcome { committed: true, .. } => Some("its hand-over is committed"),
+        _ => None,
     }
 }
 
@@ -431,9 +435,7 @@ fn slot_of(action: &Action) -> String {
         Action::Abort { migration, .. } => format!("abort {migration}"),
         // Paced by itself, so that the report of the end does not wait for its turn.
         Action::Destroy { key, .. } => format!("destroy {key}"),
-        Action::Outcome {
-            key, committed: true, ..
-        } => format!("committed {key}"),
+        Action::Outcome { key, .. } => format!("outcome {key}"),
         other => key_of(other).map_or_else(String::new, |key| format!("vmm {key}")),
     }
 }
@@ -460,12 +462,16 @@ async fn carry_out(
         ) => {
             tracing::info!(vmm = %key, migration, committed, "the outcome is known");
             pause_point("agent.before_outcome").await;
-            let request = OutcomeRequest {
-                migration: migration.clone(),
-                committed,
-            };
+            if kill {
+                kill_it(link).await;
+            }
+            let request = OutcomeRequest { migration, committed };
             bounded(link.client.clone().outcome(request)).await?;
-            Ok(Effect::OutcomeTaken(key, migration, committed))
+            Ok(if committed {
+                Effect::CommitTaken(key)
+            } else {
+                Effect::Nothing
+            })
         }
         (Action::Destroy { reason, .. }, Some(link)) => {
             destroy(link, reason, kill).await?;
@@ -528,12 +534,23 @@ async fn destroy(link: &Link, reason: Reason, kill: bool) -> Result<(), Fault> {
         pause_point("agent.before_outcome").await;
     }
     if kill {
-        tracing::error!(vmm = %link.key, "it does not end; killing its process");
-        process::kill_hard(link.pid.load(Ordering::SeqCst));
+        kill_it(link).await;
     }
     let request = DestroyRequest { reason: Some(reason) };
     bounded(link.client.clone().destroy(request)).await?;
     Ok(())
+}
+
+/// Ends the process of a VMM that was asked to end for long enough.
+async fn kill_it(link: &Link) {
+    let pid = match link.child.load(Ordering::SeqCst) {
+        0 => process::listener(&link.folder).await,
+        child => Ok(child),
+    };
+    match pid.and_then(|pid| process::kill_hard(pid).map(|()| pid)) {
+        Ok(pid) => tracing::error!(vmm = %link.key, pid, "it did not end and was killed"),
+        Err(error) => tracing::error!(vmm = %link.key, "it does not end and cannot be killed: {error}"),
+    }
 }
 
 /// From here on nothing is started for `epoch`, not even when an older desired state turns up.

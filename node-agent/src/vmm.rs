@@ -13,7 +13,8 @@
 //!
 //! The parts share nothing but the newest info and whether the VMM has a right to run, so that the way from READY to the grant waits
 //! for nothing else. A grant by a heartbeat names only VM and epoch; it is handed on only to a VMM of which it is known that
-//! the epoch is its own: one that booted for it, or whose hand-over is committed.
+//! the epoch is its own: one that booted for it, or whose hand-over is committed. Before an incoming one is handed its first, the
+//! folder says so for later agents (`granted`, see [`crate::host::store`]).
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -36,7 +37,7 @@ use tower::service_fn;
 use crate::agent::Context;
 use crate::clock::boottime_ns;
 use crate::host::process::{self, Abandoned};
-use crate::host::store::write_private;
+use crate::host::store::{note_granted, was_granted, write_private};
 use crate::key::Key;
 use crate::loops::deadline_ns;
 use crate::pause_point;
@@ -78,8 +79,8 @@ pub struct Link {
     pub had_right: watch::Sender<bool>,
     /// It is no longer wanted: do not start what is not started.
     pub cancelled: AtomicBool,
-    /// Its process, once known; 0 before.
-    pub pid: AtomicU32,
+    /// Its process, while it is our child and not waited for; else 0.
+    pub child: AtomicU32,
     /// Held while a state of the VM is reported, so that none overtakes another.
     pub reporting: Mutex<()>,
 }
@@ -94,13 +95,13 @@ impl Link {
         });
         // The address is never resolved: the connector knows where to go.
         let channel = Endpoint::from_static("http://vmm.drover").connect_with_connector_lazy(connect);
-        let had_right = key.migration().is_none();
+        let had_right = key.migration().is_none() || was_granted(&folder);
         Arc::new(Self {
             client: VmmClient::new(channel),
             info: watch::Sender::new(None),
             had_right: watch::Sender::new(had_right),
             cancelled: AtomicBool::new(false),
-            pid: AtomicU32::new(0),
+            child: AtomicU32::new(0),
             reporting: Mutex::new(()),
             key,
             folder,
@@ -170,10 +171,14 @@ pub async fn tend(
 
 async fn until_gone(link: &Link, child: Option<Child>) -> (Reason, Option<Abandoned>) {
     let (how, lock) = match child {
-        Some(mut child) => match child.wait().await {
-            Ok(status) => (status.to_string(), None),
-            Err(error) => (format!("waiting for it failed: {error}"), None),
-        },
+        Some(mut child) => {
+            let ended = child.wait().await;
+            link.child.store(0, Ordering::SeqCst);
+            match ended {
+                Ok(status) => (status.to_string(), None),
+                Err(error) => (format!("waiting for it failed: {error}"), None),
+            }
+        }
         None => loop {
             match process::gone(&link.folder).await {
                 Ok(lock) => break ("its lock is free".to_owned(), Some(lock)),
@@ -222,7 +227,7 @@ async fn start(context: &Arc<Context>, link: &Arc<Link>, desired: &VmDesired) ->
     begun.await.map_err(|error| failed("marker", &error))??;
     let child = process::spawn(&context.config.vmm, &link.folder)
         .map_err(|error| failed(&context.config.vmm.display().to_string(), &error))?;
-    link.pid.store(child.id().unwrap_or(0), Ordering::SeqCst);
+    link.child.store(child.id().unwrap_or(0), Ordering::SeqCst);
     tracing::info!(vmm = %link.key, pid = child.id(), "started");
     if link.key.migration().is_none() {
         context.heartbeat_now.notify_one(); // Its grant can be here before it is.
@@ -317,7 +322,6 @@ async fn follow_info<F: Future<Output = ()>>(link: &Link, tell: &impl Fn(News) -
             continue;
         }
         seen_seq = info.seq;
-        link.pid.store(info.pid, Ordering::SeqCst);
         // Only a grant makes a VMM run, and the agent that gave it knew that the hand-over was committed.
         if matches!(
             info.state(),
@@ -364,6 +368,10 @@ async fn hand_on_grants(context: &Context, link: &Link) {
 }
 
 async fn grant(link: &Link, deadline_boottime_ns: u64) -> Result<(), Fault> {
+    if link.key.migration().is_some() && !was_granted(&link.folder) {
+        note_granted(&link.folder)
+            .map_err(|error| Fault::new(Code::Internal, format!("the grant cannot be noted: {error}")))?;
+    }
     let request = GrantRequest {
         epoch: link.key.epoch,
         deadline_boottime_ns,

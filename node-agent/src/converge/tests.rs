@@ -39,6 +39,12 @@ fn run(epoch: u64, migration: Option<Migration>) -> HostDesired {
     }
 }
 
+fn arrived(epoch: u64, by: &str, newest: Option<Migration>) -> HostDesired {
+    let mut desired = run(epoch, newest);
+    desired.vms[0].arrived_by = by.into();
+    desired
+}
+
 fn incoming(epoch: u64, id: &str, phase: MigrationPhase) -> HostDesired {
     let migration = migration(id, "host2", HOST, epoch, phase);
     HostDesired {
@@ -55,7 +61,7 @@ fn seen(key: Key, life: Life) -> Seen {
         life,
         commit_refused: false,
         outgoing_taken: None,
-        outcome_taken: None,
+        commit_taken: false,
         end_reported: false,
     }
 }
@@ -147,8 +153,8 @@ fn an_epoch_with_a_marker_or_below_the_highest_is_reported_failed() {
 
 #[test]
 fn a_run_that_a_migration_brought_is_never_booted() {
-    let arrived = migration("m1", "host2", HOST, 3, MigrationPhase::Committed);
-    let actions = converge(&run(3, Some(arrived)), &observed(vec![]));
+    let by = migration("m1", "host2", HOST, 3, MigrationPhase::Committed);
+    let actions = converge(&arrived(3, "m1", Some(by)), &observed(vec![]));
     assert!(
         matches!(
             &actions[..],
@@ -159,6 +165,88 @@ fn a_run_that_a_migration_brought_is_never_booted() {
         ),
         "{actions:?}"
     );
+}
+
+/// Every state that a migration away from here, begun after the VM came by m1 as epoch 2, can be in.
+fn later_migrations() -> impl Iterator<Item = Migration> {
+    [
+        MigrationPhase::Planned,
+        MigrationPhase::Preparing,
+        MigrationPhase::PreCopy,
+        MigrationPhase::Aborted,
+    ]
+    .into_iter()
+    .map(|phase| migration("m2", HOST, "host3", 3, phase))
+}
+
+#[test]
+fn a_vm_that_arrived_and_died_with_its_agent_is_reported_also_after_a_later_migration() {
+    for later in later_migrations() {
+        // The next agent finds its VMM gone, and knows of no right it had.
+        let desired = arrived(2, "m1", Some(later));
+        let found = seen(Key::incoming("vm1", 2, "m1"), gone());
+        let mut here = observed(vec![found.clone()]);
+        let actions = converge(&desired, &here);
+        let [Action::ReportEnd { key, state, .. }] = &actions[..] else {
+            panic!("{actions:?}")
+        };
+        assert_eq!((key, *state), (&found.key, VmState::Failed));
+        here.vmms[0].end_reported = true;
+        assert_eq!(converge(&desired, &here), []);
+        // Nor does another of that epoch boot when nothing at all is left here.
+        here.vmms.clear();
+        for markers in [here.markers.clone(), BTreeSet::new()] {
+            here.markers = markers;
+            let actions = converge(&desired, &here);
+            assert!(
+                matches!(
+                    &actions[..],
+                    [Action::ReportGone {
+                        state: VmState::Failed,
+                        epoch: 2,
+                        ..
+                    }]
+                ),
+                "{actions:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_vm_that_arrived_is_known_before_it_answers_also_after_a_later_migration() {
+    for later in later_migrations().map(Some).chain([None]) {
+        for life in [Life::Starting, Life::Silent] {
+            let silent = seen(Key::incoming("vm1", 2, "m1"), life);
+            assert_eq!(
+                converge(&arrived(2, "m1", later.clone()), &observed(vec![silent])),
+                []
+            );
+        }
+        let found = seen(Key::incoming("vm1", 2, "m1"), alive(VmmState::Ready));
+        let actions = converge(&arrived(2, "m1", later), &observed(vec![found.clone()]));
+        assert_eq!(actions, [Action::Committed { key: found.key }]);
+    }
+}
+
+#[test]
+fn only_the_vmm_that_brought_the_epoch_is_its_run() {
+    let right = seen(Key::incoming("vm1", 2, "m1"), alive(VmmState::Running));
+    let right = Seen {
+        had_right: true,
+        ..right
+    };
+    for wrong in [Key::start("vm1", 2), Key::incoming("vm1", 2, "m0")] {
+        let wrong = seen(wrong, alive(VmmState::Running));
+        let both = observed(vec![right.clone(), wrong.clone()]);
+        let actions = converge(&arrived(2, "m1", None), &both);
+        assert!(
+            matches!(&actions[..], [Action::Destroy { key, .. }] if *key == wrong.key),
+            "{actions:?}"
+        );
+    }
+    let actions = converge(&run(2, None), &observed(vec![right]));
+    assert!(matches!(&actions[..], [Action::Destroy { .. }]), "{actions:?}");
 }
 
 #[test]
@@ -203,9 +291,9 @@ fn the_end_of_a_target_aborts_its_migration() {
 
 #[test]
 fn the_end_of_a_committed_target_is_the_vms_failure() {
-    let arrived = migration("m1", "host2", HOST, 4, MigrationPhase::Committed);
+    let by = migration("m1", "host2", HOST, 4, MigrationPhase::Committed);
     let target = seen(Key::incoming("vm1", 4, "m1"), gone());
-    let actions = converge(&run(4, Some(arrived)), &observed(vec![target]));
+    let actions = converge(&arrived(4, "m1", Some(by)), &observed(vec![target]));
     assert!(
         matches!(
             &actions[..],
@@ -220,9 +308,9 @@ fn the_end_of_a_committed_target_is_the_vms_failure() {
 
 #[test]
 fn a_target_learns_of_its_commit_from_the_desired_state_too() {
-    let arrived = migration("m1", "host2", HOST, 4, MigrationPhase::Committed);
+    let by = migration("m1", "host2", HOST, 4, MigrationPhase::Committed);
     let target = seen(Key::incoming("vm1", 4, "m1"), alive(VmmState::Ready));
-    let actions = converge(&run(4, Some(arrived)), &observed(vec![target]));
+    let actions = converge(&arrived(4, "m1", Some(by)), &observed(vec![target]));
     assert_eq!(
         actions,
         [Action::Committed {
@@ -315,11 +403,25 @@ fn a_paused_source_waits_until_the_log_decides() {
         committed: false,
     };
     assert_eq!(actions, std::slice::from_ref(&resume));
-    let told = Seen {
-        outcome_taken: Some(("m1".into(), false)),
-        ..source.clone()
+    // Until it has learned: its answer may be of another life of its agent, or have crossed its pause.
+    let resumed = |outgoing: Option<&str>| {
+        let life = Life::Alive(Alive {
+            state: VmmState::Running,
+            reason: None,
+            outgoing: outgoing.map(str::to_owned),
+        });
+        observed(vec![Seen {
+            outgoing_taken: Some("m1".into()),
+            life,
+            ..source.clone()
+        }])
     };
-    assert_eq!(converge(&run(3, Some(aborted)), &observed(vec![told])), []);
+    let desired = run(3, Some(aborted));
+    assert_eq!(
+        converge(&desired, &resumed(Some("m1"))),
+        std::slice::from_ref(&resume)
+    );
+    assert_eq!(converge(&desired, &resumed(None)), []);
 
     // A later migration of the same run: the earlier one must have been aborted.
     let later = migration("m2", HOST, "host3", 4, MigrationPhase::Planned);
@@ -506,7 +608,7 @@ prop_compose! {
             had_right: had_right || key.migration().is_none(),
             key, life, commit_refused, end_reported,
             outgoing_taken: ids[0].map(|_| "m1".into()),
-            outcome_taken: ids[1].map(|committed| ("m1".into(), committed)),
+            commit_taken: ids[1] == Some(true),
         }
     }
 }
@@ -529,12 +631,12 @@ prop_compose! {
 prop_compose! {
     fn any_desired()(
         vms in proptest::collection::vec(
-            ("vm[12]", 1u64..6, any::<bool>(), proptest::option::of(any_migration())), 0..4),
+            ("vm[12]", 1u64..6, any::<bool>(), proptest::option::of(any_migration()), "|m[123]"), 0..4),
         stopping in proptest::collection::vec(("vm[12]", 1u64..5), 0..2),
     ) -> HostDesired {
-        let vms = vms.into_iter().map(|(vm, epoch, run, migration)| VmDesired {
+        let vms = vms.into_iter().map(|(vm, epoch, run, migration, by)| VmDesired {
             vm, epoch, spec: None, role: if run { VmRole::Run } else { VmRole::Incoming }.into(), migration,
-            arrived_by: String::new(),
+            arrived_by: if run { by } else { String::new() },
         }).collect();
         let stopping = stopping.into_iter().map(|(vm, epoch)| VmRef { vm, epoch }).collect();
         HostDesired { revision: 1, vms, stopping }
@@ -549,8 +651,8 @@ fn vmm<'a>(observed: &'a mut Observed, key: &Key) -> &'a mut Seen {
         .expect("only what is here is acted on")
 }
 
-fn is_desired(desired: &HostDesired, observed: &Observed, seen: &Seen) -> bool {
-    desired.vms.iter().any(|wanted| matches(observed, seen, wanted))
+fn is_desired(desired: &HostDesired, seen: &Seen) -> bool {
+    desired.vms.iter().any(|wanted| matches(&seen.key, wanted))
 }
 
 proptest! {
@@ -565,6 +667,8 @@ proptest! {
             prop_assert!(desired.vms.contains(&wanted) && (key.vm.as_str(), key.epoch) == (&wanted.vm, wanted.epoch));
             let beside = observed.vmms.iter().any(|seen| seen.key.vm == key.vm && !matches!(seen.life, Life::Gone(_)));
             prop_assert!(!beside, "{key} beside a VMM that lives");
+            prop_assert!(wanted.arrived_by.is_empty(), "{key} is booted, and arrived by {}", wanted.arrived_by);
+            prop_assert_eq!(wanted.role() == VmRole::Run, key.kind == Kind::Start);
         }
     }
 
@@ -575,7 +679,7 @@ proptest! {
         for action in converge(&desired, &observed) {
             let (Action::Destroy { key, .. } | Action::Outcome { key, committed: true, .. }) = &action else { continue };
             let seen = observed.vmms.iter().find(|seen| seen.key == *key).expect("only what is here is destroyed");
-            if is_desired(&desired, &observed, seen) {
+            if is_desired(&desired, seen) {
                 prop_assert!(seen.end_reported || seen.commit_refused, "{action:?}");
             } else {
                 let higher = desired.vms.iter().any(|wanted| wanted.vm == key.vm && wanted.epoch > key.epoch);
@@ -601,7 +705,7 @@ proptest! {
             }
         }
         for seen in &observed.vmms {
-            prop_assert!(is_desired(&desired, &observed, seen), "{seen:?} stayed");
+            prop_assert!(is_desired(&desired, seen), "{seen:?} stayed");
         }
     }
 

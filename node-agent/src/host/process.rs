@@ -2,8 +2,10 @@
 //!
 //! Who gets a VMM's `lock` decides what it is: the VMM holds it for its life, and an agent that gets it has given the VMM up,
 //! keeps the lock, and so makes sure that a VMM which was slow to start ends at once. Only a VMM that this agent did not start
-//! is asked by its lock; of its own child an agent knows by waiting for it.
-#![allow(unsafe_code)]
+//! is asked by its lock; of its own child an agent knows by waiting for it. One that is to end and does not is killed: our child by
+//! its id, which is its own until we have waited for it; another by the id that the kernel gives for its socket, while its lock is
+//! held. What a VMM says of itself is not asked for that: one that hangs says nothing.
+#![allow(unsafe_code, reason = "pre_exec, for setsid in the child")]
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -104,12 +106,23 @@ fn open_lock(folder: &Path) -> io::Result<File> {
         .open(folder.join("lock"))
 }
 
-/// Ends a VMM that does not answer. `pid` is what it said of itself, or our child; it must be known to live.
-pub fn kill_hard(pid: u32) {
-    if let Ok(pid) = i32::try_from(pid)
-        && pid > 1
-    {
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+/// The process that listens on the socket of `folder`, whose VMM this agent did not start: the peer that `SO_PEERCRED` names is
+/// the caller of listen(2) (unix(7)), and the VMM's lock, held, says that it lives.
+pub async fn listener(folder: &Path) -> io::Result<u32> {
+    let peer = connect(folder).await?.peer_cred()?;
+    if take_lock(folder)?.is_some() {
+        return Err(io::Error::other("its lock is free: it is gone"));
+    }
+    peer.pid()
+        .and_then(|pid| u32::try_from(pid).ok())
+        .ok_or_else(|| io::Error::other("the kernel names no process for its socket"))
+}
+
+/// Ends a VMM that does not end itself. `pid` must be known to be its own.
+pub fn kill_hard(pid: u32) -> io::Result<()> {
+    match i32::try_from(pid) {
+        Ok(pid) if pid > 1 => Ok(kill(Pid::from_raw(pid), Signal::SIGKILL)?),
+        _ => Err(io::Error::other(format!("{pid} is no VMM's process"))),
     }
 }
 
@@ -179,6 +192,16 @@ mod tests {
             tokio::net::UnixListener::bind(format!("/proc/self/fd/{}/vmm.sock", through.as_raw_fd()))
                 .unwrap();
         assert!(connect(&folder).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_listener_is_known_by_the_kernels_word_while_the_lock_is_held() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(listener(dir.path()).await.is_err(), "nobody listens");
+        let _socket = tokio::net::UnixListener::bind(dir.path().join(SOCKET)).unwrap();
+        assert!(listener(dir.path()).await.is_err(), "nobody holds the lock");
+        let _held = take_lock(dir.path()).unwrap();
+        assert_eq!(listener(dir.path()).await.unwrap(), std::process::id());
     }
 
     #[test]

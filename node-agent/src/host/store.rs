@@ -7,11 +7,18 @@
 //!      started                        durable before the VMM is executed: this one was used
 //!      config.json  vmm.sock  vmm.log
 //!      lock                           held by the VMM for its life
+//!      granted                        an incoming VMM was handed a lease, or is about to be: the epoch is its own
 //!      over                           its end was reported; only marker and log are left
 //! ```
 //!
 //! "Durable" is: the file is synced, and then every folder whose entry for it is new. What a crash leaves half-made was never
 //! executed, because the marker comes last before the start.
+//!
+//! One epoch of a VM has one VMM with a right to run. Which one it is, the desired state says; this folder keeps the host from
+//! believing a second one: once a VMM may have run for an epoch (one that boots: from its marker on, an incoming one: from
+//! `granted` on), no other is started for it. A target whose migration was aborted has no `granted` and stands in nobody's way.
+//! `granted` is not synced, since the guest stands still while it is written: it must survive agent and VMM, not the host,
+//! whose next boot the controllers answer by ending all its epochs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -27,7 +34,9 @@ use crate::key::Key;
 /// Ended VMMs of one VM whose marker and log are kept.
 const ENDED_KEPT: usize = 4;
 /// Files of an ended VMM that are kept.
-const KEPT: [&str; 3] = ["started", "vmm.log", "over"];
+const KEPT: [&str; 4] = ["started", GRANTED, "vmm.log", "over"];
+/// The file that says that an incoming VMM may run.
+const GRANTED: &str = "granted";
 
 /// Why the store cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +55,14 @@ pub enum StoreError {
     /// A VMM was started under this key before.
     #[error("a VMM was started for {0} before; an epoch is started once")]
     Used(Key),
+    /// Another VMM may have run for this epoch.
+    #[error("{other} may have run for the epoch of {key}; an epoch runs in one VMM")]
+    Taken {
+        /// What was to be started.
+        key: Key,
+        /// What may have run.
+        other: Key,
+    },
     /// The epoch lies below one that was started here.
     #[error("epoch {} of {} is below {highest}, which this host has seen", .key.epoch, .key.vm)]
     Stale {
@@ -173,6 +190,18 @@ impl Store {
                 highest,
             });
         }
+        let of_epoch = |other: &&Key| (&other.vm, other.epoch) == (&key.vm, key.epoch);
+        if let Some(other) = self
+            .markers
+            .iter()
+            .filter(of_epoch)
+            .find(|other| self.may_have_run(other))
+        {
+            return Err(StoreError::Taken {
+                key: key.clone(),
+                other: other.clone(),
+            });
+        }
         if folder.exists() {
             fs::remove_dir_all(&folder).at(&folder)?;
         }
@@ -187,6 +216,12 @@ impl Store {
         sync(&self.vms.join(&key.vm))?;
         self.markers.insert(key.clone());
         Ok(folder)
+    }
+
+    /// Whether a VMM that was started may have had a right to run.
+    fn may_have_run(&self, key: &Key) -> bool {
+        // What cannot be asked may have been.
+        key.migration().is_none() || self.folder(key).join(GRANTED).try_exists().unwrap_or(true)
     }
 
     /// Makes every epoch below `epoch` of `vm` one that is never started here, durably.
@@ -250,7 +285,7 @@ impl Store {
         let excess = ended.len().saturating_sub(ENDED_KEPT);
         let highest = self.highest.get(vm).copied().unwrap_or(0);
         for (epoch, _, key) in ended.into_iter().take(excess) {
-            if epoch == highest && key.migration().is_none() {
+            if epoch == highest && self.may_have_run(&key) {
                 continue;
             }
             let folder = self.folder(&key);
@@ -259,6 +294,22 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// Notes, before its first lease is handed on, that the incoming VMM of `folder` may run.
+pub fn note_granted(folder: &Path) -> io::Result<()> {
+    OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(folder.join(GRANTED))
+        .map(drop)
+}
+
+/// Whether a lease of the incoming VMM of `folder` was noted.
+pub fn was_granted(folder: &Path) -> bool {
+    folder.join(GRANTED).exists()
 }
 
 /// Creates a file that only this user can read.
@@ -348,6 +399,45 @@ mod tests {
         ));
         store.begin(&Key::start("vm1", 9)).unwrap();
         store.begin(&Key::start("vm2", 1)).unwrap();
+    }
+
+    #[test]
+    fn an_epoch_that_a_vmm_may_have_run_for_has_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = open(dir.path());
+        let (aborted, arrived) = (Key::incoming("vm1", 2, "m1"), Key::incoming("vm1", 2, "m2"));
+        store.begin(&aborted).unwrap();
+        store.end(&aborted).unwrap();
+        let folder = store.begin(&arrived).unwrap();
+        note_granted(&folder).unwrap();
+        let refused = |store: &mut Store, key: &Key| match store.begin(key) {
+            Err(StoreError::Taken { other, .. }) => other,
+            answer => panic!("{answer:?}"),
+        };
+        let others = [Key::start("vm1", 2), Key::incoming("vm1", 2, "m9")];
+        for other in &others {
+            assert_eq!(refused(&mut store, other), arrived);
+        }
+        // Later ones of the same epoch, aborted, do not push it out; nor does a restart lose it.
+        store.end(&arrived).unwrap();
+        for folder in ["e2-m3", "e2-m4", "e2-m5", "e2-m6", "e2-m7"] {
+            fs::create_dir(dir.path().join("vms/vm1").join(folder)).unwrap();
+            for file in ["started", "over"] {
+                fs::write(dir.path().join("vms/vm1").join(folder).join(file), "").unwrap();
+            }
+        }
+        drop(store);
+        let (mut store, _) = open(dir.path());
+        store.end(&aborted).unwrap();
+        for other in &others {
+            assert_eq!(refused(&mut store, other), arrived);
+        }
+        store.begin(&Key::incoming("vm1", 3, "m8")).unwrap();
+        store.begin(&Key::start("vm1", 3)).unwrap();
+        assert_eq!(
+            refused(&mut store, &Key::incoming("vm1", 3, "m9")),
+            Key::start("vm1", 3)
+        );
     }
 
     #[test]

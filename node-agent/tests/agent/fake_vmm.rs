@@ -51,6 +51,8 @@ struct Incoming {
 }
 
 struct Fake {
+    /// Told to end it answers, and lives on.
+    deaf: bool,
     info: watch::Sender<VmmInfo>,
     requests: Mutex<Vec<String>>,
 }
@@ -66,6 +68,13 @@ impl Fake {
 
     fn note(&self, request: String) {
         self.requests.lock().unwrap().push(request);
+    }
+
+    fn end_as_told(&self) -> VmmInfo {
+        if !self.deaf {
+            self.end(0);
+        }
+        self.info.borrow().clone()
     }
 
     fn end(&self, code: i32) -> ! {
@@ -162,15 +171,16 @@ impl Vmm for Fake {
         let request = request.into_inner();
         self.note(format!("outcome {} {}", request.migration, request.committed));
         if request.committed {
-            self.end(0);
+            return Ok(Response::new(self.end_as_told()));
         }
-        Ok(Response::new(
-            self.change(|info| info.set_state(VmmState::Running)),
-        ))
+        Ok(Response::new(self.change(|info| {
+            info.migration = None;
+            info.set_state(VmmState::Running);
+        })))
     }
 
     async fn destroy(&self, _: Request<DestroyRequest>) -> Result<Response<VmmInfo>, Status> {
-        self.end(0)
+        Ok(Response::new(self.end_as_told()))
     }
 
     /// What was asked of it, a line each.
@@ -239,6 +249,7 @@ pub fn live() {
         ..VmmInfo::default()
     };
     let fake = Fake {
+        deaf: config.cmdline == "deaf",
         info: watch::Sender::new(info),
         requests: Mutex::default(),
     };

@@ -58,18 +58,26 @@ tests! {
     vm_tests::a_missing_image_fails_the_vm_and_names_it,
     vm_tests::silence_destroys_nothing_and_neither_does_an_unconfirmed_absence,
     vm_tests::a_vmm_that_hangs_is_killed_when_it_is_to_end,
+    vm_tests::a_vmm_that_ignores_its_end_is_killed_also_by_the_next_agent,
     migration_tests::a_target_prepares_commits_and_runs_by_the_commits_lease,
     migration_tests::a_commit_is_asked_for_until_it_is_answered_also_by_the_next_agent,
     migration_tests::a_target_whose_commit_is_refused_ends_without_a_report,
     migration_tests::a_target_that_dies_aborts_its_migration,
     migration_tests::a_source_connects_pauses_and_resumes_by_the_abort_in_the_log,
     migration_tests::a_source_ends_when_the_hand_over_is_committed,
+    migration_tests::a_source_that_ignores_the_commit_is_killed,
+    migration_tests::a_vm_that_arrived_and_died_with_its_agent_is_never_booted,
     migration_tests::a_failure_of_either_side_is_proposed_as_an_abort_with_its_phase,
 }
 
 fn main() -> ExitCode {
     if std::env::var_os(fake_vmm::IS_VMM).is_some() {
         fake_vmm::live();
+        return ExitCode::SUCCESS;
+    }
+    if drover_node_agent::inventory::kvm_caps().is_err() {
+        // Each test's agent registers what KVM offers, and does not start without any.
+        println!("SKIPPED: no usable /dev/kvm");
         return ExitCode::SUCCESS;
     }
     drover_pki::install_provider();

@@ -199,6 +199,65 @@ pub async fn a_source_ends_when_the_hand_over_is_committed() {
     assert!(!world.fleet.calls().iter().any(failed));
 }
 
+pub async fn a_source_that_ignores_the_commit_is_killed() {
+    let world = World::new().await;
+    let agent = world.agent().await;
+    let mut deaf = leaving(MigrationPhase::PreCopy);
+    deaf.vms[0].spec.as_mut().unwrap().cmdline = "deaf".into();
+    world
+        .fleet
+        .say(|script| (script.desired, script.grants) = (deaf, vec![("vm1".into(), 1)]));
+    world.until_state("e1-start", VmmState::Running).await;
+    let paused = paused_source(&world).await;
+    drop(agent);
+    let _agent = world.agent().await;
+    world
+        .fleet
+        .say(|script| (script.desired, script.grants) = (HostDesired::default(), vec![]));
+    world.until_file("e1-start", "over").await;
+    assert!(!lives(&paused));
+}
+
+pub async fn a_vm_that_arrived_and_died_with_its_agent_is_never_booted() {
+    let world = World::new().await;
+    let agent = world.agent().await;
+    world.fleet.say(prepare);
+    world.until_state(TARGET, VmmState::Incoming).await;
+    world.fleet.say(|script| script.commit = Some(true));
+    world.happen(TARGET, "ready").await;
+    let arrived = world.until_state(TARGET, VmmState::Running).await;
+    // It is to leave again, and that is aborted: m2 stays the VM's newest migration.
+    let later = |phase| {
+        let mut desired = run(2, Some(migration("m2", "host1", "host3", 3, phase)));
+        desired.vms[0].arrived_by = "m1".into();
+        desired
+    };
+    world
+        .fleet
+        .say(|script| script.desired = later(MigrationPhase::Preparing));
+    world.fleet.until_vm(VmState::Running, 2).await;
+    drop(agent);
+    kill_9(&arrived);
+    world
+        .fleet
+        .say(|script| script.desired = later(MigrationPhase::Aborted));
+    world.fleet.forget_calls();
+    let agent = world.agent().await;
+    world.fleet.until_vm(VmState::Failed, 2).await;
+    // Should a controller say that it boots here, the host knows better.
+    drop(agent);
+    world.fleet.forget_calls();
+    world.fleet.say(|script| script.desired = run(2, None));
+    let _agent = world.agent().await;
+    let reason = world.fleet.until_vm(VmState::Failed, 2).await.reason.unwrap();
+    assert!(
+        reason.message.contains("vm1/e2-m1 may have run"),
+        "{}",
+        reason.message
+    );
+    assert!(!world.folder("e2-start").exists());
+}
+
 pub async fn a_failure_of_either_side_is_proposed_as_an_abort_with_its_phase() {
     let world = World::new().await;
     let _agent = world.agent().await;

@@ -242,3 +242,20 @@ pub async fn a_vmm_that_hangs_is_killed_when_it_is_to_end() {
     world.fleet.until_vm(VmState::Stopped, 1).await;
     assert!(!lives(&info));
 }
+
+pub async fn a_vmm_that_ignores_its_end_is_killed_also_by_the_next_agent() {
+    let world = World::new().await;
+    let agent = world.agent().await;
+    world.fleet.say(|script| {
+        started(script);
+        script.desired.vms[0].spec.as_mut().unwrap().cmdline = "deaf".into();
+    });
+    let info = world.until_state("e1-start", VmmState::Running).await;
+    drop(agent);
+    world
+        .fleet
+        .say(|script| (script.desired, script.grants) = (stopping(), vec![]));
+    let _agent = world.agent().await;
+    world.fleet.until_vm(VmState::Stopped, 1).await;
+    assert!(!lives(&info));
+}
