@@ -283,7 +283,23 @@ pub fn restore(vcpu: &VcpuFd, caps: &Caps, saved: &SavedVcpu, plan: &TscPlan) ->
         .map_err(|error| refused("events", error))
 }
 
+/// Rates closer than this count as the same: KVM tolerates as much (`tsc_tolerance_ppm`, its default).
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// Refuses a guest whose TSC would run at another rate here, in the middle of its life. A rate of 0 is not known.
+fn check_tsc_rate(saved_khz: u32, host_khz: u32, can_scale: bool) -> Result<(), Fault> {
+    let apart = u64::from(saved_khz.abs_diff(host_khz)) * 1_000_000;
+    if can_scale || saved_khz == 0 || host_khz == 0 || apart <= u64::from(host_khz) * TSC_TOLERANCE_PPM {
+        return Ok(());
+    }
+    Err(bad(format!(
+        "the guest's TSC runs at {saved_khz} kHz, this host's at {host_khz} kHz, and its KVM cannot scale it: \
+         a host with a TSC of {saved_khz} kHz, or with TSC scaling, could take it"
+    )))
+}
+
 fn restore_tsc(vcpu: &VcpuFd, caps: &Caps, saved: &SavedVcpu, plan: &TscPlan) -> Result<(), Fault> {
+    check_tsc_rate(saved.tsc_khz, vcpu.get_tsc_khz().unwrap_or(0), caps.tsc_control)?;
     if caps.tsc_control && saved.tsc_khz != 0 && vcpu.get_tsc_khz().ok() != Some(saved.tsc_khz) {
         vcpu.set_tsc_khz(saved.tsc_khz)
             .map_err(|error| refused("TSC rate", error))?;
@@ -405,6 +421,40 @@ mod offset {
         match unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attr(&raw const value)) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tsc_of_another_rate_is_refused_with_both_rates_where_it_cannot_be_scaled() {
+        let fault = check_tsc_rate(2_000_000, 2_500_000, false).unwrap_err();
+        assert_eq!(fault.code, Code::BadState);
+        assert!(
+            fault.message.contains("2000000 kHz") && fault.message.contains("2500000 kHz"),
+            "{fault}"
+        );
+        assert!(check_tsc_rate(2_000_501, 2_000_000, false).is_err());
+        assert!(check_tsc_rate(1_999_499, 2_000_000, false).is_err());
+    }
+
+    #[test]
+    fn a_rate_that_is_close_or_unknown_or_can_be_scaled_is_taken() {
+        for (saved, host, can_scale) in [
+            (2_000_500, 2_000_000, false),
+            (1_999_500, 2_000_000, false),
+            (0, 2_000_000, false),
+            (2_000_000, 0, false),
+            (2_000_000, 2_500_000, true),
+        ] {
+            assert_eq!(
+                check_tsc_rate(saved, host, can_scale),
+                Ok(()),
+                "{saved} on {host}"
+            );
         }
     }
 }
