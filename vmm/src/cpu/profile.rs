@@ -2,7 +2,7 @@
 //!
 //! | profile | features |
 //! | --- | --- |
-//! | `host` | all that KVM offers on this host |
+//! | `host` | all that KVM offers on this host, but for VMX and SVM: a guest that runs guests has state that is not saved yet |
 //! | `x86-64-v2`, `x86-64-v3` | the psABI's level, all of it, and nothing else that one could compute with; refused where KVM lacks a part |
 //! | `baseline` | as `x86-64-v2`, less whatever KVM lacks here |
 //!
@@ -29,7 +29,7 @@ pub enum Profile {
     /// The psABI's level 3.
     #[serde(rename = "x86-64-v3")]
     V3,
-    /// Everything KVM offers here.
+    /// Everything KVM offers here but nested virtualization.
     #[serde(rename = "host")]
     Host,
 }
@@ -112,6 +112,13 @@ const LEAF_KVM_FEATURES: u32 = 0x4000_0001;
 /// KVM features a level keeps: clocksource (old and new), no I/O delay, stable clock.
 const KVM_FEATURES: u32 = 1 | 1 << 1 | 1 << 3 | 1 << 24;
 
+/// In leaf 1, ECX.
+const VMX: u32 = 1 << 5;
+/// In leaf 0x80000001, ECX.
+const SVM: u32 = 1 << 2;
+/// What SVM offers in detail.
+const LEAF_SVM: u32 = 0x8000_000a;
+
 const HTT: u32 = 1 << 28;
 const HYPERVISOR: u32 = 1 << 31;
 
@@ -156,7 +163,8 @@ impl Profile {
     /// The CPUID of a guest with `vcpus` vCPUs, the same for all of them but for what [`for_vcpu`] fills in.
     pub fn apply(self, supported: &[kvm_cpuid_entry2], vcpus: u32) -> Result<Vec<kvm_cpuid_entry2>, Fault> {
         let Some(level) = self.level() else {
-            return Ok(with_topology(supported.to_vec(), vcpus));
+            let entries = supported.iter().filter_map(without_nesting).collect();
+            return Ok(with_topology(entries, vcpus));
         };
         let lacking: Vec<&str> = FEATURES
             .iter()
@@ -173,6 +181,18 @@ impl Profile {
             .collect();
         Ok(with_topology(entries, vcpus))
     }
+}
+
+/// A leaf without VMX and SVM: no state of a guest's own guests is saved (`KVM_GET_NESTED_STATE`).
+fn without_nesting(entry: &kvm_cpuid_entry2) -> Option<kvm_cpuid_entry2> {
+    let mut entry = *entry;
+    match entry.function {
+        LEAF_1 => entry.ecx &= !VMX,
+        LEAF_EXT => entry.ecx &= !SVM,
+        LEAF_SVM => return None,
+        _ => {}
+    }
+    Some(entry)
 }
 
 /// What of one leaf a guest of `level` sees; nothing of most leaves.
@@ -323,6 +343,7 @@ mod tests {
             LEAF_KVM_FEATURES,
             0x8000_0001,
             0x8000_0008,
+            LEAF_SVM,
         ]
         .map(|function| leaf(function, 0))
         .into_iter()
@@ -360,6 +381,18 @@ mod tests {
         assert!(names(&v3).contains(&"avx2"));
         assert_eq!(find(&v3, 0xd).unwrap().eax, XCR0_AVX);
         assert!(!v3.iter().any(|entry| entry.function == 0xd && entry.index == 9));
+    }
+
+    #[test]
+    fn no_profile_shows_nested_virtualization() {
+        for profile in [Profile::Baseline, Profile::V2, Profile::V3, Profile::Host] {
+            let entries = profile.apply(&everything(), 1).unwrap();
+            let ecx = |leaf| find(&entries, leaf).unwrap().ecx;
+            assert_eq!((ecx(LEAF_1) & VMX, ecx(LEAF_EXT) & SVM), (0, 0), "{profile:?}");
+            assert!(find(&entries, LEAF_SVM).is_none(), "{profile:?}");
+        }
+        let host = Profile::Host.apply(&everything(), 1).unwrap();
+        assert_eq!(find(&host, LEAF_1).unwrap().ecx, !VMX, "all else is shown");
     }
 
     #[test]
