@@ -52,6 +52,8 @@ struct Core {
     reason: Option<Fault>,
     listen_addr: String,
     migration: Option<Migration>,
+    /// The highest number of a migration whose abort was told. None up to it may start: the call that starts one can be late.
+    aborted_up_to: Option<u64>,
     /// An engine's thread is alive, perhaps of a migration that was aborted meanwhile.
     engine_busy: bool,
     received: Option<Received>,
@@ -116,6 +118,7 @@ impl Machine {
                 reason,
                 listen_addr: String::new(),
                 migration: None,
+                aborted_up_to: None,
                 engine_busy: false,
                 received: None,
             }),
@@ -308,6 +311,9 @@ impl Machine {
     /// The outcome of a migration from the log.
     pub fn outcome(&self, request: &OutcomeRequest) -> Result<VmmInfo, Fault> {
         let mut core = self.core();
+        if !request.committed {
+            core.aborted_up_to = core.aborted_up_to.max(migration_number(&request.migration));
+        }
         let current = core
             .migration
             .as_ref()
@@ -373,6 +379,14 @@ impl Machine {
             {
                 drop(core);
                 return Ok(self.info());
+            }
+            let number = migration_number(&request.migration);
+            if number.is_some() && number <= core.aborted_up_to {
+                let message = format!(
+                    "migration {} was aborted before it started here",
+                    request.migration
+                );
+                return Err(Fault::new(Code::MigrationEnded, message).field("migration"));
             }
             let under_way = core
                 .migration
@@ -534,6 +548,11 @@ impl Machine {
             self.settle(&mut core);
         }
     }
+}
+
+/// The number in a migration's id, `m` and a number: a later migration has a higher one.
+fn migration_number(id: &str) -> Option<u64> {
+    id.strip_prefix('m')?.parse().ok()
 }
 
 impl Migration {

@@ -109,7 +109,12 @@ fn what_is_not_a_kernel_becomes_a_failed_vm_that_says_so() {
 }
 
 fn incoming(config: &mut serde_json::Value, from: &str) {
-    config["incoming"] = serde_json::json!({"migration": "m1", "from_host": from, "listen_ip": "127.0.0.1"});
+    incoming_by(config, "m1", from);
+}
+
+fn incoming_by(config: &mut serde_json::Value, migration: &str, from: &str) {
+    config["incoming"] =
+        serde_json::json!({"migration": migration, "from_host": from, "listen_ip": "127.0.0.1"});
 }
 
 fn listen_addr(machine: &Machine) -> String {
@@ -117,8 +122,12 @@ fn listen_addr(machine: &Machine) -> String {
 }
 
 fn send(source: &Arc<Machine>, addr: String, target_host: &str) -> Result<(), Fault> {
+    send_by(source, "m1", addr, target_host)
+}
+
+fn send_by(source: &Arc<Machine>, migration: &str, addr: String, target_host: &str) -> Result<(), Fault> {
     let request = StartOutgoingRequest {
-        migration: "m1".into(),
+        migration: migration.into(),
         target_addr: addr,
         target_host: target_host.into(),
         target_epoch: source.config().epoch + 1,
@@ -221,8 +230,8 @@ fn an_abort_after_the_pause_resumes_the_source_and_a_second_attempt_succeeds() {
         has_seconds(before + 2),
     ));
 
-    let second = world.machine("host2", 2, |config| incoming(config, "host1"));
-    send(&source, listen_addr(&second), "host2").unwrap();
+    let second = world.machine("host2", 2, |config| incoming_by(config, "m2", "host1"));
+    send_by(&source, "m2", listen_addr(&second), "host2").unwrap();
     await_state(&second, VmmState::Ready);
     grant(&second);
     let before = seconds(&text(second.console()), "t").len();
@@ -231,6 +240,34 @@ fn an_abort_after_the_pause_resumes_the_source_and_a_second_attempt_succeeds() {
         "line after the move",
         has_seconds(before + 2),
     ));
+}
+
+#[test]
+fn a_migration_whose_abort_was_told_does_not_start_afterwards_nor_does_an_older_one() {
+    needs_kvm!();
+    let world = World::new();
+    let source = world.machine("host1", 1, |_| {});
+    grant(&source);
+    let told = |migration: &str| {
+        source.outcome(&OutcomeRequest {
+            migration: migration.into(),
+            committed: false,
+        })
+    };
+    told("m7").unwrap();
+    told("m5").unwrap();
+    for late in ["m5", "m6", "m7"] {
+        let fault = send_by(&source, late, "127.0.0.1:1".into(), "host2").unwrap_err();
+        assert_eq!(
+            (fault.code, fault.field.as_str()),
+            (Code::MigrationEnded, "migration"),
+            "{fault}"
+        );
+        assert_eq!(source.info().migration, None, "{late}");
+    }
+    let target = world.machine("host2", 2, |config| incoming_by(config, "m8", "host1"));
+    send_by(&source, "m8", listen_addr(&target), "host2").unwrap();
+    await_state(&target, VmmState::Ready);
 }
 
 #[test]
