@@ -8,7 +8,7 @@ use kvm_bindings::{
     kvm_enable_cap,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use tracing::{debug, warn};
+use tracing::{info, warn};
 
 /// The KVM API that has been stable since Linux 2.6.22.
 const API_VERSION: i32 = 12;
@@ -74,11 +74,10 @@ impl Caps {
         let offered = |cap, name: &str, without: &str| {
             let offered = kvm.check_extension(cap);
             if !offered {
-                debug!(capability = name, "KVM lacks a capability: {without}");
+                info!(capability = name, "KVM lacks a capability: {without}");
             }
             offered
         };
-        let clock_flags = u32::try_from(kvm.check_extension_int(Cap::AdjustClock)).unwrap_or(0);
         Ok(Self {
             xcrs: offered(
                 Cap::Xcrs,
@@ -86,7 +85,7 @@ impl Caps {
                 "extended control registers stay as KVM sets them",
             ),
             manual_dirty_protect: manual_protect_offered(kvm),
-            clock_realtime: clock_flags & KVM_CLOCK_REALTIME != 0,
+            clock_realtime: clock_realtime_offered(kvm),
             tsc_control: offered(
                 Cap::TscControl,
                 "TSC_CONTROL",
@@ -127,7 +126,18 @@ fn manual_protect_offered(kvm: &Kvm) -> bool {
     let flags = kvm.check_extension_raw(u64::from(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2));
     let offered = u32::try_from(flags).unwrap_or(0) & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0;
     if !offered {
-        debug!("KVM lacks manual dirty-log protection; rounds protect all pages at once");
+        info!("KVM lacks manual dirty-log protection; rounds protect all pages at once");
+    }
+    offered
+}
+
+fn clock_realtime_offered(kvm: &Kvm) -> bool {
+    let flags = u32::try_from(kvm.check_extension_int(Cap::AdjustClock)).unwrap_or(0);
+    let offered = flags & KVM_CLOCK_REALTIME != 0;
+    if !offered {
+        info!(
+            "KVM does not tie its clock to real time; the guest's clocks are set forward by readings a little apart"
+        );
     }
     offered
 }
