@@ -133,7 +133,7 @@ impl Tx<'_> {
         migration.target_addr.clone_from(addr);
         migration.changed_ms = now_ms;
         self.migration_event(
-            phase_name(to),
+            &phase_name(to).replace('-', "_"),
             &advance.id,
             format!("{} is {}", advance.id, phase_name(to)),
         );
@@ -405,7 +405,7 @@ fn phase_name(phase: MigrationPhase) -> &'static str {
         MigrationPhase::Unspecified => "unspecified",
         MigrationPhase::Planned => "planned",
         MigrationPhase::Preparing => "preparing",
-        MigrationPhase::PreCopy => "pre_copy",
+        MigrationPhase::PreCopy => "pre-copy",
         MigrationPhase::Switchover => "switchover",
         MigrationPhase::Ready => "ready",
         MigrationPhase::Committed => "committed",
