@@ -3,7 +3,7 @@
 //! The guest is built first, by the cargo that runs the test. Needs qemu-system-x86_64; the tests of hardware virtualization need
 //! /dev/kvm as well.
 
-#![allow(clippy::unwrap_used)] // a test may, its helpers too
+#![allow(clippy::unwrap_used, reason = "a test may, its helpers too")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;

@@ -7,7 +7,7 @@ use drover_vmm::save;
 const LOW_END: u64 = 64 << 20;
 
 /// Whatever decodes must encode, and decode to the same.
-#[allow(dead_code)] // each target uses one
+#[allow(dead_code, reason = "each target uses one")]
 pub fn save(bytes: &[u8]) {
     if let Ok(saved) = save::decode(bytes) {
         let again = save::encode(&saved);
@@ -18,7 +18,7 @@ pub fn save(bytes: &[u8]) {
 }
 
 /// Whatever is taken for a kernel must lie within the guest.
-#[allow(dead_code)] // each target uses one
+#[allow(dead_code, reason = "each target uses one")]
 pub fn kernel(bytes: &[u8]) {
     if let Ok(parts) = image::parse(bytes).and_then(|kernel| kernel.parts(LOW_END)) {
         for part in parts {

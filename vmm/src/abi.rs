@@ -2,7 +2,7 @@
 //!
 //! The kernel fixes these layouts for ever (Linux, Documentation/virt/kvm/api.rst), so their bytes are the format. A length
 //! that is not exactly the structure's is refused.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "KVM's structures are read as bytes and back")]
 
 use kvm_bindings::{
     kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_pit_state2, kvm_regs, kvm_sregs,

@@ -100,7 +100,7 @@ pub fn merge_at(into: &mut [u64], first: u64, words: &[u64], pages: u64) {
 }
 
 /// The one ioctl that `kvm-ioctls` does not wrap.
-#[allow(unsafe_code)]
+#[allow(unsafe_code, reason = "an ioctl that no crate wraps")]
 mod clear {
     use std::io;
 

@@ -596,7 +596,7 @@ fn watch_loop(machine: &Weak<Machine>) {
     }
 }
 
-#[allow(unsafe_code)]
+#[allow(unsafe_code, reason = "an eventfd's descriptor is lent to poll")]
 fn borrow(fd: &vmm_sys_util::eventfd::EventFd) -> BorrowedFd<'_> {
     use std::os::fd::AsRawFd;
     // SAFETY: the descriptor is open as long as the eventfd is borrowed.

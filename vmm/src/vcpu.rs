@@ -394,7 +394,10 @@ fn log_state(fd: &VcpuFd, memory: &Memory, what: &str) -> String {
 }
 
 /// What touches the shared `kvm_run` page and signals.
-#[allow(unsafe_code)]
+#[allow(
+    unsafe_code,
+    reason = "signals, a timer, and the page that is shared with KVM"
+)]
 mod raw {
     use std::cell::Cell;
     use std::io;

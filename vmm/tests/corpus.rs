@@ -1,6 +1,6 @@
 //! The fuzz targets' corpus: every test run replays it and mutates it a little. `DROVER_WRITE_CORPUS=1` writes it anew.
 
-#![allow(clippy::unwrap_used)] // a test may, its helpers too
+#![allow(clippy::unwrap_used, reason = "a test may, its helpers too")]
 
 #[path = "../fuzz/exercise.rs"]
 mod exercise;

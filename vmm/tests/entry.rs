@@ -1,6 +1,6 @@
 //! The 64-bit entry of an ELF image by the Linux boot protocol. Everything else boots the probe through its PVH note.
 
-#![allow(clippy::unwrap_used)] // a test may, its helpers too
+#![allow(clippy::unwrap_used, reason = "a test may, its helpers too")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! A VM with its right to run: leases, ends with reasons, migration between two machines over mutual TLS.
 
-#![allow(clippy::unwrap_used)] // a test may, its helpers too
+#![allow(clippy::unwrap_used, reason = "a test may, its helpers too")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! The program itself: its configuration, its lock, its socket, its end.
 
-#![allow(clippy::unwrap_used)] // a test may, its helpers too
+#![allow(clippy::unwrap_used, reason = "a test may, its helpers too")]
 
 mod common;
 

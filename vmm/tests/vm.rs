@@ -1,6 +1,6 @@
 //! A VM on real KVM with the probe guest: boot, pause, dirty log, save and restore.
 
-#![allow(clippy::unwrap_used)] // a test may, its helpers too
+#![allow(clippy::unwrap_used, reason = "a test may, its helpers too")]
 
 mod common;
 

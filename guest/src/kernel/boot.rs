@@ -2,7 +2,7 @@
 //!
 //! Two forms: Xen's `hvm_start_info` (PVH boot ABI, `xen/include/public/arch-x86/hvm/start_info.h`) and Linux's `boot_params` (kernel
 //! documentation, `Documentation/arch/x86/zero-page.rst`). Both are read once, before any owned page is touched.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "the loader hands over addresses")]
 
 use drover_probe::layout::Layout;
 use drover_probe::params::{BadParam, Why};

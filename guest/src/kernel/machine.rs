@@ -2,7 +2,7 @@
 //!
 //! Layouts and register offsets: Intel SDM volume 3, chapters 7 (task state, I/O permission bitmap), 6 (interrupt table) and 11 (local
 //! APIC, start-up of application processors).
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "a kernel programs its machine")]
 
 use core::arch::asm;
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};

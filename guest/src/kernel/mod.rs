@@ -29,7 +29,7 @@ use self::worker::Worker;
 static FILLED: AtomicUsize = AtomicUsize::new(0);
 
 /// Where boot.s enters ring 3, once a processor.
-#[allow(unsafe_code)]
+#[allow(unsafe_code, reason = "boot.s calls it by its name")]
 // SAFETY: boot.s is the only other user of the name.
 #[unsafe(no_mangle)]
 extern "C" fn probe_entry(processor: usize, kind: u64, boot_address: u64) -> ! {
@@ -102,7 +102,7 @@ fn start_work(plan: &'static Plan, processor: usize) -> Worker {
 }
 
 /// Where boot.s hands over an exception, in ring 3, with interrupts off and no interrupt table.
-#[allow(unsafe_code)]
+#[allow(unsafe_code, reason = "boot.s calls it by its name")]
 // SAFETY: boot.s is the only other user of the name.
 #[unsafe(no_mangle)]
 extern "C" fn probe_exception(vector: u64, error: u64, rip: u64, cr2: u64, cs: u64, rsp: u64) -> ! {

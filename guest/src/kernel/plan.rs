@@ -1,5 +1,5 @@
 //! What all processors agree on, made by processor 0 and published once.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "published once by one processor, then only read")]
 
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicBool, Ordering};

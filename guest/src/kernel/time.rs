@@ -1,5 +1,8 @@
 //! Time: the counter, its frequency, the hypervisor's clock, and the local APIC's timer.
-#![allow(unsafe_code)]
+#![allow(
+    unsafe_code,
+    reason = "time-stamp counter, kvmclock page and timer are read raw"
+)]
 
 use core::sync::atomic::Ordering;
 

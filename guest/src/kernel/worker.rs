@@ -1,5 +1,5 @@
 //! One processor's work: write, verify, watch the clocks.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "it writes memory by address")]
 
 use core::sync::atomic::{AtomicU64, Ordering};
 

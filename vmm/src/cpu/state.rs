@@ -362,7 +362,7 @@ pub fn check_cpuid(saved: &[SavedVcpu], supported: &[kvm_cpuid_entry2]) -> Resul
     Ok(())
 }
 
-#[allow(unsafe_code)]
+#[allow(unsafe_code, reason = "the structure may be shorter than what KVM reads")]
 mod xsave {
     use kvm_bindings::kvm_xsave;
     use kvm_ioctls::VcpuFd;
@@ -375,7 +375,7 @@ mod xsave {
 }
 
 /// `KVM_VCPU_TSC_OFFSET`, an attribute of the vCPU, for which `kvm-ioctls` has no wrappers on x86.
-#[allow(unsafe_code)]
+#[allow(unsafe_code, reason = "ioctls that no crate wraps")]
 mod offset {
     use std::io;
 

@@ -1,7 +1,7 @@
 //! What the tests against real KVM share: the probe guest, machines made of a configuration, and waiting for the console.
 
-#![allow(dead_code)] // each test binary uses its part
-#![allow(clippy::unwrap_used)] // a test may, its helpers too
+#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(clippy::unwrap_used, reason = "a test may, its helpers too")]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
