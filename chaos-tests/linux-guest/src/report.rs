@@ -22,6 +22,8 @@ pub enum Report {
         migrated: bool,
         /// What it said of itself.
         guest: GuestFacts,
+        /// When it was asked for its uptime and the time of day.
+        asked: Asked,
     },
     /// The second VMM runs the guest.
     Migrated {
@@ -43,6 +45,15 @@ pub enum Report {
     Done,
 }
 
+/// When a question was under way, by `CLOCK_BOOTTIME` of the emulated host, nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked {
+    /// Before it was typed.
+    pub typed_ns: u64,
+    /// After the answer was read.
+    pub answered_ns: u64,
+}
+
 /// What the guest's shell says of itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GuestFacts {
@@ -52,6 +63,8 @@ pub struct GuestFacts {
     pub shell_pid: u64,
     /// Hundredths of a second by `/proc/uptime`.
     pub uptime_cs: u64,
+    /// `date +%s`.
+    pub wall_s: u64,
     /// The clock source in use.
     pub clock_source: String,
     /// Digest of a file of random bytes in the guest's memory.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use drover_linux_guest::host::{self, Programs};
 use drover_linux_guest::kernel::Kernel;
-use drover_linux_guest::report::{GuestFacts, Report};
+use drover_linux_guest::report::{Asked, GuestFacts, Report};
 
 /// The folder that cargo builds into: an integration test's temporary folder lies in it.
 fn target_dir() -> PathBuf {
@@ -44,12 +44,33 @@ fn reports() -> Result<Vec<Report>, String> {
     Ok(host::run(&kernel, &initramfs, &cache.join("console.log")).expect("the emulated host runs"))
 }
 
-fn answer(reports: &[Report], after: bool) -> &GuestFacts {
+fn answer(reports: &[Report], after: bool) -> (&GuestFacts, Asked) {
     let found = reports.iter().find_map(|report| match report {
-        Report::Answered { migrated, guest } if *migrated == after => Some(guest),
+        Report::Answered {
+            migrated,
+            guest,
+            asked,
+        } if *migrated == after => Some((guest, *asked)),
         _ => None,
     });
     found.unwrap_or_else(|| panic!("no answer (after the migration: {after}) in {reports:#?}"))
+}
+
+/// The grain of `/proc/uptime`, and how far the host's clock may be read apart from the guest's, ms.
+const UPTIME_SLACK_MS: u64 = 50;
+/// The grain of `date +%s`, ms.
+const WALL_SLACK_MS: u64 = 1000;
+
+/// So much time passed for the guest between its answers as for its host: at least from the first answer to the second question,
+/// at most from the first question to the second answer. Clocks under emulation differ by up to a hundredth.
+fn assert_time_is_true(what: &str, guest_ms: u64, slack_ms: u64, first: Asked, second: Asked) {
+    let least = (second.typed_ns - first.answered_ns) / 1_000_000;
+    let most = (second.answered_ns - first.typed_ns) / 1_000_000;
+    println!("{what}: {guest_ms} ms in the guest, {least} to {most} ms on its host");
+    assert!(
+        guest_ms + slack_ms >= least - least / 100 && guest_ms <= most + most / 100 + slack_ms,
+        "{what} advanced by {guest_ms} ms, the host's clock by {least} to {most} ms"
+    );
 }
 
 #[test]
@@ -63,7 +84,7 @@ fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
     };
     println!("{reports:#?}");
     assert_eq!(reports.last(), Some(&Report::Done), "{reports:#?}");
-    let (before, after) = (answer(&reports, false), answer(&reports, true));
+    let ((before, first), (after, second)) = (answer(&reports, false), answer(&reports, true));
     assert!(
         before.release.ends_with("-cloud-amd64"),
         "a stock kernel: {before:?}"
@@ -74,12 +95,20 @@ fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
         "{before:?}"
     );
     assert_eq!((before.cpus, before.complaints), (2, 0), "{before:?}");
-    // Uptime goes on, everything else is as it was: the same shell, the same memory, nothing new to complain about.
-    assert!(after.uptime_cs > before.uptime_cs, "{before:?} {after:?}");
+    // Time goes on, at its pace; everything else is as it was: the same shell, the same memory, nothing new to complain about.
+    assert!(
+        after.uptime_cs > before.uptime_cs && after.wall_s > before.wall_s,
+        "{before:?} {after:?}"
+    );
+    let uptime_ms = (after.uptime_cs - before.uptime_cs) * 10;
+    assert_time_is_true("uptime", uptime_ms, UPTIME_SLACK_MS, first, second);
+    let wall_ms = (after.wall_s - before.wall_s) * 1000;
+    assert_time_is_true("the time of day", wall_ms, WALL_SLACK_MS, first, second);
     assert_eq!(
         after,
         &GuestFacts {
             uptime_cs: after.uptime_cs,
+            wall_s: after.wall_s,
             ..before.clone()
         }
     );

@@ -90,13 +90,14 @@ async fn drive() -> Result<()> {
         .write_random_file()
         .await
         .context("filling a file in the guest")?;
-    let before = shell
+    let (before, asked) = shell
         .facts()
         .await
         .context("asking the guest before the migration")?;
     say(&Report::Answered {
         migrated: false,
         guest: before,
+        asked,
     });
 
     let incoming = json!({ "migration": MIGRATION, "from_host": "host1", "listen_ip": "127.0.0.1" });
@@ -104,13 +105,14 @@ async fn drive() -> Result<()> {
     let migrated = migrate(&mut source, &mut target).await?;
     shell.follow(&target);
     say(&migrated);
-    let after = shell
+    let (after, asked) = shell
         .facts()
         .await
         .context("asking the guest after the migration")?;
     say(&Report::Answered {
         migrated: true,
         guest: after,
+        asked,
     });
     Ok(())
 }

@@ -6,13 +6,13 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use drover_linux_guest::report::GuestFacts;
+use drover_linux_guest::report::{Asked, GuestFacts};
 use drover_proto::v1::vmm_client::VmmClient;
 use drover_proto::v1::{ReadConsoleRequest, WriteConsoleRequest};
 use tokio::time::{Instant, sleep};
 use tonic::transport::Channel;
 
-use crate::vmm::Vmm;
+use crate::vmm::{Vmm, boottime};
 
 const PROMPT: &str = "guest-shell> ";
 const ANSWER_MAX: Duration = Duration::from_secs(90);
@@ -57,20 +57,28 @@ impl Shell {
             .map(drop)
     }
 
-    /// Asks the guest about itself.
-    pub async fn facts(&mut self) -> Result<GuestFacts> {
-        let uptime = self.ask("cat /proc/uptime").await?;
-        let hundredths = uptime
-            .split_whitespace()
-            .next()
-            .unwrap_or_default()
-            .replace('.', "");
-        Ok(GuestFacts {
+    /// Asks the guest about itself; and when it was asked for the time.
+    pub async fn facts(&mut self) -> Result<(GuestFacts, Asked)> {
+        let typed = boottime()?;
+        let times = self.ask("echo $(cat /proc/uptime) $(date +%s)").await?;
+        let answered = boottime()?;
+        let asked = Asked {
+            typed_ns: typed.as_nanos().try_into()?,
+            answered_ns: answered.as_nanos().try_into()?,
+        };
+        // Uptime, idle time, time of day.
+        let mut words = times.split_whitespace();
+        let hundredths = words.next().unwrap_or_default().replace('.', "");
+        let wall = words.nth(1).unwrap_or_default();
+        let facts = GuestFacts {
             release: self.ask("uname -r").await?,
             shell_pid: self.number("echo $$").await?,
             uptime_cs: hundredths
                 .parse()
-                .with_context(|| format!("the uptime {uptime:?}"))?,
+                .with_context(|| format!("the uptime in {times:?}"))?,
+            wall_s: wall
+                .parse()
+                .with_context(|| format!("the time of day in {times:?}"))?,
             clock_source: self
                 .ask("cat /sys/devices/system/clocksource/clocksource0/current_clocksource")
                 .await?,
@@ -79,7 +87,8 @@ impl Shell {
                 .number("dmesg | grep -c -E 'Oops|Kernel panic|BUG:|lockup|stalls on'")
                 .await?,
             cpus: self.number("nproc").await?,
-        })
+        };
+        Ok((facts, asked))
     }
 
     async fn number(&mut self, command: &str) -> Result<u64> {

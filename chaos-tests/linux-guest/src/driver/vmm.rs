@@ -163,9 +163,13 @@ fn connect(socket: PathBuf) -> Channel {
     Endpoint::from_static("http://vmm.drover").connect_with_connector_lazy(connect)
 }
 
+/// `CLOCK_BOOTTIME`.
+pub fn boottime() -> Result<Duration> {
+    Ok(clock_gettime(ClockId::CLOCK_BOOTTIME)?.into())
+}
+
 async fn give(mut client: VmmClient<Channel>, epoch: u64) -> Result<()> {
-    let now = Duration::from(clock_gettime(ClockId::CLOCK_BOOTTIME)?);
-    let deadline_boottime_ns = (now + LEASE).as_nanos().try_into()?;
+    let deadline_boottime_ns = (boottime()? + LEASE).as_nanos().try_into()?;
     client
         .grant(GrantRequest {
             epoch,
