@@ -23,6 +23,8 @@ const ROOT: &str = "/run/drover";
 const CLUSTER: &str = "linux-guest";
 const MIGRATION: &str = "m1";
 const GUEST_MEMORY_MIB: u64 = 256;
+/// One: with two, a vCPU of the guest stood still for good in some runs on the emulated host, before any migration.
+const GUEST_VCPUS: u32 = 1;
 /// The longest that booting may take in an emulated host.
 const BOOT_MAX: Duration = Duration::from_secs(240);
 /// The longest that a migration may take there.
@@ -134,7 +136,7 @@ fn folder(name: &str) -> Result<PathBuf> {
 
 fn config(host: &str, epoch: u64, tls: &TlsFiles, incoming: Option<serde_json::Value>) -> serde_json::Value {
     json!({
-        "cluster_id": CLUSTER, "host": host, "vm": "linux", "epoch": epoch, "vcpus": 2, "memory_mib": GUEST_MEMORY_MIB,
+        "cluster_id": CLUSTER, "host": host, "vm": "linux", "epoch": epoch, "vcpus": GUEST_VCPUS, "memory_mib": GUEST_MEMORY_MIB,
         "kernel": "/guest/vmlinuz", "initrd": "/guest/initrd", "cmdline": "console=ttyS0 quiet panic=-1",
         "cpu_profile": "host", "socket": "vmm.sock", "tls": tls, "incoming": incoming,
     })
