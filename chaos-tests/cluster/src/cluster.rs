@@ -30,6 +30,12 @@ pub const CLUSTER_ID: &str = "chaos";
 const CONTROLLER_PORT: u16 = 7001;
 const AGENT_PORT: u16 = 7101;
 
+/// A file that says that the folder is to be kept.
+const KEPT: &str = "kept";
+
+/// How a cluster's folder is named; the process that made it and something random follow.
+const FOLDER: &str = "drover-chaos-";
+
 /// Lines of each log that a failed test shows.
 const LOG_TAIL: usize = 40;
 
@@ -120,6 +126,26 @@ fn target_dir() -> Result<PathBuf> {
         .context("the test's program is not in a target folder")
 }
 
+/// Removes the folders of tests that were killed. Nothing else of them is left: see [`crate::process`].
+fn sweep() {
+    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let maker = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(FOLDER))
+            .and_then(|rest| rest.split_once('-'));
+        let Some(maker) = maker.and_then(|(pid, _)| pid.parse::<u32>().ok()) else {
+            continue;
+        };
+        if !Path::new(&format!("/proc/{maker}")).exists() && !entry.path().join(KEPT).exists() {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// Why this machine cannot run these tests, if it cannot.
 fn obstacle(binaries: &Path, probe: &Path) -> Option<String> {
     if !nix::unistd::geteuid().is_root() {
@@ -165,8 +191,9 @@ impl Cluster {
 
     fn start(settings: &Settings, binaries: PathBuf, probe: &Path) -> Result<Self> {
         drover_pki::install_provider();
+        sweep();
         let root = tempfile::Builder::new()
-            .prefix("drover-chaos-")
+            .prefix(&format!("{FOLDER}{}-", std::process::id()))
             .tempdir()
             .context("making the cluster's folder")?;
         let ips: Vec<_> = (0..PARTIES)
@@ -471,6 +498,7 @@ impl Drop for Cluster {
         }
         if std::env::var_os("DROVER_KEEP").is_some() {
             self.root.disable_cleanup(true);
+            let _ = fs::write(self.root.path().join(KEPT), "");
             eprintln!("kept {}", self.root.path().display());
         }
     }
