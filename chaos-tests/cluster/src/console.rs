@@ -1,59 +1,12 @@
 //! What the probe guest says of itself. It outranks every counter of ours: it owns pages that carry a number, a sequence
 //! and a checksum, counts timer ticks, and measures the gaps between them.
 
+use drover_probe::report::Second;
+
 use crate::{Client, await_some};
 
 /// How long one read waits for the guest's next bytes.
 const WAIT_MS: u32 = 1500;
-
-/// One line `probe t=…`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Report {
-    /// Seconds since the probe came up.
-    pub t: u64,
-    /// Timer interrupts so far.
-    pub ticks: u64,
-    /// The largest gap between two ticks since the last report, microseconds.
-    pub gap_us: u64,
-    /// The largest gap ever.
-    pub max_gap_us: u64,
-    /// Pages written so far.
-    pub written: u64,
-    /// Pages read back so far.
-    pub verified: u64,
-    /// Pages found to hold something else than was last written; never falls.
-    pub lost: u64,
-    /// How often time went back.
-    pub back: u64,
-}
-
-impl Report {
-    /// Reads a line; `None` if it is no report.
-    pub fn parse(line: &str) -> Option<Self> {
-        let words = line.trim().strip_prefix("probe t=")?;
-        let mut report = Self::default();
-        let mut known = 0;
-        for word in std::iter::once(format!("t={}", words.split(' ').next()?))
-            .chain(words.split(' ').skip(1).map(str::to_owned))
-        {
-            let (key, value) = word.split_once('=')?;
-            let field = match key {
-                "t" => &mut report.t,
-                "ticks" => &mut report.ticks,
-                "gap_us" => &mut report.gap_us,
-                "max_gap_us" => &mut report.max_gap_us,
-                "written" => &mut report.written,
-                "verified" => &mut report.verified,
-                "lost" => &mut report.lost,
-                "back" => &mut report.back,
-                _ => continue,
-            };
-            *field = value.parse().ok()?;
-            known += 1;
-        }
-        (known == 8).then_some(report)
-    }
-}
 
 /// A reader of one VM's console from its start, through every migration.
 pub struct Console {
@@ -63,7 +16,7 @@ pub struct Console {
     /// Every whole line so far.
     pub lines: Vec<String>,
     /// Every report so far.
-    pub reports: Vec<Report>,
+    pub reports: Vec<Second>,
 }
 
 impl Console {
@@ -105,7 +58,7 @@ impl Console {
                 "the guest complains: {line}"
             );
         }
-        if let Some(report) = Report::parse(&line) {
+        if let Some(report) = Second::parse(&line) {
             assert_eq!(report.lost, 0, "the guest lost pages: {line}");
             assert_eq!(report.back, 0, "the guest's time went back: {line}");
             if let Some(before) = self.reports.last() {
@@ -116,10 +69,10 @@ impl Console {
                     report.ticks
                 );
                 assert!(
-                    report.t >= before.t,
+                    report.t_s >= before.t_s,
                     "the guest's clock went from {} to {}: {line}",
-                    before.t,
-                    report.t
+                    before.t_s,
+                    report.t_s
                 );
                 assert!(
                     report.written >= before.written,
@@ -134,7 +87,7 @@ impl Console {
     }
 
     /// Waits for `more` whole reports after what the console held when this was called. So the guest is proven to run.
-    pub fn await_more(&mut self, client: &Client, more: usize) -> Report {
+    pub fn await_more(&mut self, client: &Client, more: usize) -> Second {
         // What was written before the call proves nothing: read it away first.
         let mut behind = self.offset;
         await_some("the console to answer", || {
@@ -183,9 +136,9 @@ mod tests {
     fn a_report_line_is_read_in_any_order_and_nothing_else_is() {
         let line =
             "probe t=7 ticks=700 gap_us=10012 max_gap_us=20000 written=5 verified=6 lost=0 back=0 later=9\r";
-        let report = Report::parse(line).expect("a whole report");
+        let report = Second::parse(line).expect("a whole report");
         assert_eq!(
-            (report.t, report.ticks, report.max_gap_us, report.verified),
+            (report.t_s, report.ticks, report.max_gap_us, report.verified),
             (7, 700, 20000, 6)
         );
         for other in [
@@ -194,7 +147,7 @@ mod tests {
             "probe t=x ticks=1 gap_us=1",
             "",
         ] {
-            assert_eq!(Report::parse(other), None, "{other}");
+            assert_eq!(Second::parse(other), None, "{other}");
         }
     }
 }

@@ -28,7 +28,7 @@ pub mod witness;
 
 pub use client::{Client, probe_spec};
 pub use cluster::{Cluster, Settings};
-pub use console::{Console, Report};
+pub use console::Console;
 pub use points::Points;
 pub use vmms::SeenVmm;
 
