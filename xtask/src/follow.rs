@@ -12,8 +12,17 @@ use crate::tally::Reader;
 /// A runner, the build of its tests included, is ended after so long. cargo-nextest also ends each test, long before.
 const LIMIT: Duration = Duration::from_secs(30 * 60);
 
-/// Runs `command`, shows and counts what it prints; whether it succeeded.
-pub fn follow(command: &mut Command, log: &mut File, reader: &mut Reader) -> Outcome<bool> {
+/// Who sees what a runner prints while it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum View {
+    /// Everybody, and the log.
+    Shown,
+    /// The log: the failures of a run that has to fail are not for readers, or programs, that look for failures.
+    LogOnly,
+}
+
+/// Runs `command`, counts what it prints, keeps it in `log` and shows it by `view`; whether it succeeded.
+pub fn follow(command: &mut Command, log: &mut File, view: View, reader: &mut Reader) -> Outcome<bool> {
     let broken = |error: std::io::Error| format!("running the tests: {error}");
     let (output, input) = std::io::pipe().map_err(broken)?;
     command
@@ -38,7 +47,7 @@ pub fn follow(command: &mut Command, log: &mut File, reader: &mut Reader) -> Out
         let text = String::from_utf8_lossy(&line);
         let text = text.trim_end_matches(['\n', '\r']);
         log.write_all(&line).map_err(broken)?;
-        if reader.line(text) {
+        if reader.line(text) && view == View::Shown {
             eprintln!("{text}");
         }
         line.clear();

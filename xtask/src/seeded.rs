@@ -1,6 +1,7 @@
 //! Deliberate mistakes: each is put in, and the test that must see it must fail; without it, the same test must pass.
 
-use crate::suites::{Selection, run_tests};
+use crate::follow::View;
+use crate::suites::{Selection, log_of, run_tests};
 use crate::tally::{Fate, Tally};
 
 /// A deliberate mistake and the test that catches it.
@@ -51,20 +52,27 @@ pub fn run(total: &mut Tally) {
 
 fn try_one(total: &mut Tally, name: &str, seeded: &Seeded) {
     let selection = Selection::test(seeded.package, seeded.test);
-    let sound = run_tests(&format!("seeded-{}-off", seeded.bug), &selection, &[]);
+    let sound = run_tests(
+        &format!("seeded-{}-off", seeded.bug),
+        &selection,
+        View::Shown,
+        &[],
+    );
     match only(&sound, seeded.test) {
         Ok(Fate::Passed) => {}
         Ok(Fate::Skipped(why)) => return total.skip(name, &why),
         Ok(Fate::Failed) => return total.check(name, Err(format!("{} fails without the bug", seeded.test))),
         Err(why) => return total.check(name, Err(why)),
     }
+    let part = format!("seeded-{}-on", seeded.bug);
     eprintln!(
-        "--- now with DROVER_SEEDED_BUG={}: the test must fail ---",
+        "--- now with DROVER_SEEDED_BUG={}: the test must not pass ---",
         seeded.bug
     );
     let broken = run_tests(
-        &format!("seeded-{}-on", seeded.bug),
+        &part,
         &selection,
+        View::LogOnly,
         &[("DROVER_SEEDED_BUG", seeded.bug)],
     );
     let verdict = match only(&broken, seeded.test) {
@@ -73,7 +81,12 @@ fn try_one(total: &mut Tally, name: &str, seeded: &Seeded) {
             Ok(())
         }
         Ok(fate) => Err(format!("{} did not see it: {fate:?}", seeded.test)),
-        Err(why) => Err(why),
+        Err(why) => {
+            // No verdict of the test's: what its runner said was kept from view.
+            let said = log_of(&part).map(std::fs::read_to_string);
+            eprintln!("{}", said.map_or_else(|why| why, Result::unwrap_or_default));
+            Err(why)
+        }
     };
     total.check(name, verdict);
 }

@@ -5,11 +5,12 @@
 //! that no part builds a crate again. Every part runs although another failed; the last line counts them all.
 
 use std::fs::File;
+use std::path::PathBuf;
 use std::process::Command;
 
 use crate::artifacts::{build_chaos, chaos_features, target_dir};
 use crate::binaries::{TestBinary, build};
-use crate::follow::follow;
+use crate::follow::{View, follow};
 use crate::setup::{Need, is_root, kvm_problem, prepare};
 use crate::tally::{Fate, Reader, Runner, Tally};
 use crate::tool::{cargo, show, succeeds, typed};
@@ -107,10 +108,20 @@ fn run_parts(parts: &[Part], total: &mut Tally) {
             continue;
         }
         match part {
-            Part::Unit => total.add(run_tests("unit", &Selection::the_rest(), &[])),
-            Part::Cluster => total.add(run_tests("cluster", &Selection::package(CLUSTER), &[])),
+            Part::Unit => total.add(run_tests("unit", &Selection::the_rest(), View::Shown, &[])),
+            Part::Cluster => total.add(run_tests(
+                "cluster",
+                &Selection::package(CLUSTER),
+                View::Shown,
+                &[],
+            )),
             Part::SeededBugs => seeded::run(total),
-            Part::LinuxGuest => total.add(run_tests("linux-guest", &Selection::linux_guest(), &[])),
+            Part::LinuxGuest => total.add(run_tests(
+                "linux-guest",
+                &Selection::linux_guest(),
+                View::Shown,
+                &[],
+            )),
             Part::Lint => {}
         }
     }
@@ -215,25 +226,36 @@ impl Selection {
 }
 
 /// Runs the selected tests, keeps what they printed, and counts them.
-pub fn run_tests(part: &str, selection: &Selection, environment: &[(&str, &str)]) -> Tally {
+pub fn run_tests(part: &str, selection: &Selection, view: View, environment: &[(&str, &str)]) -> Tally {
     let mut tally = Tally::default();
-    match try_run(part, selection, environment) {
+    match try_run(part, selection, view, environment) {
         Ok(counted) => tally = counted,
         Err(why) => tally.check(part, Err(why)),
     }
     tally
 }
 
-fn try_run(part: &str, selection: &Selection, environment: &[(&str, &str)]) -> Outcome<Tally> {
-    let logs = target_dir()?.join("xtask");
-    let path = logs.join(format!("{part}.log"));
-    let mut log = std::fs::create_dir_all(&logs)
+/// Where the output of a part is kept.
+pub fn log_of(part: &str) -> Outcome<PathBuf> {
+    Ok(target_dir()?.join("xtask").join(format!("{part}.log")))
+}
+
+fn try_run(part: &str, selection: &Selection, view: View, environment: &[(&str, &str)]) -> Outcome<Tally> {
+    let path = log_of(part)?;
+    let folder = path.parent().expect("it is in a folder");
+    let mut log = std::fs::create_dir_all(folder)
         .and_then(|()| File::create(&path))
         .map_err(|error| format!("{}: {error}", path.display()))?;
     if succeeds(cargo().args(["nextest", "--version"])) {
         let mut command = nextest(selection);
         command.envs(environment.iter().copied());
-        return Ok(count(part, &mut command, &mut log, Reader::new(Runner::Nextest)));
+        return Ok(count(
+            part,
+            &mut command,
+            &mut log,
+            view,
+            Reader::new(Runner::Nextest),
+        ));
     }
     let mut tally = Tally::default();
     for binary in build()?.iter().filter(|binary| selection.holds(binary)) {
@@ -246,7 +268,7 @@ fn try_run(part: &str, selection: &Selection, environment: &[(&str, &str)]) -> O
             .args(selection.arguments())
             .envs(environment.iter().copied());
         let reader = Reader::new(Runner::Libtest(binary.id.clone()));
-        tally.add(count(&binary.id, &mut command, &mut log, reader));
+        tally.add(count(&binary.id, &mut command, &mut log, view, reader));
     }
     if tally.tests.is_empty() {
         return Err("no such test was found".to_owned());
@@ -265,9 +287,9 @@ fn nextest(selection: &Selection) -> Command {
 }
 
 /// Runs one runner and counts; a count that differs from the runner's own is a failure.
-fn count(name: &str, command: &mut Command, log: &mut File, mut reader: Reader) -> Tally {
+fn count(name: &str, command: &mut Command, log: &mut File, view: View, mut reader: Reader) -> Tally {
     eprintln!("+ {}", typed(command));
-    let ended = follow(command, log, &mut reader);
+    let ended = follow(command, log, view, &mut reader);
     let (mut tally, proof) = reader.finish();
     match ended {
         Err(why) => tally.check(name, Err(why)),
