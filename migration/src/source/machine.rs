@@ -484,6 +484,7 @@ impl Machine {
             dirty_bytes_per_s: sample.dirty_rate,
             bandwidth_bytes_per_s: bandwidth,
             eta_ms: u64::try_from(eta).unwrap_or(u64::MAX),
+            ..Progress::default()
         })
     }
 
