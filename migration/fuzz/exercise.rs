@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use drover_migration::codec::{self, Frame, HEADER_BYTES, Hello};
-use drover_migration::convergence::Intent;
+use drover_migration::convergence::{Costs, Intent};
 use drover_migration::handshake::{Expected, VERSIONS, regions};
 use drover_migration::source;
 use drover_migration::target;
@@ -117,11 +117,8 @@ fn new_source() -> source::Machine {
     let mut source = source::Machine::new(source::Config {
         hello: hello(),
         total_pages: PAGES,
-        intent: Intent {
-            max_downtime: Duration::from_millis(300),
-            deadline: None,
-            bandwidth: None,
-        },
+        intent: Intent::default(),
+        costs: Costs::NONE,
         tracker: "bitmap".into(),
         skip_final_pass: false,
     });

@@ -1,13 +1,9 @@
-//! How fast the link is, and how fast it may be used. Time comes in; no clock is read here.
+//! Rates, and how fast a link may be used. How fast it is: [`crate::meter`]. Time comes in; no clock is read here.
 
 use std::time::Duration;
 
 /// Work that a link may have done at once after a pause, as time at its full rate.
 const BURST: Duration = Duration::from_millis(50);
-/// A round with fewer content bytes says nothing about the link: the socket's buffer swallows it.
-const SAMPLE_BYTES_MIN: u64 = 1 << 20;
-/// Taken for the bandwidth while no round had enough content to measure it (an idle guest whose memory is zero), bytes/s.
-const ASSUMED: u64 = 100 << 20;
 
 /// `bytes` in `time`, as bytes a second.
 pub fn rate(bytes: u64, time: Duration) -> u64 {
@@ -46,35 +42,6 @@ impl Cap {
     }
 }
 
-/// The measured bandwidth: content bytes of the last round that had enough of them, over the time from its first byte
-/// until the target's acknowledgement, scanning included.
-#[derive(Clone, Debug, Default)]
-pub struct Meter {
-    measured: Option<u64>,
-}
-
-impl Meter {
-    /// A round carried `bytes` of content in `took`.
-    pub fn round(&mut self, bytes: u64, took: Duration) {
-        if bytes >= SAMPLE_BYTES_MIN {
-            self.measured = Some(rate(bytes, took));
-        }
-    }
-
-    /// Bytes a second as measured, if they were.
-    pub fn measured(&self) -> Option<u64> {
-        self.measured
-    }
-
-    /// Bytes a second to reckon with, never 0. `cap`: the rate that may be used.
-    pub fn estimate(&self, cap: Option<u64>) -> u64 {
-        self.measured
-            .unwrap_or(ASSUMED)
-            .min(cap.unwrap_or(u64::MAX))
-            .max(1)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,16 +68,6 @@ mod tests {
         let now = Duration::from_secs(3600);
         let waits: Duration = (0..20).map(|_| cap.wait(now, MIB)).max().unwrap();
         assert_eq!(waits, Duration::from_millis(1900) - BURST);
-    }
-
-    #[test]
-    fn small_rounds_leave_the_estimate_alone() {
-        let mut meter = Meter::default();
-        assert_eq!(meter.estimate(None), ASSUMED);
-        meter.round(500 * MIB, Duration::from_secs(1));
-        meter.round(4096, Duration::from_nanos(10));
-        assert_eq!(meter.estimate(None), 500 * MIB);
-        assert_eq!(meter.estimate(Some(20 * MIB)), 20 * MIB);
     }
 
     #[test]

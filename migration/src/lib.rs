@@ -18,8 +18,8 @@
 //!  waits for the outcome in the log                    waits for its grant
 //! ```
 //!
-//! The parts: [`codec`] is the form on the wire; [`handshake`], [`convergence`], [`bandwidth`] and [`digest`] are pure
-//! rules; [`source::Machine`] and [`target::Machine`] are the protocol as state machines without IO; [`source::run`] and
+//! The parts: [`codec`] is the form on the wire; [`handshake`], [`convergence`], [`bandwidth`], [`meter`] and [`digest`] are
+//! pure rules; [`source::Machine`] and [`target::Machine`] are the protocol as state machines without IO; [`source::run`] and
 //! [`target::run`] drive them over a byte stream ([`transport`]) and a VM ([`vm`]).
 //!
 //! It does not decide who may run. After the pause nothing here resumes the guest on either side, and Ready is only the
@@ -31,6 +31,7 @@ pub mod control;
 pub mod convergence;
 pub mod digest;
 pub mod handshake;
+pub mod meter;
 pub mod source;
 pub mod target;
 pub mod transport;

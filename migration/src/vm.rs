@@ -6,6 +6,7 @@
 use drover_proto::Fault;
 
 use crate::codec::Run;
+use crate::convergence::Costs;
 
 /// Size of a page, bytes. Guest memory is a whole number of pages.
 pub const PAGE_SIZE: usize = 4096;
@@ -150,6 +151,15 @@ pub trait SourceVm {
     fn zero_ahead(&self, first: u64, count: u64) -> u64 {
         let _ = (first, count);
         0
+    }
+    /// What the switchover will cost beside the last pages, as far as the VM knows before it. `commit` is not its affair.
+    fn costs(&self) -> Costs {
+        Costs::default()
+    }
+    /// Keeps each vCPU out of the guest for `percent` of its time, 0 to 99, from within milliseconds on; 0 lets it run
+    /// freely at once. The engine says 0 on every way out, the pause included. A VM that cannot does nothing.
+    fn throttle(&self, percent: u32) {
+        let _ = percent;
     }
     /// Stops all vCPUs for the switchover; on return none executes.
     fn pause(&mut self) -> Result<(), Fault>;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use common::{FakeVm, Flaw, Rng, layout};
 use drover_migration::codec::{self, Batch, Frame, Hello, Message, Run};
-use drover_migration::convergence::{Intent, fits};
+use drover_migration::convergence::{Costs, Intent, fits};
 use drover_migration::handshake::{Expected, VERSIONS, regions};
 use drover_migration::source::{self, Outcome};
 use drover_migration::target;
@@ -69,10 +69,21 @@ struct Plan {
     /// Out of 16 steps so many are the guest's.
     eagerness: usize,
     max_downtime_ms: u64,
+    max_throttle: u32,
     trouble: Trouble,
     /// Steps before the trouble.
     at: usize,
     skip_final_pass: bool,
+}
+
+impl Plan {
+    fn intent(&self) -> Intent {
+        Intent {
+            max_downtime: Duration::from_millis(self.max_downtime_ms),
+            max_throttle: self.max_throttle,
+            ..Intent::default()
+        }
+    }
 }
 
 fn plans() -> impl Strategy<Value = Plan> {
@@ -82,16 +93,18 @@ fn plans() -> impl Strategy<Value = Plan> {
         1_u64..200,
         0_usize..15,
         prop::sample::select(vec![1_u64, 20, 300]),
+        prop::sample::select(vec![0_u32, 50, 99]),
         prop::sample::select(TROUBLES.to_vec()),
         0_usize..120,
     )
         .prop_map(
-            |(seed, pages, hot, eagerness, max_downtime_ms, trouble, at)| Plan {
+            |(seed, pages, hot, eagerness, max_downtime_ms, max_throttle, trouble, at)| Plan {
                 seed,
                 pages,
                 hot: hot.min(pages),
                 eagerness,
                 max_downtime_ms,
+                max_throttle,
                 trouble,
                 at,
                 skip_final_pass: false,
@@ -141,6 +154,9 @@ struct World {
     to_source: Wire,
     batch: Batch,
     hot_from: usize,
+    /// How much the guest is held back now, and whether it ever was.
+    throttle: u32,
+    throttled: bool,
     outcome: Option<Outcome>,
     target_end: Option<Result<target::Done, Fault>>,
     ready_said: bool,
@@ -184,11 +200,8 @@ impl World {
         let source_machine = source::Machine::new(source::Config {
             hello,
             total_pages: plan.pages,
-            intent: Intent {
-                max_downtime: Duration::from_millis(plan.max_downtime_ms),
-                deadline: None,
-                bandwidth: None,
-            },
+            intent: plan.intent(),
+            costs: Costs::NONE,
             tracker: "bitmap".into(),
             skip_final_pass: plan.skip_final_pass,
         });
@@ -222,6 +235,8 @@ impl World {
             to_target: Wire::default(),
             to_source: Wire::default(),
             batch: Batch::default(),
+            throttle: 0,
+            throttled: false,
             outcome: None,
             target_end: None,
             ready_said: false,
@@ -247,7 +262,7 @@ impl World {
             if step >= self.plan.at && !self.struck {
                 self.struck = self.strike();
             }
-            if self.rng.below(16) < self.plan.eagerness {
+            if self.rng.below(1600) < self.plan.eagerness * (100 - self.throttle as usize) {
                 let page = self.hot_from + self.rng.below(usize::try_from(self.plan.hot).unwrap());
                 let value = self.rng.byte() & 3;
                 self.source_vm.guest_writes(page, value);
@@ -349,7 +364,16 @@ impl World {
                 assert!(progress.bytes_remaining <= progress.bytes_total);
                 return None;
             }
+            Action::Throttle(percent) => {
+                assert!(percent <= self.plan.max_throttle, "held back more than allowed");
+                self.throttled |= percent > 0;
+                self.throttle = percent;
+                return None;
+            }
             Action::Send(message) => {
+                if matches!(message, Message::Cancel(_)) {
+                    assert_eq!(self.throttle, 0, "still held back while a farewell is written");
+                }
                 if self.cut {
                     let farewell = matches!(message, Message::Cancel(_));
                     return (!farewell).then(|| Event::LinkFailed(lost()));
@@ -378,13 +402,8 @@ impl World {
             }
             Action::Pause => {
                 let sample = self.source_machine.sample(self.now);
-                let intent = Intent {
-                    max_downtime: Duration::from_millis(self.plan.max_downtime_ms),
-                    deadline: None,
-                    bandwidth: None,
-                };
                 assert!(
-                    fits(&sample, &intent),
+                    fits(&sample, &self.plan.intent()),
                     "paused before the stop rule held: {sample:?}"
                 );
                 self.now += took;
@@ -392,6 +411,7 @@ impl World {
             }
             other => {
                 assert_eq!(other, Action::Save);
+                assert_eq!(self.throttle, 0, "the throttle outlived the pause");
                 self.source_vm.save().map(|state| Event::Saved { state, took })
             }
         };
@@ -451,6 +471,7 @@ impl World {
     }
 
     fn source_ended(&mut self, outcome: Outcome) {
+        assert_eq!(self.throttle, 0, "the throttle outlived the attempt");
         let vm = self.source_vm.lock();
         assert!(vm.pauses <= 1, "paused once an attempt at most");
         match &outcome {
@@ -562,6 +583,7 @@ proptest! {
         if let Some(Ok(done)) = &world.target_end {
             let counted = done.receipt.pages + done.receipt.zero_pages;
             prop_assert!(counted >= plan.pages && done.receipt.rounds >= 2);
+            prop_assert_eq!(done.receipt.throttle_percent > 0, world.throttled);
         }
         if plan.trouble == Trouble::None {
             let fine = matches!(world.outcome, Some(Outcome::AwaitOutcome)) && matches!(world.target_end, Some(Ok(_)));
@@ -582,6 +604,7 @@ fn swept(trouble: Trouble, seeds: u64) -> impl Iterator<Item = Plan> {
         hot: 40,
         eagerness: 6,
         max_downtime_ms: 300,
+        max_throttle: 0,
         trouble,
         at: usize::try_from(seed).unwrap(),
         skip_final_pass: false,
@@ -634,6 +657,59 @@ fn a_cancel_at_any_step_ends_both_sides_and_the_source_says_whether_it_paused() 
         running > 0 && paused > 0,
         "{running} before the pause, {paused} after it"
     );
+}
+
+/// Plans of a guest that rewrites its hot pages faster than they can be sent, which may be held back.
+fn restless(trouble: Trouble, seeds: u64) -> impl Iterator<Item = Plan> {
+    swept(trouble, seeds).map(|plan| Plan {
+        eagerness: 15,
+        hot: 250,
+        max_downtime_ms: 2,
+        max_throttle: 99,
+        at: plan.at * 40,
+        ..plan
+    })
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_is_held_back_until_it_converges_and_let_go_at_the_pause() {
+    let mut throttled = 0;
+    for plan in restless(Trouble::None, 40) {
+        let without = play(Plan {
+            max_throttle: 0,
+            ..plan.clone()
+        });
+        let Some(Outcome::FailedRunning(fault)) = &without.outcome else {
+            continue;
+        };
+        assert_eq!(fault.code, Code::NoConvergence);
+        let world = play(plan);
+        assert_eq!(world.outcome, Some(Outcome::AwaitOutcome));
+        assert!(world.throttled && !world.memory_differed);
+        let Some(Ok(done)) = &world.target_end else {
+            panic!("{:?}", world.target_end)
+        };
+        assert!(
+            (20..=99).contains(&done.receipt.throttle_percent),
+            "{:?}",
+            done.receipt
+        );
+        throttled += 1;
+    }
+    assert!(throttled > 20, "only {throttled} needed it");
+}
+
+#[test]
+fn however_a_throttled_attempt_ends_the_guest_is_let_go() {
+    for trouble in TROUBLES {
+        let harmless = matches!(trouble, Trouble::KillSource);
+        let throttled = restless(trouble, 60)
+            .map(play)
+            .filter(|world| world.throttled && world.outcome.is_some())
+            .inspect(|world| assert_eq!(world.throttle, 0))
+            .count();
+        assert!(harmless || throttled > 0, "{trouble:?} never met a throttle");
+    }
 }
 
 #[test]

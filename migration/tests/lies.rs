@@ -11,7 +11,7 @@ use std::time::Duration;
 use drover_migration::codec::{
     self, Batch, Frame, HelloAck, Message, Ready, Refusal, RoundAck, RoundEnd, Run, StateFrame,
 };
-use drover_migration::convergence::Intent;
+use drover_migration::convergence::{Costs, Intent};
 use drover_migration::digest::{Totals, digest};
 use drover_migration::handshake::{Expected, VERSIONS};
 use drover_migration::source::{self, Outcome};
@@ -220,11 +220,8 @@ fn source_config() -> source::Config {
     source::Config {
         hello: hello(),
         total_pages: PAGES,
-        intent: Intent {
-            max_downtime: Duration::from_millis(300),
-            deadline: None,
-            bandwidth: None,
-        },
+        intent: Intent::default(),
+        costs: Costs::NONE,
         tracker: "bitmap".into(),
         skip_final_pass: false,
     }

@@ -121,6 +121,9 @@ pub struct StateFrame {
     /// How dirty pages were found: "bitmap" or "ring".
     #[prost(string, tag = "10")]
     pub tracker: String,
+    /// Most that each vCPU was held back before the pause, percent of its time.
+    #[prost(uint32, tag = "11")]
+    pub throttle_percent: u32,
 }
 
 /// The target has verified and restored everything.

@@ -14,6 +14,9 @@
 //! the log is taken once more (`Sweeping`) and merged with what is still pending: from then on nothing writes, so when
 //! this last set is sent the target's memory is the guest's. Taking the log clears it. If an attempt fails, what it took
 //! and did not send is gone from the log, and therefore no attempt inherits anything: each begins with all pages.
+//!
+//! **Why no throttle outlives the attempt.** It is raised only between rounds, and whatever leaves pre-copy, the pause or
+//! any end, first lets go (`let_go`), before a word is written to a link that may hang.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -21,11 +24,12 @@ use std::time::Duration;
 use drover_proto::v1::{MigrationPhase, Progress};
 use drover_proto::{Code, Fault};
 
-use crate::bandwidth::{self, Meter};
+use crate::bandwidth;
 use crate::codec::{BATCH_PAGES, Cancel, Hello, Message, RoundEnd, Run, StateFrame, bad};
-use crate::convergence::{self, Decision, Intent, Sample, Trend};
+use crate::convergence::{self, Costs, Decision, Intent, Sample, Trend};
 use crate::digest::{Totals, digest};
 use crate::handshake;
+use crate::meter::Meter;
 use crate::source::Outcome;
 use crate::vm::{PAGE_SIZE, PageSet};
 
@@ -41,6 +45,8 @@ pub struct Config {
     pub total_pages: u64,
     /// What the user wants.
     pub intent: Intent,
+    /// What the switchover costs beside the pages.
+    pub costs: Costs,
     /// For the receipt: how dirty pages are found.
     pub tracker: String,
     /// A deliberate mistake for tests of the tests: leave out the pass after the pause.
@@ -99,6 +105,8 @@ pub enum Action {
     Reach(&'static str),
     /// Tell whoever watches.
     Report(Progress),
+    /// Hold each vCPU back for so many percent of its time; 0: let it run freely, at once.
+    Throttle(u32),
     /// Write the frame.
     Send(Message),
     /// → `Received` (or `LinkFailed`).
@@ -156,8 +164,13 @@ pub struct Machine {
     log_taken_at: Duration,
     sent: Sent,
     meter: Meter,
+    asked_at: Duration,
+    round_trip: Option<Duration>,
     dirty_rate: u64,
     trend: Trend,
+    /// How much the vCPUs are held back now, and the most they were, percent.
+    throttle: u32,
+    throttle_most: u32,
     polished: u32,
     reported_at: Duration,
     blackout: Option<Blackout>,
@@ -191,8 +204,12 @@ impl Machine {
             log_taken_at: Duration::ZERO,
             sent: Sent::default(),
             meter: Meter::default(),
+            asked_at: Duration::ZERO,
+            round_trip: None,
             dirty_rate: 0,
             trend: Trend::default(),
+            throttle: 0,
+            throttle_most: 0,
             polished: 0,
             reported_at: Duration::ZERO,
             blackout: None,
@@ -215,12 +232,14 @@ impl Machine {
             (_, Event::Received(Message::Refusal(refusal))) => self.end(refusal.fault()),
             (State::New, Event::Connected) => self.greet(now),
             (State::Greeting, Event::Received(Message::HelloAck(ack))) => {
-                match handshake::check_choice(ack.version, &self.versions) {
-                    Ok(_) => self.go(
+                self.answered(now);
+                let hopeless = convergence::hopeless(&self.config.costs, &self.config.intent);
+                match (handshake::check_choice(ack.version, &self.versions), hopeless) {
+                    (Ok(_), None) => self.go(
                         State::Starting,
                         [Action::Reach("source.after_hello"), Action::StartLog],
                     ),
-                    Err(fault) => self.give_up(fault),
+                    (Err(fault), _) | (_, Some(fault)) => self.give_up(fault),
                 }
             }
             (State::Starting, Event::LogStarted) => {
@@ -260,10 +279,14 @@ impl Machine {
         Sample {
             round: self.round,
             elapsed: now.saturating_sub(self.connected_at),
+            carried: (self.round_sent.pages + self.round_sent.zero_pages).saturating_mul(PAGE_SIZE as u64),
             remaining: self.pending_pages.saturating_mul(PAGE_SIZE as u64),
             dirty_rate: self.dirty_rate,
             bandwidth: self.meter.estimate(self.config.intent.bandwidth),
+            round_trip: self.round_trip.unwrap_or_default(),
+            costs: self.config.costs,
             polished: self.polished,
+            throttle: self.throttle,
         }
     }
 
@@ -274,6 +297,7 @@ impl Machine {
 
     fn greet(&mut self, now: Duration) -> Vec<Action> {
         self.connected_at = now;
+        self.asked_at = now;
         let hello = Message::Hello(self.config.hello.clone());
         self.go(State::Greeting, [Action::Send(hello), Action::Receive])
     }
@@ -287,16 +311,17 @@ impl Machine {
         if !self.has_paused() {
             actions.push(self.report(now, MigrationPhase::PreCopy));
         }
-        self.next_batch(&mut actions);
+        self.next_batch(now, &mut actions);
         actions
     }
 
     /// The next batch of the round, or its end, after which an acknowledgement is to be received.
-    fn next_batch(&mut self, actions: &mut Vec<Action>) {
+    fn next_batch(&mut self, now: Duration, actions: &mut Vec<Action>) {
         let runs = self.pending.take_runs(&mut self.cursor, BATCH_PAGES as u64);
         if runs.is_empty() {
             debug_assert_eq!(self.pending_pages, 0, "a round ends when the set is empty");
             self.state = State::Acking;
+            self.asked_at = now;
             actions.push(Action::Send(Message::RoundEnd(RoundEnd {
                 round: self.round,
                 pages: self.round_sent.pages,
@@ -331,11 +356,18 @@ impl Machine {
                 actions.push(self.report(now, MigrationPhase::PreCopy));
             }
         }
-        self.next_batch(&mut actions);
+        self.next_batch(now, &mut actions);
         actions
     }
 
+    /// An answer came. The shortest time to one is the round trip: others waited for what was still on its way.
+    fn answered(&mut self, now: Duration) {
+        let took = now.saturating_sub(self.asked_at);
+        self.round_trip = Some(self.round_trip.map_or(took, |least| least.min(took)));
+    }
+
     fn after_round(&mut self, now: Duration) -> Vec<Action> {
+        self.answered(now);
         if let Some(blackout) = &mut self.blackout {
             blackout.last_pages = now.saturating_sub(blackout.paused_at);
             blackout.last_pages_at = now;
@@ -371,6 +403,14 @@ impl Machine {
                 self.polished += u32::from(convergence::fits(&sample, &self.config.intent));
                 self.begin_round(now)
             }
+            Decision::Throttle(percent) => {
+                self.throttle = percent;
+                self.throttle_most = self.throttle_most.max(percent);
+                self.trend = Trend::default();
+                let mut actions = vec![Action::Throttle(percent)];
+                actions.extend(self.begin_round(now));
+                actions
+            }
             Decision::Abort(fault) => self.give_up(fault),
             Decision::Switchover => {
                 let report = self.report(now, MigrationPhase::Switchover);
@@ -393,7 +433,8 @@ impl Machine {
         blackout.paused_at = now;
         // Held at `before_pause` the guest ran on: that time is pre-copy.
         blackout.before = now.saturating_sub(took).saturating_sub(self.connected_at);
-        let mut actions = vec![Action::Reach("source.after_pause")];
+        let mut actions = self.let_go();
+        actions.push(Action::Reach("source.after_pause"));
         if self.config.skip_final_pass {
             actions.extend(self.begin_round(now));
         } else {
@@ -422,6 +463,7 @@ impl Machine {
             save_us: micros(took),
             before_blackout_us: micros(blackout.before),
             tracker: self.config.tracker.clone(),
+            throttle_percent: self.throttle_most,
         });
         self.go(
             State::Judging,
@@ -450,7 +492,8 @@ impl Machine {
 
     /// Ends, and tells the target why.
     fn give_up(&mut self, fault: Fault) -> Vec<Action> {
-        let mut actions = Vec::new();
+        // First: on a link that hangs, telling the target takes a while.
+        let mut actions = self.let_go();
         if self.state != State::New {
             actions.push(Action::Send(Message::Cancel(Cancel::from(&fault))));
         }
@@ -458,13 +501,24 @@ impl Machine {
         actions
     }
 
+    /// Nothing holds the vCPUs back any more.
+    fn let_go(&mut self) -> Vec<Action> {
+        match std::mem::take(&mut self.throttle) {
+            0 => Vec::new(),
+            _ => vec![Action::Throttle(0)],
+        }
+    }
+
     fn end(&mut self, fault: Fault) -> Vec<Action> {
+        let mut actions = self.let_go();
         let end = if self.has_paused() {
             Outcome::FailedPaused(fault)
         } else {
             Outcome::FailedRunning(fault)
         };
-        self.go(State::Ended, [Action::End(end)])
+        self.state = State::Ended;
+        actions.push(Action::End(end));
+        actions
     }
 
     fn report(&mut self, now: Duration, phase: MigrationPhase) -> Action {
@@ -484,6 +538,7 @@ impl Machine {
             dirty_bytes_per_s: sample.dirty_rate,
             bandwidth_bytes_per_s: bandwidth,
             eta_ms: u64::try_from(eta).unwrap_or(u64::MAX),
+            throttle_percent: self.throttle,
             ..Progress::default()
         })
     }

@@ -18,7 +18,7 @@ pub use machine::{Action, Config, Event, Machine, Sent};
 use crate::bandwidth::Cap;
 use crate::codec::{Batch, Frame, Hello, Message, Run, bad};
 use crate::control::Control;
-use crate::convergence::{Intent, MAX_DOWNTIME_DEFAULT};
+use crate::convergence::{Costs, Intent, MAX_DOWNTIME_DEFAULT, THROTTLE_MAX};
 use crate::handshake::{self, VERSIONS};
 use crate::transport::{Link, Stop, Stream};
 use crate::vm::{PAGE_SIZE, PageSet, RegionEnds, SourceVm};
@@ -39,7 +39,7 @@ pub struct Params {
     pub source_epoch: u64,
     /// The epoch that the target was started for: `source_epoch + 1`.
     pub target_epoch: u64,
-    /// The user's intent. `max_downtime_ms` of 0 is taken as 300.
+    /// The user's intent. `max_downtime_ms` of 0 is taken as 100.
     pub options: MigrationOptions,
     /// Version of the save-state that `SourceVm::save` writes.
     pub device_model: u32,
@@ -75,7 +75,7 @@ pub fn run<S: Stream>(
         Ok(pages) => pages,
         Err(fault) => return Outcome::FailedRunning(fault),
     };
-    let config = params.config(&layout, total_pages);
+    let config = params.config(&layout, total_pages, vm.costs());
     reach("source.before_connect");
     let link = match dial().and_then(|stream| Link::new(stream, params.link_timeout, control)) {
         Ok(link) => link,
@@ -92,10 +92,14 @@ pub fn run<S: Stream>(
         buffer: Vec::new(),
         origin: Instant::now(),
         logging: false,
+        throttled: false,
     };
     let outcome = driver.drive(Machine::new(config));
     if driver.logging {
         driver.vm.stop_dirty_log();
+    }
+    if driver.throttled {
+        driver.vm.throttle(0);
     }
     match &outcome {
         Outcome::AwaitOutcome => tracing::info!(migration = params.migration, "the target is ready"),
@@ -110,7 +114,7 @@ pub fn run<S: Stream>(
 }
 
 impl Params {
-    fn config(&self, layout: &[crate::vm::Region], total_pages: u64) -> Config {
+    fn config(&self, layout: &[crate::vm::Region], total_pages: u64, costs: Costs) -> Config {
         let options = &self.options;
         let max_downtime = match options.max_downtime_ms {
             0 => MAX_DOWNTIME_DEFAULT,
@@ -136,7 +140,9 @@ impl Params {
                 deadline: (options.deadline_ms > 0).then(|| Duration::from_millis(options.deadline_ms)),
                 bandwidth: (options.bandwidth_mib_s > 0)
                     .then(|| options.bandwidth_mib_s.saturating_mul(1 << 20)),
+                max_throttle: options.max_throttle_percent.min(THROTTLE_MAX),
             },
+            costs,
             tracker: self.tracker.to_owned(),
             skip_final_pass: seeded_bug("no-final-dirty-pass"),
         }
@@ -155,6 +161,7 @@ struct Driver<'a, S> {
     buffer: Vec<u8>,
     origin: Instant,
     logging: bool,
+    throttled: bool,
 }
 
 impl<S: Stream> Driver<'_, S> {
@@ -177,6 +184,10 @@ impl<S: Stream> Driver<'_, S> {
         match action {
             Action::Reach(point) => reach(point),
             Action::Report(progress) => self.control.report(progress),
+            Action::Throttle(percent) => {
+                self.throttled = percent > 0;
+                self.vm.throttle(percent);
+            }
             Action::Send(message @ Message::Cancel(_)) => self.link.last_word(&message),
             Action::Send(message) => return self.link.send(&message).err().map(Event::from),
             _ if self.control.is_cancelled() => return Some(Event::Cancelled),

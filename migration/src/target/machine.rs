@@ -16,7 +16,7 @@ use drover_proto::{Code, Fault};
 
 use crate::bandwidth;
 use crate::codec::{Frame, HelloAck, Message, Ready, Refusal, RoundAck, RoundEnd, Runs, StateFrame, bad};
-use crate::convergence;
+use crate::convergence::{self, THROTTLE_MAX};
 use crate::digest::{Totals, digest};
 use crate::handshake::{self, Expected};
 use crate::vm::{PAGE_SIZE, PageSet};
@@ -303,6 +303,7 @@ impl Machine {
                 pages: said.pages,
                 zero_pages: said.zero_pages,
                 tracker,
+                throttle_percent: frame.throttle_percent.min(THROTTLE_MAX),
                 blackout_us: Some(Blackout {
                     pause: frame.pause_us,
                     last_pages: frame.last_pages_us,
