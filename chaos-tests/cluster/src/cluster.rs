@@ -70,6 +70,21 @@ impl Default for Settings {
     }
 }
 
+/// What a cluster is started from.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The cluster's settings.
+    pub settings: Settings,
+    /// The folder of the daemons' programs.
+    pub binaries: PathBuf,
+    /// The probe guest's kernel.
+    pub probe: PathBuf,
+    /// What each host says that guests may use.
+    pub host_memory_mib: u64,
+    /// Whether the witness looks. It asks every VMM many times a second, and that costs the VMMs time.
+    pub watched: bool,
+}
+
 struct Party {
     dir: PathBuf,
     points: Points,
@@ -112,7 +127,8 @@ fn controller_ip(index: usize) -> Ipv4Addr {
     )
 }
 
-fn host_ip(index: usize) -> Ipv4Addr {
+/// The address of host number `index`.
+pub fn host_ip(index: usize) -> Ipv4Addr {
     Ipv4Addr::new(10, 213, 0, 21 + u8::try_from(index).expect("a handful of hosts"))
 }
 
@@ -146,8 +162,8 @@ fn sweep() {
     }
 }
 
-/// Why this machine cannot run these tests, if it cannot.
-fn obstacle(binaries: &Path, probe: &Path) -> Option<String> {
+/// Why this machine cannot run a cluster of these programs, if it cannot. `made_by` is what makes them.
+pub fn obstacle(binaries: &Path, probe: &Path, made_by: &str) -> Option<String> {
     if !nix::unistd::geteuid().is_root() {
         return Some("network and PID namespaces need root".to_owned());
     }
@@ -164,15 +180,13 @@ fn obstacle(binaries: &Path, probe: &Path) -> Option<String> {
             ));
         }
     }
-    for file in ["drover-controller", "drover-agent", "drover-vmm"].map(|name| binaries.join(name)) {
-        if !file.exists() {
-            return Some(format!(
-                "{} is missing: run `cargo xtask test cluster`",
-                file.display()
-            ));
-        }
-    }
-    (!probe.exists()).then(|| format!("{} is missing: run `cargo xtask test cluster`", probe.display()))
+    ["drover-controller", "drover-agent", "drover-vmm"]
+        .map(|name| binaries.join(name))
+        .iter()
+        .map(PathBuf::as_path)
+        .chain([probe])
+        .find(|file| !file.exists())
+        .map(|file| format!("{} is missing: run `{made_by}`", file.display()))
 }
 
 impl Cluster {
@@ -180,16 +194,31 @@ impl Cluster {
     pub fn or_skip(settings: &Settings) -> Option<Self> {
         let target = target_dir().expect("tests run from a target folder");
         let (binaries, probe) = (target.join("chaos-bin"), target.join("guest/probe"));
-        if let Some(why) = obstacle(&binaries, &probe) {
+        if let Some(why) = obstacle(&binaries, &probe, "cargo xtask test cluster") {
             println!("SKIPPED: {why}");
             return None;
         }
-        let mut cluster = Self::start(settings, binaries, &probe).expect("the cluster starts");
-        cluster.await_ready();
-        Some(cluster)
+        let setup = Setup {
+            settings: settings.clone(),
+            binaries,
+            probe,
+            host_memory_mib: 2048,
+            watched: true,
+        };
+        Some(Self::start(&setup).expect("the cluster starts"))
     }
 
-    fn start(settings: &Settings, binaries: PathBuf, probe: &Path) -> Result<Self> {
+    /// A cluster whose hosts are all up. The calling thread moves to the network's hub.
+    pub fn start(setup: &Setup) -> Result<Self> {
+        let mut cluster = Self::launch_all(setup)?;
+        cluster.await_ready();
+        Ok(cluster)
+    }
+
+    fn launch_all(setup: &Setup) -> Result<Self> {
+        let Setup {
+            settings, binaries, ..
+        } = setup;
         drover_pki::install_provider();
         sweep();
         let root = tempfile::Builder::new()
@@ -205,7 +234,7 @@ impl Cluster {
         let ca = ClusterCa::create(CLUSTER_ID)?;
         let images = root.path().join("images");
         fs::create_dir(&images)?;
-        fs::copy(probe, images.join("probe")).context("copying the probe")?;
+        fs::copy(&setup.probe, images.join("probe")).context("copying the probe")?;
         fs::write(
             images.join("novel"),
             "It was a dark and stormy night.\n".repeat(100),
@@ -234,12 +263,15 @@ impl Cluster {
         }
         for (index, host) in hosts.iter().enumerate() {
             let tls = ca.issue_to(&host.dir, Role::Host, &host_name(index))?;
-            write_config(host, &agent_config(index, &tls, &images, &binaries))?;
+            write_config(host, &agent_config(index, &tls, &images, setup))?;
         }
 
         let user = ca.issue_to(&root.path().join("user"), Role::User, "tester")?;
         let client = Client::new(&Credentials::load(&user, CLUSTER_ID)?, &controller_addrs())?;
-        let data = hosts.iter().map(|host| host.dir.join("data")).collect();
+        let data = match setup.watched {
+            true => hosts.iter().map(|host| host.dir.join("data")).collect(),
+            false => Vec::new(),
+        };
         let witness = Witness::start(data, Duration::from_millis(settings.drift_margin_ms))?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -252,7 +284,7 @@ impl Cluster {
             controllers,
             hosts,
             spawner,
-            binaries,
+            binaries: binaries.clone(),
             ca,
             root,
         };
@@ -302,6 +334,11 @@ impl Cluster {
         Daemon::start(&self.spawner, command)
     }
 
+    /// Starts a program at a host's place in the network; it cannot outlive the cluster.
+    pub fn start_at_host(&self, index: usize, command: Command) -> Result<Daemon> {
+        self.launch(command, PARTIES + index)
+    }
+
     /// `kill -9` of a controller.
     pub fn kill_controller(&mut self, index: usize) {
         self.controllers[index].daemon = None;
@@ -324,7 +361,8 @@ impl Cluster {
         find("drover-vmm", &self.vm_dir(index, vm)).len()
     }
 
-    fn vm_dir(&self, index: usize, vm: &str) -> PathBuf {
+    /// The folder of a VM's VMMs on a host, one folder a run inside.
+    pub fn vm_dir(&self, index: usize, vm: &str) -> PathBuf {
         self.hosts[index].dir.join("data/vms").join(vm)
     }
 
@@ -346,6 +384,21 @@ impl Cluster {
     /// Undoes it.
     pub fn heal_host(&self, one: usize) {
         self.network.heal(PARTIES + one);
+    }
+
+    /// Whatever a host sends passes at this rate at most, until [`Cluster::unshape_host`].
+    pub fn shape_host(&self, index: usize, mbit_s: u32) {
+        self.network.shape(PARTIES + index, mbit_s);
+    }
+
+    /// Undoes it.
+    pub fn unshape_host(&self, index: usize) {
+        self.network.unshape(PARTIES + index);
+    }
+
+    /// Bytes that a host has sent so far, as the other end of its cable counts them.
+    pub fn bytes_sent_by_host(&self, index: usize) -> Result<u64> {
+        self.network.bytes_sent(PARTIES + index)
     }
 
     /// The leader's number.
@@ -525,12 +578,12 @@ fn controller_config(index: usize, tls: &TlsFiles, settings: &Settings) -> serde
     })
 }
 
-fn agent_config(index: usize, tls: &TlsFiles, images: &Path, binaries: &Path) -> serde_json::Value {
+fn agent_config(index: usize, tls: &TlsFiles, images: &Path, setup: &Setup) -> serde_json::Value {
     let own = format!("{}:{AGENT_PORT}", host_ip(index));
     json!({
         "cluster_id": CLUSTER_ID, "name": host_name(index), "data_dir": "data", "listen": own, "advertise": own,
         "migration_ip": host_ip(index), "controllers": controller_addrs(), "images_dir": images,
-        "vmm": binaries.join("drover-vmm"), "tls": tls, "memory_mib": 2048, "cpus": 8,
+        "vmm": setup.binaries.join("drover-vmm"), "tls": tls, "memory_mib": setup.host_memory_mib, "cpus": 8,
     })
 }
 

@@ -15,7 +15,8 @@
 //! `<target>/chaos-bin`. Where the machine cannot run the tests (no root, no KVM, no binaries) they say
 //! `SKIPPED: why` and xtask counts them as skipped.
 //!
-//! It does not shape links (delay, loss), and it does not simulate: for that the parts have their own tests.
+//! Links can be cut and given a rate; they have no delay and no loss. It does not simulate: for that the parts have their
+//! own tests. The migration benchmark runs on it too, with the plain binaries.
 
 pub mod client;
 pub mod cluster;
@@ -27,7 +28,7 @@ pub mod vmms;
 pub mod witness;
 
 pub use client::{Client, probe_spec};
-pub use cluster::{Cluster, Settings};
+pub use cluster::{Cluster, Settings, Setup};
 pub use console::Console;
 pub use points::Points;
 pub use vmms::SeenVmm;

@@ -145,6 +145,35 @@ impl Network {
             .expect("a port that exists can be set up");
     }
 
+    /// From now on whatever the party sends passes a token bucket of `mbit_s` (tc-tbf(8)). A bucket of 256 KiB lets whole
+    /// segments through that the party's kernel has not cut yet.
+    pub fn shape(&self, index: usize, mbit_s: u32) {
+        let rate = format!("{mbit_s}mbit");
+        let words = "qdisc replace dev eth0 root tbf burst 256kb latency 50ms rate";
+        let mut words: Vec<&str> = words.split(' ').collect();
+        words.push(&rate);
+        self.places[index]
+            .namespace
+            .tool("tc", &words)
+            .expect("tc takes a token bucket");
+    }
+
+    /// Undoes [`Network::shape`].
+    pub fn unshape(&self, index: usize) {
+        self.places[index]
+            .namespace
+            .tool("tc", &["qdisc", "del", "dev", "eth0", "root"])
+            .expect("tc removes the token bucket");
+    }
+
+    /// Bytes that the party has sent, counted where they arrive. To be asked on a thread that is at the bridge.
+    pub fn bytes_sent(&self, index: usize) -> Result<u64> {
+        let port = &self.places[index].port;
+        let table =
+            std::fs::read_to_string("/proc/thread-self/net/dev").context("reading the links' counters")?;
+        received_by(&table, port).with_context(|| format!("no counter of {port} in {table:?}"))
+    }
+
     /// From now on every packet between the two is lost without a word, old connections' packets too.
     pub fn cut_between(&self, one: usize, other: usize) {
         let peer = self.places[other].ip;
@@ -165,5 +194,29 @@ impl Network {
             .namespace
             .tool("nft", &["flush ruleset"])
             .expect("nft flushes its rules");
+    }
+}
+
+/// The bytes that `port` has received, from the table of `/proc/<pid>/net/dev` (proc(5)).
+fn received_by(table: &str, port: &str) -> Option<u64> {
+    table
+        .lines()
+        .find_map(|line| line.trim_start().strip_prefix(port)?.strip_prefix(':'))?
+        .split_whitespace()
+        .next()?
+        .parse()
+        .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ports_counter_is_found_by_its_whole_name() {
+        let table = "Inter-|   Receive\n face |bytes packets\n  br0: 5 1\nport10: 70 1 0\n port1:12345 9 0\n";
+        assert_eq!(received_by(table, "port1"), Some(12345));
+        assert_eq!(received_by(table, "port10"), Some(70));
+        assert_eq!(received_by(table, "port2"), None);
     }
 }

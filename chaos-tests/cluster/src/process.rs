@@ -128,6 +128,11 @@ impl Daemon {
         })
     }
 
+    /// Its number on this machine, outside the PID namespace.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).expect("the kernel's numbers fit"))
+    }
+
     /// `kill -9`, and waits until it is gone.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
