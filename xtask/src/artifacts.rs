@@ -20,8 +20,8 @@ const CHAOS_PACKAGES: [&str; 5] = [
     "drover-storage",
 ];
 
-/// The chaos binaries that the cluster tests start.
-const CHAOS_BINARIES: [&str; 3] = ["drover-controller", "drover-agent", "drover-vmm"];
+/// What the cluster tests and the benchmark start.
+const DAEMONS: [&str; 3] = ["drover-controller", "drover-agent", "drover-vmm"];
 
 /// Cargo's words for the chaos features of the whole workspace.
 pub fn chaos_features() -> String {
@@ -76,9 +76,16 @@ pub fn build_chaos() -> Outcome<()> {
         &chaos_features(),
     ];
     show(cargo().args(what))?;
-    let aside = target.join("chaos-bin");
+    put_aside(&target, "chaos-bin")?;
+    build_probe(&target).map(|_| ())
+}
+
+/// Copies the daemons that were just built to a folder of their own under the target folder, where no later build touches
+/// them; that folder.
+pub fn put_aside(target: &Path, folder: &str) -> Outcome<PathBuf> {
+    let aside = target.join(folder);
     fs::create_dir_all(&aside).map_err(|error| format!("{}: {error}", aside.display()))?;
-    for name in CHAOS_BINARIES {
+    for name in DAEMONS {
         let (from, to) = (target.join("debug").join(name), aside.join(name));
         // A running old copy keeps its file: the new one takes the name only.
         let staged = aside.join(format!("{name}.new"));
@@ -86,5 +93,5 @@ pub fn build_chaos() -> Outcome<()> {
             .and_then(|_| fs::rename(&staged, &to))
             .map_err(|error| format!("copying {} to {}: {error}", from.display(), to.display()))?;
     }
-    build_probe(&target).map(|_| ())
+    Ok(aside)
 }
