@@ -248,6 +248,7 @@ impl Controller for Api {
                     vm: message.vm,
                     to: message.to,
                     options: message.options,
+                    forecast: None,
                 };
                 (message.request_id, Kind::PlanMigration(plan))
             },

@@ -19,6 +19,7 @@ mod apply;
 mod desired;
 pub mod limits;
 pub mod placement;
+pub mod preflight;
 mod snapshot;
 mod state;
 mod validate;

@@ -6,7 +6,7 @@
 //!
 //! What it does not do: it moves nothing that already runs, and it knows no affinity.
 
-use drover_proto::v1::{Host, Image, VmSpec};
+use drover_proto::v1::{Host, HostCapacity, Image, VmSpec};
 use drover_proto::{Code, Fault};
 
 use crate::limits::{REFUSALS_SHOWN_MAX, VCPUS_PER_CPU_MAX};
@@ -137,38 +137,92 @@ fn pin(spec: &VmSpec, purpose: Purpose<'_>, host: &Host) -> Result<(), Fault> {
     Ok(())
 }
 
-fn capacity(spec: &VmSpec, host: &Host, usage: Usage) -> Result<Score, Fault> {
-    let capacity = host
-        .spec
+/// Memory that is free, and that there is, MiB.
+fn memory(spec: &VmSpec, host: &Host, usage: Usage) -> Result<(u64, u64), Fault> {
+    let total = capacity_of(host).memory_mib;
+    let free = total.saturating_sub(usage.memory_mib);
+    if spec.memory_mib > free {
+        return Err(Fault::new(
+            Code::NoHostFits,
+            format!(
+                "has {free} MiB free of {total} MiB, {} MiB are needed",
+                spec.memory_mib
+            ),
+        ));
+    }
+    Ok((free, total))
+}
+
+/// vCPUs that are free, and that there may be.
+fn vcpus(spec: &VmSpec, host: &Host, usage: Usage) -> Result<(u32, u32), Fault> {
+    let cpus = capacity_of(host).cpus;
+    let total = cpus.saturating_mul(VCPUS_PER_CPU_MAX);
+    let free = total.saturating_sub(usage.vcpus);
+    if spec.vcpus > free {
+        return Err(Fault::new(
+            Code::NoHostFits,
+            format!(
+                "has {free} vCPUs free of {total} ({VCPUS_PER_CPU_MAX} for each of {cpus} CPUs), {} are needed",
+                spec.vcpus
+            ),
+        ));
+    }
+    Ok((free, total))
+}
+
+fn capacity_of(host: &Host) -> HostCapacity {
+    host.spec
         .as_ref()
         .and_then(|spec| spec.capacity)
-        .unwrap_or_default();
-    let memory_free = capacity.memory_mib.saturating_sub(usage.memory_mib);
-    if spec.memory_mib > memory_free {
-        return Err(Fault::new(
-            Code::NoHostFits,
-            format!(
-                "has {memory_free} MiB free of {} MiB, {} MiB are needed",
-                capacity.memory_mib, spec.memory_mib
-            ),
-        ));
-    }
-    let vcpus_max = capacity.cpus.saturating_mul(VCPUS_PER_CPU_MAX);
-    let vcpus_free = vcpus_max.saturating_sub(usage.vcpus);
-    if spec.vcpus > vcpus_free {
-        return Err(Fault::new(
-            Code::NoHostFits,
-            format!(
-                "has {vcpus_free} vCPUs free of {vcpus_max} ({VCPUS_PER_CPU_MAX} for each of {} CPUs), {} are needed",
-                capacity.cpus, spec.vcpus
-            ),
-        ));
-    }
+        .unwrap_or_default()
+}
+
+fn capacity(spec: &VmSpec, host: &Host, usage: Usage) -> Result<Score, Fault> {
+    let (memory_free, memory_total) = memory(spec, host, usage)?;
+    let (vcpus_free, _) = vcpus(spec, host, usage)?;
     let memory_left = memory_free - spec.memory_mib;
     Ok(Score {
-        memory_free_permille: memory_left.saturating_mul(1_000) / capacity.memory_mib.max(1),
+        memory_free_permille: memory_left.saturating_mul(1_000) / memory_total.max(1),
         vcpus_free: vcpus_free - spec.vcpus,
     })
+}
+
+/// What [`check`] asks of a migration's target that is up and not the source, each by itself: the name of the check, and
+/// what was found. Texts go on after the host's name.
+pub(crate) fn target_checks(
+    state: &State,
+    spec: &VmSpec,
+    from: &str,
+    host: &Host,
+) -> [(&'static str, Result<String, Fault>); 5] {
+    let usage = state.usages().get(host_name(host)).copied().unwrap_or_default();
+    let purpose = Purpose::Migrate { from };
+    let memory = memory(spec, host, usage).map(|(free, total)| {
+        format!(
+            "has {free} MiB free of {total} MiB, {} MiB are needed",
+            spec.memory_mib
+        )
+    });
+    let vcpus = vcpus(spec, host, usage)
+        .map(|(free, total)| format!("has {free} vCPUs free of {total}, {} are needed", spec.vcpus));
+    let profile = &spec.cpu_profile;
+    [
+        ("memory", memory),
+        ("vcpus", vcpus),
+        (
+            "images",
+            images(spec, host).map(|()| "has the images that a start would need".to_owned()),
+        ),
+        (
+            "cpu",
+            cpu(state, spec, purpose, host)
+                .map(|()| format!("has the CPU features that the profile {profile} shows to the guest")),
+        ),
+        (
+            "device_model",
+            device_model(state, purpose, host).map(|()| format!("reads the save-state that {from} writes")),
+        ),
+    ]
 }
 
 /// What is wrong with an image that is to be booted or loaded, if anything.

@@ -5,7 +5,9 @@ mod common;
 use common::*;
 use drover_proto::Code;
 use drover_proto::v1::command::Kind;
-use drover_proto::v1::{MigrationOptions, MigrationPhase, PlanMigration, VmRole, VmState};
+use drover_proto::v1::{
+    DirtyWindow, Forecast, MigrationOptions, MigrationPhase, PlanMigration, VmRole, VmState,
+};
 use drover_state::limits::MIGRATIONS_ENDED_MAX;
 use drover_state::{State, desired};
 
@@ -101,6 +103,7 @@ fn what_cannot_be_moved_is_refused_with_its_code() {
         vm: "vm1".into(),
         to: "host2".into(),
         options: Some(long),
+        ..PlanMigration::default()
     };
     assert_eq!(c.refused(Kind::PlanMigration(request)), Code::InvalidArgument);
     c.ok(create("vm2"));
@@ -372,4 +375,36 @@ fn old_migrations_are_forgotten_but_not_a_vms_last_one() {
     assert!(c.state.migration(&kept).is_some());
     assert!(c.state.migration("m2").is_none());
     assert_eq!(State::decode(&c.state.encode()).unwrap(), c.state);
+}
+
+#[test]
+fn a_migration_keeps_the_forecast_that_was_made_for_it_within_bounds() {
+    let mut c = Cluster::running();
+    let forecast = Forecast {
+        total_ms: 900,
+        bandwidth_source: "receipts".repeat(100),
+        windows: vec![DirtyWindow { us: 1, bytes: 2 }; 1_000],
+        ..Forecast::default()
+    };
+    let planned = |forecast| {
+        Kind::PlanMigration(PlanMigration {
+            vm: "vm1".into(),
+            to: "host2".into(),
+            options: None,
+            forecast,
+        })
+    };
+    let first = c
+        .apply_as("r1", planned(Some(forecast)))
+        .unwrap()
+        .migration
+        .unwrap();
+    let kept = first.forecast.clone().unwrap();
+    assert_eq!(kept.total_ms, 900);
+    assert!(kept.bandwidth_source.len() <= 16 && kept.windows.len() <= 16);
+    let again = c.apply_as("r1", planned(None)).unwrap().migration.unwrap();
+    assert_eq!(
+        again, first,
+        "asked again of a leader that does not remember the forecast"
+    );
 }

@@ -11,30 +11,26 @@
 
 use drover_proto::v1::{
     AbortMigrationRequest, AdvanceMigration, CommandResponse, CommitHandoverRequest, FinishMigration,
-    Migration, MigrationPhase, Placement, PlanMigration, Reason, Receipt, VmState,
+    Forecast, Migration, MigrationPhase, Placement, PlanMigration, Reason, Receipt, VmState,
 };
 use drover_proto::{Code, Fault};
 
-use super::vms::unfit;
 use super::{Applied, Effect, Tx, bounded, reason};
 use crate::limits::MIGRATIONS_ENDED_MAX;
-use crate::placement::{self, Purpose};
-use crate::state::{epoch_of, host_of, is_committed, is_ended, migration_number, spec_of};
-use crate::validate::{self, quoted};
+use crate::preflight::{Preflight, preflight};
+use crate::state::{epoch_of, host_of, is_committed, is_ended, migration_number};
+use crate::validate::quoted;
 
 impl Tx<'_> {
     pub(super) fn plan_migration(&mut self, plan: &PlanMigration) -> Applied {
-        let vm = self.known_vm("vm", &plan.vm)?;
-        let options = validate::options(plan.options.as_ref(), &self.state.settings)?;
-        if !vm.migration.is_empty() {
-            let message = format!("{} is being moved by migration {} already", plan.vm, vm.migration);
-            return Err(Fault::new(Code::MigrationActive, message).field("vm"));
+        let found = preflight(self.state, plan)?;
+        if let Some(fault) = found.refusal() {
+            return Err(fault.clone());
         }
-        if vm.state() != VmState::Running || !vm.wanted_running || vm.deleting {
-            return Err(unfit(&plan.vm, vm, "only one that runs can be moved live"));
-        }
-        let (from, epoch) = (host_of(vm).to_owned(), epoch_of(vm) + 1);
-        let to = self.target(plan, &from)?;
+        let Preflight {
+            from, to, options, ..
+        } = found;
+        let epoch = epoch_of(self.known_vm("vm", &plan.vm)?) + 1;
         let number = self.state.next_migration;
         let id = format!("m{number}");
         let mut migration = Migration {
@@ -47,6 +43,7 @@ impl Tx<'_> {
             created_ms: self.now_ms,
             changed_ms: self.now_ms,
             requested_by: self.caller.to_owned(),
+            forecast: plan.forecast.as_ref().map(bounded_forecast),
             ..Migration::default()
         };
         migration.set_phase(MigrationPhase::Planned);
@@ -62,39 +59,6 @@ impl Tx<'_> {
             format!("{}: {from} -> {to}, asked for by {caller}", plan.vm),
         );
         Ok(self.migration_response(&id, true))
-    }
-
-    /// The target: the one that was named when it can take the VM, else the best.
-    fn target(&self, plan: &PlanMigration, from: &str) -> Result<String, Fault> {
-        let vm = self.known_vm("vm", &plan.vm)?;
-        let purpose = Purpose::Migrate { from };
-        if plan.to.is_empty() {
-            return placement::choose(self.state, spec_of(vm), purpose).map_err(|fault| fault.field("to"));
-        }
-        let to = &plan.to;
-        let refused = |code, message: String| Err(Fault::new(code, message).field("to"));
-        if self.state.host(to).is_none() {
-            return refused(
-                Code::HostNotFound,
-                format!("to is {}; no host of this name is registered", quoted(to)),
-            );
-        }
-        if to == from {
-            return refused(
-                Code::SameHost,
-                format!("to is {to}; {} is there already", plan.vm),
-            );
-        }
-        if !self.state.host_is_up(to) {
-            return refused(Code::HostDown, format!("to is {to}, which is declared down"));
-        }
-        if let Err(fault) = placement::fits(self.state, spec_of(vm), purpose, to) {
-            return refused(
-                Code::NoHostFits,
-                format!("{to} cannot take {}: {to} {}", plan.vm, fault.message),
-            );
-        }
-        Ok(to.clone())
     }
 
     pub(super) fn advance_migration(&mut self, advance: &AdvanceMigration) -> Applied {
@@ -380,6 +344,17 @@ impl Tx<'_> {
             ..CommandResponse::default()
         }
     }
+}
+
+/// A forecast from outside, its texts and its list brought below their bounds.
+fn bounded_forecast(forecast: &Forecast) -> Forecast {
+    const SOURCE_CHARS_MAX: usize = 16;
+    const WINDOWS_MAX: usize = 16;
+    let mut forecast = forecast.clone();
+    forecast.windows.truncate(WINDOWS_MAX);
+    forecast.reason = forecast.reason.as_ref().map(bounded);
+    forecast.bandwidth_source = forecast.bandwidth_source.chars().take(SOURCE_CHARS_MAX).collect();
+    forecast
 }
 
 /// A receipt from outside, its one text brought below its bound.

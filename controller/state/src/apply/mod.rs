@@ -8,6 +8,7 @@ mod migrations;
 mod vms;
 
 pub use vms::may_restart;
+pub(crate) use vms::unfit;
 
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::{Command, CommandResponse, Event, Reason, RequestRecord};
@@ -98,7 +99,7 @@ fn known_answer(state: &State, command: &Command) -> Option<CommandResponse> {
 }
 
 /// Who asked for what, without when and under which id, and without what the leader adds from its memory: how far a
-/// migration that is cancelled has come.
+/// migration that is cancelled has come, and what a dry run expected of one.
 fn digest_of(command: &Command) -> u64 {
     let mut body = Command {
         caller: command.caller.clone(),
@@ -107,6 +108,9 @@ fn digest_of(command: &Command) -> u64 {
     };
     if let Some(Kind::AbortMigration(abort)) = body.kind.as_mut() {
         abort.phase = 0;
+    }
+    if let Some(Kind::PlanMigration(plan)) = body.kind.as_mut() {
+        plan.forecast = None;
     }
     digest(&body.encode_to_vec())
 }

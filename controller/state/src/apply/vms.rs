@@ -382,7 +382,7 @@ fn stale(field: &str, given: u64, vm: &Vm) -> Fault {
     Fault::new(Code::StaleEpoch, message).field(field)
 }
 
-pub(super) fn unfit(name: &str, vm: &Vm, right: &str) -> Fault {
+pub(crate) fn unfit(name: &str, vm: &Vm, right: &str) -> Fault {
     let state = vm
         .state()
         .as_str_name()

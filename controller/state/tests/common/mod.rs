@@ -196,6 +196,7 @@ pub fn plan(vm: &str, to: &str) -> Kind {
         vm: vm.into(),
         to: to.into(),
         options: None,
+        ..PlanMigration::default()
     })
 }
 

@@ -1,0 +1,149 @@
+//! What is looked at before a VM is moved: the plan of a migration and its dry run ask the same, so that a dry run that
+//! finds nothing is a plan that is not refused, as long as nothing changes in between.
+//!
+//! The plan is refused by the first finding that is against it; the dry run shows them all. What is found later, when
+//! the two VMMs talk to each other, is not known here.
+
+use drover_proto::v1::{MigrationOptions, PlanMigration, Vm, VmState};
+use drover_proto::{Code, Fault};
+
+use crate::apply::unfit;
+use crate::placement::{self, Purpose};
+use crate::state::{State, host_of, spec_of};
+use crate::validate::{self, quoted};
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// Its stable name: `options`, `migration`, `state`, `target`, `other_host`, `host_up`, `memory`, `vcpus`, `images`,
+    /// `cpu`, `device_model`.
+    pub check: &'static str,
+    /// What was found, for people, or what refuses the migration.
+    pub outcome: Result<String, Fault>,
+}
+
+/// All that was looked at, in the order in which a plan is refused.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Preflight {
+    /// The host that the VM is on; empty when it was never placed.
+    pub from: String,
+    /// The host that it would go to: the one that was named, or placement's choice; empty when there is none.
+    pub to: String,
+    /// What was asked for, with the cluster's defaults filled in; as it was asked for where that is out of bounds.
+    pub options: MigrationOptions,
+    /// See the type.
+    pub findings: Vec<Finding>,
+}
+
+impl Preflight {
+    /// What refuses the migration first, if anything does.
+    pub fn refusal(&self) -> Option<&Fault> {
+        self.findings
+            .iter()
+            .find_map(|finding| finding.outcome.as_ref().err())
+    }
+
+    fn note(&mut self, check: &'static str, outcome: Result<String, Fault>) {
+        self.findings.push(Finding { check, outcome });
+    }
+}
+
+/// Looks at everything that `plan` needs.
+///
+/// # Errors
+/// `vm_not_found`: there is nothing to look at.
+pub fn preflight(state: &State, plan: &PlanMigration) -> Result<Preflight, Fault> {
+    let vm = state.vm(&plan.vm).ok_or_else(|| {
+        Fault::new(
+            Code::VmNotFound,
+            format!("vm is {}; no VM has this name", quoted(&plan.vm)),
+        )
+        .field("vm")
+    })?;
+    let options = validate::options(plan.options.as_ref(), &state.settings);
+    let mut found = Preflight {
+        from: host_of(vm).to_owned(),
+        to: plan.to.clone(),
+        options: match &options {
+            Ok(options) => *options,
+            Err(_) => plan.options.unwrap_or_default(),
+        },
+        findings: Vec::new(),
+    };
+    let within = "are within their bounds".to_owned();
+    found.note("options", options.map(|_| within));
+    found.note("migration", not_moving(vm, &plan.vm));
+    found.note("state", running(vm, &plan.vm));
+    if plan.to.is_empty() {
+        choose(state, vm, &mut found);
+    } else {
+        named(state, vm, &plan.vm, &mut found);
+    }
+    Ok(found)
+}
+
+fn not_moving(vm: &Vm, name: &str) -> Result<String, Fault> {
+    if vm.migration.is_empty() {
+        return Ok(format!("{name} is not being moved"));
+    }
+    let message = format!("{name} is being moved by migration {} already", vm.migration);
+    Err(Fault::new(Code::MigrationActive, message).field("vm"))
+}
+
+fn running(vm: &Vm, name: &str) -> Result<String, Fault> {
+    if vm.state() == VmState::Running && vm.wanted_running && !vm.deleting {
+        return Ok(format!("{name} is running on {}", host_of(vm)));
+    }
+    Err(unfit(name, vm, "only one that runs can be moved live"))
+}
+
+/// No target was named: the best, and what speaks for it.
+fn choose(state: &State, vm: &Vm, found: &mut Preflight) {
+    let from = found.from.clone();
+    match placement::choose(state, spec_of(vm), Purpose::Migrate { from: &from }) {
+        Ok(to) => {
+            found.note("target", Ok(format!("{to} is the best of the hosts that fit")));
+            if let Some(host) = state.host(&to) {
+                for (check, outcome) in placement::target_checks(state, spec_of(vm), &from, host) {
+                    found.note(check, outcome.map(|good| format!("{to} {good}")));
+                }
+            }
+            found.to = to;
+        }
+        Err(fault) => found.note("target", Err(fault.field("to"))),
+    }
+}
+
+/// The target was named: everything about it.
+fn named(state: &State, vm: &Vm, name: &str, found: &mut Preflight) {
+    let (from, to) = (found.from.clone(), found.to.clone());
+    let refused = |code, message: String| Err(Fault::new(code, message).field("to"));
+    let Some(host) = state.host(&to) else {
+        let message = format!("to is {}; no host of this name is registered", quoted(&to));
+        return found.note("target", refused(Code::HostNotFound, message));
+    };
+    found.note("target", Ok(format!("{to} is registered")));
+    if to == from {
+        let message = format!("to is {to}; {name} is there already");
+        return found.note("other_host", refused(Code::SameHost, message));
+    }
+    found.note("other_host", Ok(format!("{to} is another host than {from}")));
+    found.note(
+        "host_up",
+        if state.host_is_up(&to) {
+            Ok(format!("{to} is up"))
+        } else {
+            refused(Code::HostDown, format!("to is {to}, which is declared down"))
+        },
+    );
+    for (check, outcome) in placement::target_checks(state, spec_of(vm), &from, host) {
+        let outcome = match outcome {
+            Ok(good) => Ok(format!("{to} {good}")),
+            Err(fault) => refused(
+                Code::NoHostFits,
+                format!("{to} cannot take {name}: {to} {}", fault.message),
+            ),
+        };
+        found.note(check, outcome);
+    }
+}
