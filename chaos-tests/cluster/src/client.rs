@@ -12,9 +12,9 @@ use drover_pki::{Credentials, controller_dns};
 use drover_proto::v1::controller_client::ControllerClient;
 use drover_proto::v1::{
     CancelMigrationRequest, Cluster as ClusterInfo, CreateVmRequest, DeleteVmRequest, GetClusterRequest,
-    GetMigrationRequest, GetVmRequest, Host, ListEventsRequest, ListHostsRequest, MigrateVmRequest,
-    Migration, MigrationOptions, MigrationPhase, ReadConsoleRequest, ReadConsoleResponse, StartVmRequest,
-    StopVmRequest, Vm, VmSpec, VmState, WriteConsoleRequest,
+    GetMigrationRequest, GetVmRequest, Host, ListEventsRequest, ListHostsRequest, ListMigrationsRequest,
+    MigrateVmRequest, Migration, MigrationOptions, MigrationPhase, ReadConsoleRequest, ReadConsoleResponse,
+    StartVmRequest, StopVmRequest, Vm, VmSpec, VmState, WriteConsoleRequest,
 };
 use drover_proto::{Code, Fault};
 use tokio::runtime::Runtime;
@@ -223,6 +223,12 @@ impl Client {
             };
             async move { client.get_migration(request).await }
         })
+    }
+
+    /// Every migration that the cluster keeps, the newest first.
+    pub fn migrations(&self) -> Result<Vec<Migration>, Fault> {
+        self.call(|mut client| async move { client.list_migrations(ListMigrationsRequest::default()).await })
+            .map(|answer| answer.migrations)
     }
 
     /// Asks for a migration's abort.

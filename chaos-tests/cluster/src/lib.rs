@@ -24,6 +24,8 @@ pub mod console;
 pub mod network;
 pub mod points;
 pub mod process;
+pub mod soak;
+pub mod verdicts;
 pub mod vmms;
 pub mod witness;
 

@@ -1,70 +1,12 @@
-//! `kill -9` of each party at each pause point. What may come of it is the table in ARCHITECTURE §3.
+//! `kill -9` of each party at each pause point. What may come of it is the table in ARCHITECTURE §3 (`verdicts`).
 //!
 //! Killed daemons are started again, as systemd would do it; VMMs are not.
 
-use drover_chaos_cluster::points::{self, Stage, stage};
+use drover_chaos_cluster::points;
+use drover_chaos_cluster::verdicts::{Ending, Victim, is_there, of_kill};
 use drover_proto::v1::VmState;
 
 use super::*;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Victim {
-    Leader,
-    SourceVmm,
-    TargetVmm,
-    SourceAgent,
-    TargetAgent,
-}
-
-/// How a migration and its VM can end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ending {
-    /// Aborted; the VM runs on where it was.
-    Stayed,
-    /// Done; the VM runs on the target.
-    Moved,
-    /// Aborted, and the VM failed with its source's VMM.
-    LostWithSource,
-    /// Done, and the VM failed with its target's VMM.
-    LostWithTarget,
-}
-
-/// Points at which the target, or its agent, can go on to the commit while the one who reached the point waits.
-const UNDECIDED: [&str; 5] = [
-    "source.after_state",
-    "source.ready_received",
-    "target.after_ready",
-    "agent.before_commit",
-    "controller.before_commit_propose",
-];
-
-/// Points at which the target has all it needs, though it has not said so.
-const COMPLETE: [&str; 3] = [
-    "target.after_last_pages",
-    "target.before_restore",
-    "target.before_ready",
-];
-
-/// The table: what may come of a kill.
-fn allowed(victim: Victim, point: &str) -> &'static [Ending] {
-    use Ending::{LostWithSource, LostWithTarget, Moved, Stayed};
-    let committed = stage(point) == Stage::Committed;
-    let undecided = UNDECIDED.contains(&point);
-    match victim {
-        Victim::Leader if committed => &[Moved],
-        Victim::Leader if stage(point) == Stage::BeforePause => &[Moved],
-        // The source stays paused until a leader decides; the next one may find that it took too long.
-        Victim::Leader => &[Moved, Stayed],
-        Victim::SourceVmm if committed => &[Moved],
-        Victim::SourceVmm if undecided || COMPLETE.contains(&point) => &[LostWithSource, Moved],
-        Victim::SourceVmm => &[LostWithSource],
-        Victim::TargetVmm if committed => &[LostWithTarget],
-        Victim::TargetVmm if undecided => &[Stayed, LostWithTarget],
-        Victim::TargetVmm => &[Stayed],
-        Victim::SourceAgent | Victim::TargetAgent if committed => &[Moved],
-        Victim::SourceAgent | Victim::TargetAgent => &[Moved, Stayed],
-    }
-}
 
 /// What came of it.
 fn ending(cluster: &Cluster, migration: &Migration) -> Ending {
@@ -99,7 +41,7 @@ impl Killing {
 
         let ended = self.cluster.client.await_end(&planned.id);
         let ending = self.settle(&ended, point);
-        let allowed = allowed(victim, point);
+        let allowed = of_kill(victim, point);
         assert!(
             allowed.contains(&ending),
             "{victim:?} killed at {point}: {ending:?}, want {allowed:?}: {ended:?}"
@@ -182,15 +124,6 @@ impl Killing {
             self.victim
         );
         self.console.ping(&self.cluster.client, &format!("after-{point}"));
-    }
-}
-
-/// Whether there is such a party at the point: no target's VMM before it is prepared, and the source's may be over at the end.
-fn is_there(victim: Victim, point: &str) -> bool {
-    match victim {
-        Victim::TargetVmm => !["controller.before_prepare", "agent.before_prepare"].contains(&point),
-        Victim::SourceVmm => point != "controller.before_finish",
-        _ => true,
     }
 }
 
