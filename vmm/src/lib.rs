@@ -30,6 +30,7 @@ pub mod memory;
 pub mod outgoing;
 pub mod right;
 pub mod save;
+pub mod throttle;
 pub mod time;
 pub mod vcpu;
 pub mod vm;

@@ -336,6 +336,8 @@ impl Machine {
         } else {
             migration.control.cancel();
             core.migration = None;
+            // The engine says so too, but it may still be waiting for its link.
+            self.built().throttle(0);
             core.right.aborted();
             info!(migration = request.migration, "aborted: the VM stays");
         }
@@ -477,6 +479,15 @@ impl Machine {
             ));
         }
         Ok(())
+    }
+
+    /// Holds the vCPUs back for the pre-copy of migration `id`, or lets them go. Of a migration that is over, only the latter.
+    pub(crate) fn throttle(&self, id: &str, percent: u32) {
+        let core = self.core();
+        if percent == 0 || Self::check_current(&core, id).is_ok() {
+            info!(migration = id, percent, "throttle");
+            self.built().throttle(percent);
+        }
     }
 
     /// The encoded state of the VM that was handed over for migration `id`.

@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 
+use drover_migration::convergence::Costs;
 use drover_migration::source::{self, Outcome, Params};
 use drover_migration::transport::{self, LINK_TIMEOUT};
 use drover_migration::vm::{Layout, PageSet, SourceVm};
@@ -52,6 +53,14 @@ impl SourceVm for Source<'_> {
 
     fn zero_ahead(&self, first: u64, count: u64) -> u64 {
         self.machine.built().memory().hole_ahead(first, count)
+    }
+
+    fn costs(&self) -> Costs {
+        self.machine.built().switchover_costs()
+    }
+
+    fn throttle(&self, percent: u32) {
+        self.machine.throttle(self.migration, percent);
     }
 
     fn pause(&mut self) -> Result<(), Fault> {

@@ -17,8 +17,13 @@
 //! thread was: even one that was stopped with `SIGSTOP` just before `KVM_RUN` and wakes an hour later runs the handler first.
 //! No lock of the machine is needed for it, no other thread, and no log. When a deadline rises, the timer still fires at the old one,
 //! and the thread arms it anew.
+//!
+//! A throttle ([`crate::throttle`]) keeps vCPUs out of the guest for a share of each period. The same timer ends a vCPU's turn: it is armed
+//! for the deadline or the turn's end, whichever is first, and everything is looked at after the flag was cleared, the turn and the
+//! throttle too. Between two turns the thread waits at the gate's condition, outside `KVM_RUN` and without an instruction half done;
+//! stopping, the deadline and a change of the throttle end that wait, so neither a pause nor a release waits for a rest.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
@@ -31,6 +36,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::Devices;
 use crate::memory::Memory;
+use crate::throttle::{PERCENT_MAX, Pace, Turn};
 use crate::time::boottime_ns;
 
 /// How long [`Gate::stop`] waits before it kicks again. One kick is enough; this is only a net under it.
@@ -103,6 +109,7 @@ pub struct Gate {
     state: Mutex<State>,
     changed: Condvar,
     deadline_ns: AtomicU64,
+    throttle_percent: AtomicU32,
     ended: EventFd,
 }
 
@@ -113,6 +120,7 @@ impl Gate {
             state: Mutex::default(),
             changed: Condvar::new(),
             deadline_ns: AtomicU64::new(0),
+            throttle_percent: AtomicU32::new(0),
             ended,
         }
     }
@@ -133,6 +141,8 @@ impl Gate {
     pub fn stop(&self, cells: &[Arc<VcpuCell>]) {
         let mut state = self.state();
         state.wanted = false;
+        // Those that rest between two turns are in no guest to be kicked out of.
+        self.changed.notify_all();
         while state.running > 0 {
             for cell in cells {
                 cell.kick();
@@ -140,6 +150,24 @@ impl Gate {
             let waited = self.changed.wait_timeout(state, KICK_AGAIN);
             state = waited.expect("no holder of the gate's lock panics").0;
         }
+    }
+
+    /// Keeps each vCPU out of the guest for `percent` of its time, at most [`PERCENT_MAX`]; 0: not at all. At once.
+    pub fn throttle(&self, percent: u32, cells: &[Arc<VcpuCell>]) {
+        let state = self.state();
+        let percent = percent.min(PERCENT_MAX);
+        if self.throttle_percent.swap(percent, Ordering::SeqCst) != percent {
+            for cell in cells {
+                cell.kick();
+            }
+            self.changed.notify_all();
+        }
+        drop(state);
+    }
+
+    /// What [`Gate::throttle`] was told last.
+    pub fn throttled(&self) -> u32 {
+        self.throttle_percent.load(Ordering::SeqCst)
     }
 
     /// Stops all vCPUs and ends their threads.
@@ -163,7 +191,7 @@ impl Gate {
             }
             if state.wanted && state.end.is_none() {
                 // Under the lock, so that a `stop` comes either wholly before, and is seen, or wholly after, and kicks.
-                self.prepare(cell, timer);
+                self.prepare(cell, timer, u64::MAX);
                 if !self.expired() {
                     break;
                 }
@@ -178,10 +206,45 @@ impl Gate {
         true
     }
 
-    /// Makes an entry possible that the deadline ends. In this order: a deadline that passes after the store sets the flag again.
-    fn prepare(&self, cell: &VcpuCell, timer: &mut raw::DeadlineTimer) {
-        timer.arm(self.deadline_ns.load(Ordering::SeqCst));
+    /// Makes an entry possible that the deadline ends, or the turn's end at `until`. In this order: what passes after the store sets
+    /// the flag again.
+    fn prepare(&self, cell: &VcpuCell, timer: &mut raw::DeadlineTimer, until: u64) {
+        timer.arm(self.deadline_ns.load(Ordering::SeqCst).min(until));
         cell.immediate_exit.get().store(0, Ordering::SeqCst);
+    }
+
+    /// Makes the next entry possible, once it is this vCPU's turn. False: it is to leave, for a stop, the deadline or the guest's end.
+    fn admit(&self, cell: &VcpuCell, timer: &mut raw::DeadlineTimer, pace: &mut Pace) -> bool {
+        while self.keep_running() {
+            let percent = self.throttled();
+            let until = match pace.turn(percent, boottime_ns()) {
+                Turn::Run(until) => until,
+                Turn::Rest(until) => {
+                    self.rest(percent, until);
+                    continue;
+                }
+            };
+            self.prepare(cell, timer, until);
+            // Whatever came between the questions above and the store had its kick overwritten: ask again.
+            let same = percent == self.throttled();
+            if same && boottime_ns() < until && self.keep_running() {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Waits outside the guest until `until`, or until something has changed.
+    fn rest(&self, percent: u32, until: u64) {
+        let until = until.min(self.deadline_ns.load(Ordering::SeqCst));
+        let state = self.state();
+        // Under the lock, so that what changes after this question wakes the wait.
+        let as_asked = state.wanted && percent == self.throttled();
+        let left = Duration::from_nanos(until.saturating_sub(boottime_ns()));
+        if as_asked && state.end.is_none() && !left.is_zero() {
+            let waited = self.changed.wait_timeout(state, left);
+            drop(waited.expect("no holder of the gate's lock panics"));
+        }
     }
 
     /// Waits, but not for long, until a vCPU has passed the gate: for measuring how long a resume takes.
@@ -262,16 +325,16 @@ fn execute(context: &Context, timer: &mut raw::DeadlineTimer) -> Option<GuestEnd
         memory,
     } = context;
     let mut fd = cell.fd();
+    let mut pace = Pace::default();
+    if !gate.admit(cell, timer, &mut pace) {
+        return None;
+    }
     loop {
         let exit = match fd.run() {
             Ok(exit) => exit,
             Err(error) if error.errno() == libc::EINTR => {
-                if gate.keep_running() {
-                    gate.prepare(cell, timer);
-                    // A `stop` or the deadline between the question and the store has its kick overwritten: ask again.
-                    if gate.keep_running() {
-                        continue;
-                    }
+                if gate.admit(cell, timer, &mut pace) {
+                    continue;
                 }
                 return None;
             }

@@ -5,12 +5,15 @@
 mod common;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use common::{
-    World, assert_intact, await_console, await_info, await_state, grant, grant_for, has_seconds, seconds,
-    text,
+    PATIENCE, World, assert_intact, await_console, await_info, await_state, grant, grant_for, has_seconds,
+    seconds, text,
 };
-use drover_proto::v1::{GrantRequest, OutcomeRequest, StartOutgoingRequest, VmmState};
+use drover_proto::v1::{
+    GrantRequest, MigrationOptions, OutcomeRequest, StartOutgoingRequest, VmmInfo, VmmState,
+};
 use drover_proto::{Code, Fault};
 use drover_vmm::machine::Machine;
 
@@ -126,12 +129,22 @@ fn send(source: &Arc<Machine>, addr: String, target_host: &str) -> Result<(), Fa
 }
 
 fn send_by(source: &Arc<Machine>, migration: &str, addr: String, target_host: &str) -> Result<(), Fault> {
+    send_with(source, migration, addr, target_host, None)
+}
+
+fn send_with(
+    source: &Arc<Machine>,
+    migration: &str,
+    addr: String,
+    target_host: &str,
+    options: Option<MigrationOptions>,
+) -> Result<(), Fault> {
     let request = StartOutgoingRequest {
         migration: migration.into(),
         target_addr: addr,
         target_host: target_host.into(),
         target_epoch: source.config().epoch + 1,
-        options: None,
+        options,
     };
     source.start_outgoing(request).map(drop)
 }
@@ -196,6 +209,130 @@ fn a_guest_moves_while_it_writes_and_runs_only_after_its_grant() {
         assert_eq!(source.info().state(), VmmState::Exited);
         assert!(*source.over().borrow());
     }
+}
+
+/// A guest that rewrites 64 MiB as fast as it can.
+fn flat_out(config: &mut serde_json::Value) {
+    config["memory_mib"] = 160.into();
+    config["cmdline"] = "own=64M".into();
+}
+
+/// A link slower than [`flat_out`] writes.
+fn slow_link(max_throttle_percent: u32) -> Option<MigrationOptions> {
+    Some(MigrationOptions {
+        bandwidth_mib_s: 64,
+        max_throttle_percent,
+        ..MigrationOptions::default()
+    })
+}
+
+/// Pages that the guest writes a second, by its newest line.
+fn pace(text: &str) -> u64 {
+    let (written, t) = (seconds(text, "written"), seconds(text, "t"));
+    let newest = t.len() - 1;
+    (written[newest] - written[newest - 1]) / (t[newest] - t[newest - 1])
+}
+
+fn throttle_of(info: &VmmInfo) -> u32 {
+    let progress = info.migration.as_ref().and_then(|migration| migration.progress);
+    progress.map_or(0, |progress| progress.throttle_percent)
+}
+
+#[test]
+fn a_guest_that_writes_faster_than_the_link_converges_by_a_throttle_and_is_as_fast_as_before_afterwards() {
+    needs_kvm!();
+    let world = World::new();
+    let source = world.machine("host1", 1, flat_out);
+    grant(&source);
+    let before = pace(&await_console(source.console(), "lines", has_seconds(3)));
+
+    let refusing = world.machine("host2", 2, |config| {
+        flat_out(config);
+        incoming(config, "host1");
+    });
+    send_with(&source, "m1", listen_addr(&refusing), "host2", slow_link(0)).unwrap();
+    assert_eq!(failure(&source), Code::NoConvergence.as_str());
+    assert_eq!(source.info().state(), VmmState::Running);
+    outcome(&source, false).unwrap();
+
+    let target = world.machine("host2", 2, |config| {
+        flat_out(config);
+        incoming_by(config, "m2", "host1");
+    });
+    send_with(&source, "m2", listen_addr(&target), "host2", slow_link(95)).unwrap();
+    await_info(&source, "throttle", |info| throttle_of(info) > 0);
+    await_state(&target, VmmState::Ready);
+    assert_eq!(
+        source.vm().unwrap().throttled(),
+        0,
+        "the throttle outlived the pause"
+    );
+    let info = grant(&target);
+    let receipt = info.migration.unwrap().receipt.unwrap();
+    println!("{before} pages a second before; {receipt:?}");
+    assert!((1..=95).contains(&receipt.throttle_percent), "{receipt:?}");
+    let seen = seconds(&text(target.console()), "t").len();
+    let text = await_console(target.console(), "lines after the move", has_seconds(seen + 3));
+    assert_intact(&text);
+    assert!(
+        pace(&text) > before / 3,
+        "{} pages a second after the move, {before} before",
+        pace(&text)
+    );
+}
+
+#[test]
+fn whoever_ends_a_throttled_migration_lets_the_guest_go() {
+    needs_kvm!();
+    let world = World::new();
+    let source = world.machine("host1", 1, flat_out);
+    grant(&source);
+    await_console(source.console(), "first line", has_seconds(1));
+    let throttled = |migration: &str| {
+        let target = world.machine("host2", 2, |config| {
+            flat_out(config);
+            incoming_by(config, migration, "host1");
+        });
+        // So little that a throttle alone cannot make it converge soon.
+        let mut options = slow_link(60);
+        options.as_mut().unwrap().bandwidth_mib_s = 32;
+        // The engine of the attempt before may still be winding down.
+        let began = Instant::now();
+        while let Err(fault) = send_with(&source, migration, listen_addr(&target), "host2", options) {
+            assert_eq!(fault.code, Code::MigrationActive, "{fault}");
+            assert!(began.elapsed() < PATIENCE, "the engine does not end");
+            std::thread::yield_now();
+        }
+        await_info(&source, "throttle", |info| throttle_of(info) > 0);
+        assert!(source.vm().unwrap().throttled() > 0);
+        target
+    };
+    let told = |migration: &str| {
+        let migration = migration.into();
+        source
+            .outcome(&OutcomeRequest {
+                migration,
+                committed: false,
+            })
+            .unwrap();
+    };
+    // The log's abort: at once, whatever the engine is doing.
+    let target = throttled("m1");
+    told("m1");
+    assert_eq!(source.vm().unwrap().throttled(), 0, "held back after the abort");
+    target.destroy(None);
+    // The target dies: before the failure is told.
+    let target = throttled("m2");
+    target.destroy(None);
+    failure(&source);
+    assert_eq!(source.vm().unwrap().throttled(), 0, "held back after the failure");
+    told("m2");
+    let before = seconds(&text(source.console()), "t").len();
+    assert_intact(&await_console(
+        source.console(),
+        "line after",
+        has_seconds(before + 2),
+    ));
 }
 
 #[test]

@@ -5,7 +5,7 @@
 mod common;
 
 use std::sync::{Arc, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::{PATIENCE, assert_intact, await_console, empty_vm, has_seconds, probe_vm, seconds};
 use drover_migration::vm::PageSet;
@@ -44,6 +44,17 @@ const COUNT_FOR_EVER: [u8; 8] = [0xff, 0x05, 0, 0, 0x20, 0, 0xeb, 0xf8];
 const CODE_PAGE: u64 = 0x100;
 const COUNTER_PAGE: u64 = 0x200;
 
+/// A VM that counts.
+fn counting_vm() -> Vm {
+    let vm = empty_vm(1);
+    let mut code = vec![0; 4096];
+    code[..COUNT_FOR_EVER.len()].copy_from_slice(&COUNT_FOR_EVER);
+    vm.memory().write_pages(CODE_PAGE, &code).unwrap();
+    let entry = CODE_PAGE * 4096;
+    vm.boot(Profile::Baseline, Entry::Pvh { entry }).unwrap();
+    vm
+}
+
 fn counter(vm: &Vm) -> u32 {
     let mut page = vec![0; 4096];
     vm.memory().read_pages(COUNTER_PAGE, &mut page).unwrap();
@@ -61,14 +72,11 @@ fn await_counting(vm: &Vm, from: u32) {
 #[test]
 fn a_vcpu_leaves_a_guest_that_never_exits_at_the_deadline_with_nobody_to_stop_it() {
     needs_kvm!();
-    let vm = Arc::new(empty_vm(1));
-    let mut code = vec![0; 4096];
-    code[..COUNT_FOR_EVER.len()].copy_from_slice(&COUNT_FOR_EVER);
-    vm.memory().write_pages(CODE_PAGE, &code).unwrap();
-    let entry = CODE_PAGE * 4096;
-    vm.boot(Profile::Baseline, Entry::Pvh { entry }).unwrap();
+    let vm = Arc::new(counting_vm());
     vm.resume(boottime_ns() + NS_PER_S);
-    for _ in 0..2 {
+    // Held back it is mostly at rest when the deadline comes.
+    for throttle in [0, 0, 99] {
+        vm.throttle(throttle);
         await_counting(&vm, counter(&vm));
         // The lease is prolonged while it executes.
         let deadline = boottime_ns() + 2 * NS_PER_S;
@@ -81,6 +89,52 @@ fn a_vcpu_leaves_a_guest_that_never_exits_at_the_deadline_with_nobody_to_stop_it
         saved.unwrap();
         assert!(at >= deadline, "out before the prolonged lease was over");
         vm.resume(boottime_ns() + 2 * NS_PER_S);
+    }
+}
+
+/// How far the guest counts in a second of the host's.
+fn counted(vm: &Vm) -> u32 {
+    let before = counter(vm);
+    let until = boottime_ns() + NS_PER_S;
+    while boottime_ns() < until {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    counter(vm).wrapping_sub(before)
+}
+
+#[test]
+fn a_throttled_guest_gets_its_share_and_all_of_the_time_when_it_is_let_go() {
+    needs_kvm!();
+    let vm = counting_vm();
+    vm.resume(FOREVER);
+    await_counting(&vm, counter(&vm));
+    let free = counted(&vm);
+    vm.throttle(90);
+    assert_eq!(vm.throttled(), 90);
+    let throttled = counted(&vm);
+    vm.throttle(0);
+    let again = counted(&vm);
+    assert!(
+        throttled > 0 && throttled < free / 3,
+        "{throttled} of {free} at a tenth of the time"
+    );
+    assert!(again > free / 3, "{again} of {free} when let go");
+}
+
+#[test]
+fn a_throttled_guest_makes_progress_and_stands_still_when_it_is_paused() {
+    needs_kvm!();
+    let vm = counting_vm();
+    for percent in [1, 50, 99] {
+        vm.throttle(percent);
+        for _ in 0..30 {
+            vm.resume(FOREVER);
+            await_counting(&vm, counter(&vm));
+            vm.pause();
+            let at = counter(&vm);
+            vm.save().unwrap();
+            assert_eq!(counter(&vm), at, "a paused guest counted");
+        }
     }
 }
 
