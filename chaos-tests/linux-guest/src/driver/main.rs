@@ -23,8 +23,7 @@ const ROOT: &str = "/run/drover";
 const CLUSTER: &str = "linux-guest";
 const MIGRATION: &str = "m1";
 const GUEST_MEMORY_MIB: u64 = 256;
-/// One: with two, a vCPU of the guest stood still for good in some runs on the emulated host, before any migration.
-const GUEST_VCPUS: u32 = 1;
+const GUEST_VCPUS: u32 = 2;
 /// The longest that booting may take in an emulated host.
 const BOOT_MAX: Duration = Duration::from_secs(240);
 /// The longest that a migration may take there.
