@@ -32,6 +32,7 @@
 
 use std::time::Duration;
 
+use drover_proto::v1::MigrationOptions;
 use drover_proto::{Code, Fault};
 
 use crate::bandwidth::time;
@@ -82,6 +83,21 @@ impl Default for Intent {
     }
 }
 
+impl Intent {
+    /// What `options` ask for; 0 stands for a default or for nothing, as they say.
+    pub fn of(options: &MigrationOptions) -> Self {
+        Self {
+            max_downtime: match options.max_downtime_ms {
+                0 => MAX_DOWNTIME_DEFAULT,
+                ms => Duration::from_millis(ms.into()),
+            },
+            deadline: (options.deadline_ms > 0).then(|| Duration::from_millis(options.deadline_ms)),
+            bandwidth: (options.bandwidth_mib_s > 0).then(|| options.bandwidth_mib_s.saturating_mul(1 << 20)),
+            max_throttle: options.max_throttle_percent.min(THROTTLE_MAX),
+        }
+    }
+}
+
 /// What a switchover costs beside page data, as far as it is known before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Costs {
@@ -103,6 +119,19 @@ impl Costs {
         state_bytes: 0,
         commit: Duration::ZERO,
     };
+
+    /// With the commit as the cluster measured it lately, µs, and a quarter to spare; 0: nobody did.
+    #[must_use]
+    pub fn with_commit(self, measured_us: u32) -> Self {
+        let measured = Duration::from_micros(measured_us.into());
+        Self {
+            commit: match measured_us {
+                0 => self.commit,
+                _ => measured + measured / 4,
+            },
+            ..self
+        }
+    }
 
     /// What no link changes.
     fn least(&self) -> Duration {
@@ -571,6 +600,19 @@ mod tests {
             Decision::Switchover,
             "the advice of {advised} ms is right"
         );
+    }
+
+    #[test]
+    fn a_commit_that_was_measured_counts_instead_of_the_default() {
+        assert_eq!(Costs::default().with_commit(0), Costs::default());
+        let quick = Costs::default().with_commit(4_000);
+        assert_eq!(quick.commit, Duration::from_millis(5));
+        let slow = Sample {
+            costs: Costs::default().with_commit(80_000),
+            ..sample(0, 0)
+        };
+        assert!(!fits(&slow, &intent(100)), "a cluster that commits slowly");
+        assert!(fits(&slow, &intent(120)));
     }
 
     #[test]

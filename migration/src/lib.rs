@@ -19,8 +19,9 @@
 //! ```
 //!
 //! The parts: [`codec`] is the form on the wire; [`handshake`], [`convergence`], [`bandwidth`], [`meter`] and [`digest`] are
-//! pure rules; [`source::Machine`] and [`target::Machine`] are the protocol as state machines without IO; [`source::run`] and
-//! [`target::run`] drive them over a byte stream ([`transport`]) and a VM ([`vm`]).
+//! pure rules, which [`forecast`] plays through beforehand; [`source::Machine`] and [`target::Machine`] are the protocol as
+//! state machines without IO; [`source::run`] and [`target::run`] drive them over a byte stream ([`transport`]) and a VM
+//! ([`vm`]).
 //!
 //! It does not decide who may run. After the pause nothing here resumes the guest on either side, and Ready is only the
 //! target's word that it could: the log decides (ARCHITECTURE.md, section 3).
@@ -30,6 +31,7 @@ pub mod codec;
 pub mod control;
 pub mod convergence;
 pub mod digest;
+pub mod forecast;
 pub mod handshake;
 pub mod meter;
 pub mod source;

@@ -18,7 +18,7 @@ pub use machine::{Action, Config, Event, Machine, Sent};
 use crate::bandwidth::Cap;
 use crate::codec::{Batch, Frame, Hello, Message, Run, bad};
 use crate::control::Control;
-use crate::convergence::{Costs, Intent, MAX_DOWNTIME_DEFAULT, THROTTLE_MAX};
+use crate::convergence::{Costs, Intent};
 use crate::handshake::{self, VERSIONS};
 use crate::transport::{Link, Stop, Stream};
 use crate::vm::{PAGE_SIZE, PageSet, RegionEnds, SourceVm};
@@ -115,11 +115,6 @@ pub fn run<S: Stream>(
 
 impl Params {
     fn config(&self, layout: &[crate::vm::Region], total_pages: u64, costs: Costs) -> Config {
-        let options = &self.options;
-        let max_downtime = match options.max_downtime_ms {
-            0 => MAX_DOWNTIME_DEFAULT,
-            ms => Duration::from_millis(ms.into()),
-        };
         Config {
             hello: Hello {
                 version_min: *VERSIONS.start(),
@@ -135,13 +130,7 @@ impl Params {
                 cpu_profile: self.cpu_profile.clone(),
             },
             total_pages,
-            intent: Intent {
-                max_downtime,
-                deadline: (options.deadline_ms > 0).then(|| Duration::from_millis(options.deadline_ms)),
-                bandwidth: (options.bandwidth_mib_s > 0)
-                    .then(|| options.bandwidth_mib_s.saturating_mul(1 << 20)),
-                max_throttle: options.max_throttle_percent.min(THROTTLE_MAX),
-            },
+            intent: Intent::of(&self.options),
             costs,
             tracker: self.tracker.to_owned(),
             skip_final_pass: seeded_bug("no-final-dirty-pass"),
