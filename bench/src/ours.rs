@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use drover_chaos_cluster::client::probe_spec;
 use drover_chaos_cluster::cluster::host_name;
 use drover_chaos_cluster::process::find;
@@ -167,6 +167,11 @@ impl<'a> Vm<'a> {
         let watched = watch.stop()?;
         let ended = ended?;
         let receipt = receipt(&ended)?;
+        ensure!(
+            receipt.plaintext == self.workload.plaintext,
+            "the pages were {}encrypted, and that was not asked for",
+            if receipt.plaintext { "not " } else { "" }
+        );
         let ran = watched.ran.context("nobody saw the target's vCPUs run")?;
         let wire_bytes = self.cluster.bytes_sent_by_host(self.at)? - wire_before;
         self.at = to;

@@ -12,7 +12,7 @@ const COLUMNS: [&str; 8] = [
     "guest saw ms",
     "MiB sent",
     "CPU s",
-    "of copy",
+    "MiB/s: of copy (kept)",
     "extra MiB",
 ];
 
@@ -38,9 +38,14 @@ fn row(summary: &Summary) -> Vec<String> {
     };
     let with = |pair: String, ratio: Option<f64>| format!("{pair} = {}", figure(ratio, 2));
     let ours = || summary.runs.iter().filter(|run| run.side == Side::Ours);
-    let extra = ours().filter_map(|run: &Run| run.extra_mib);
+    let extra = ours().filter_map(|run: &Run| run.extra_mib).reduce(f64::max);
+    let kept = median(summary.runs.iter().filter_map(|run| run.kept_mib_per_s));
     let copy = match (summary.ratio.throughput_of_copy, summary.copy.mib_per_s) {
-        (Some(ratio), Some(copy)) => format!("{:.0} % of {copy:.0} MiB/s", ratio * 100.0),
+        (Some(ratio), Some(copy)) => {
+            let rate = ratio * copy;
+            let of_kept = kept.map(|kept| rate / kept * 100.0);
+            format!("{rate:.0}: {:.0} % ({} %)", ratio * 100.0, figure(of_kept, 0))
+        }
         _ => "–".to_owned(),
     };
     vec![
@@ -51,7 +56,7 @@ fn row(summary: &Summary) -> Vec<String> {
         pair(|measures| measures.bytes / 1_048_576.0, 0),
         pair(|measures| measures.cpu_s, 2),
         copy,
-        figure(median(extra), 1),
+        figure(extra, 1),
     ]
 }
 

@@ -25,9 +25,23 @@ pub struct Workload {
     pub plaintext: bool,
     /// Moves a guest makes before it is ended: there and back, or only there.
     pub moves: usize,
+    /// Whether the guest reads back everything at the end: that takes a while.
+    pub sweep: bool,
     /// Whether it is run when none is named.
     pub by_default: bool,
 }
+
+const IDLE: Workload = Workload {
+    name: "idle",
+    about: "1 GiB of random pages, not written after the start",
+    memory_mib: 1056,
+    parameters: "own=1G hot=1M rate=0",
+    populated_mib: 1024,
+    // A page that the guest reads for the first time at its new place is mapped there, and KVM's log calls it dirty: the
+    // way back would not be that of an idle guest.
+    moves: 1,
+    ..PLAIN
+};
 
 const PLAIN: Workload = Workload {
     name: "",
@@ -40,22 +54,13 @@ const PLAIN: Workload = Workload {
     throttle: false,
     plaintext: false,
     moves: 2,
+    sweep: true,
     by_default: true,
 };
 
 /// All of them, in the order in which they are run.
-pub const ALL: [Workload; 8] = [
-    Workload {
-        name: "idle",
-        about: "1 GiB of random pages, not written after the start",
-        memory_mib: 1056,
-        parameters: "own=1G hot=1M rate=0",
-        populated_mib: 1024,
-        // A page that the guest reads for the first time at its new place is mapped there, and KVM's log calls it dirty: the
-        // way back would not be that of an idle guest.
-        moves: 1,
-        ..PLAIN
-    },
+pub const ALL: [Workload; 9] = [
+    IDLE,
     Workload {
         name: "hot-64M",
         about: "512 MiB of random pages, 64 MiB of them written flat out",
@@ -100,11 +105,20 @@ pub const ALL: [Workload; 8] = [
         ..PLAIN
     },
     Workload {
+        name: "idle-plaintext",
+        about: "idle, our pages unencrypted as QEMU's are",
+        plaintext: true,
+        by_default: false,
+        ..IDLE
+    },
+    Workload {
         name: "smoke",
         about: "a small guest that shows in seconds that the benchmark itself works",
         memory_mib: 64,
         parameters: "own=16M hot=4M rate=2000",
         populated_mib: 16,
+        moves: 1,
+        sweep: false,
         by_default: false,
         ..PLAIN
     },

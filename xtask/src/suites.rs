@@ -23,7 +23,13 @@ const CLUSTER: &str = "drover-chaos-cluster";
 const LINUX_GUEST: (&str, &str) = ("drover-linux-guest", "linux_guest");
 
 /// Packages whose tests use the machine for themselves (`.config/nextest.toml` says the same to nextest).
-const ONE_AFTER_THE_OTHER: [&str; 4] = [CLUSTER, LINUX_GUEST.0, "drover-vmm", "drover-probe"];
+const ONE_AFTER_THE_OTHER: [&str; 5] = [
+    CLUSTER,
+    LINUX_GUEST.0,
+    "drover-bench",
+    "drover-vmm",
+    "drover-probe",
+];
 
 /// A part of the tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
