@@ -1,4 +1,4 @@
-//! What a developer types: `cargo xtask demo | test [part] | bench | fuzz`.
+//! What a developer types: `cargo xtask demo | test [part] | chaos | bench | fuzz`.
 //!
 //! Every command begins with the set-up (`setup`): packages that are missing, whether `/dev/kvm` can be used. Then it builds
 //! (`artifacts`) and does its work. It depends on almost nothing, so that it starts within seconds on a fresh machine.
@@ -6,6 +6,7 @@
 mod artifacts;
 mod bench;
 mod binaries;
+mod chaos;
 mod demo;
 mod follow;
 mod fuzz;
@@ -28,6 +29,7 @@ usage: cargo xtask <command>
   test linux-guest     a stock Debian kernel, migrated inside an emulated host
   test lint            formatting, clippy, the documentation's links
   test fuzz            as `fuzz`, ten seconds a target
+  chaos                random kill points during migrations, a thousand of them; `chaos --help` has the options
   bench migration      one guest moved by us and by QEMU in turns, measured side by side; docs/bench.md has the options
   fuzz [seconds]       fuzzes every decoder, 60 seconds a target by default (needs cargo-fuzz)";
 
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
             Some(part) => return verdict(suites::run(&[part])),
             None => Err(format!("there is no part {part:?} of the tests\n\n{USAGE}")),
         },
+        ["chaos", rest @ ..] => chaos::run(rest),
         ["bench", rest @ ..] => bench::run(rest),
         ["fuzz"] => fuzz::run(60),
         ["fuzz", seconds] => match seconds.parse() {

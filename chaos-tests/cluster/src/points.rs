@@ -54,6 +54,9 @@ pub const CONTROLLER: [&str; 5] = [
 /// The leader's point before an abort, which a migration meets only when it is aborted.
 pub const CONTROLLER_ABORT: &str = "controller.before_abort";
 
+/// The source's last point before it pauses: its guest writes on while it waits there.
+pub const BEFORE_PAUSE: &str = "source.before_pause";
+
 /// Every point that each migration meets, all parties.
 pub fn all() -> impl Iterator<Item = &'static str> {
     SOURCE.into_iter().chain(TARGET).chain(AGENT).chain(CONTROLLER)

@@ -18,6 +18,8 @@ pub mod leftovers;
 pub mod plan;
 pub mod tally;
 
+use std::time::{Duration, Instant};
+
 use drover_probe::report::Second;
 use drover_proto::Code;
 use drover_proto::v1::{Migration, MigrationOptions, MigrationPhase, VmState, VmmState};
@@ -26,7 +28,7 @@ use crate::cluster::{PARTIES, host_name};
 use crate::soak::leftovers::find_leftovers;
 use crate::soak::plan::{Blow, Kill, Moment};
 use crate::verdicts::{Ending, Victim};
-use crate::{Cluster, Console, await_some, points, probe_spec};
+use crate::{Cluster, Console, LOOK_AGAIN, SeenVmm, await_some, points, probe_spec};
 
 /// Pages that the guest owns; it rewrites all of them, and so compares all of them, several times a second.
 const OWN_PAGES: u64 = 2048;
@@ -39,6 +41,9 @@ const MEMORY_MIB: u64 = 32;
 
 /// An abort is held back for so many looks.
 const LOOKS_AT_A_HELD_ABORT: u32 = 8;
+
+/// So long the source is kept from its pause, where that is wanted: the guest writes some two hundred pages meanwhile.
+const LATE_WRITES: Duration = Duration::from_millis(30);
 
 /// After so many starts a VM is deleted and another one made: that leaves nothing behind either.
 const STARTS_MAX: u32 = 12;
@@ -63,8 +68,8 @@ pub struct Soak {
     starts: u32,
     /// The highest epoch that was seen placed or executing.
     epoch: u64,
-    /// The guest's memory came over the wire, and not all of it has been compared since.
-    unproven: bool,
+    /// The guest's memory came over the wire, and reports from this one on are of the time since.
+    unproven_from: Option<usize>,
 }
 
 impl Soak {
@@ -77,7 +82,7 @@ impl Soak {
             vms: 0,
             starts: 0,
             epoch: 0,
-            unproven: false,
+            unproven_from: None,
         };
         soak.create();
         soak
@@ -96,8 +101,8 @@ impl Soak {
         let (source, epoch) = self.runs_once();
         let target = (source + kill.hops) % PARTIES;
         let leader = self.cluster.leader();
-        let mut looks = Looks::new(epoch, kill.abort_held);
-        self.hold(kill);
+        let mut looks = Looks::new(epoch);
+        self.hold(kill, &mut looks);
         let migration = self
             .cluster
             .client
@@ -115,7 +120,7 @@ impl Soak {
             Ending::Stayed => self.assert_runs_on(source, epoch, kill),
             Ending::Moved => {
                 self.assert_runs_on(target, epoch + 1, kill);
-                self.unproven = true;
+                self.unproven_from = Some(self.console.reports.len());
             }
             Ending::LostWithSource | Ending::LostWithTarget => self.replace(),
         }
@@ -132,24 +137,29 @@ impl Soak {
         self.prove_memory();
         self.runs_once();
         self.cluster.witness.assert_clean();
-        *self.console.reports.last().expect("the guest has reported")
+        self.console.await_more(&self.cluster.client, 1)
     }
 
     // --- before ---
 
-    fn hold(&self, kill: &Kill) {
+    fn hold(&self, kill: &Kill, looks: &mut Looks) {
         if let Moment::At(point) = kill.moment {
             self.cluster.hold(point);
         }
         if kill.abort_held {
             self.cluster.hold(points::CONTROLLER_ABORT);
+            looks.abort_held = true;
+        }
+        if kill.late_writes {
+            self.cluster.hold(points::BEFORE_PAUSE);
+            looks.pause_held = true;
         }
     }
 
     /// Waits for the moment of the blow.
     fn await_moment(&self, kill: &Kill, migration: &Migration, looks: &mut Looks) {
         let point = match kill.moment {
-            Moment::After(delay) => return std::thread::sleep(delay),
+            Moment::After(delay) => return self.wait(delay, looks),
             Moment::At(point) => point,
         };
         await_some(&format!("somebody to come to {point}"), || {
@@ -164,6 +174,19 @@ impl Soak {
             looks.look(&self.cluster, &self.vm);
             Err(format!("{now:?}"))
         });
+    }
+
+    /// The delay before a blow; that it begins when the migration was accepted is what the plan says.
+    fn wait(&self, delay: Duration, looks: &mut Looks) {
+        let end = Instant::now() + delay;
+        loop {
+            looks.look(&self.cluster, &self.vm);
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            std::thread::sleep(left.min(LOOK_AGAIN));
+        }
     }
 
     // --- the blow ---
@@ -228,24 +251,16 @@ impl Soak {
             .map_err(|fault| fault.to_string())
     }
 
-    /// Waits until the migration has ended, looking all the time; an abort that is held back is let go after a few looks.
+    /// Waits until the migration has ended, looking all the time.
     fn await_end(&self, migration: &Migration, looks: &mut Looks) -> Migration {
-        let mut at_abort = 0;
         let ended = await_some(&format!("the end of migration {}", migration.id), || {
             looks.look(&self.cluster, &self.vm);
-            if looks.abort_held && self.cluster.reached(points::CONTROLLER_ABORT) {
-                at_abort += 1;
-                if at_abort >= LOOKS_AT_A_HELD_ABORT {
-                    looks.abort_held = false;
-                    self.cluster.release(points::CONTROLLER_ABORT);
-                }
-            }
             match self.migration(migration)? {
                 now if has_ended(&now) => Ok(now),
                 now => Err(format!("{now:?}")),
             }
         });
-        self.cluster.release(points::CONTROLLER_ABORT);
+        looks.release(&self.cluster);
         ended
     }
 
@@ -328,15 +343,14 @@ impl Soak {
 
     /// Waits until the guest has rewritten, and so compared, every page since its memory last came over the wire.
     fn prove_memory(&mut self) {
-        if !std::mem::take(&mut self.unproven) {
+        let Some(from) = self.unproven_from.take() else {
             return;
-        }
-        let start = self.console.await_more(&self.cluster.client, 1).written;
+        };
         await_some("the guest to compare all its memory", || {
             self.console.pull(&self.cluster.client)?;
-            match self.console.reports.last() {
-                Some(report) if report.written >= start + OWN_PAGES => Ok(()),
-                last => Err(format!("{last:?}, {start} pages written at first")),
+            match self.console.reports.get(from..) {
+                Some([first, .., last]) if last.written >= first.written + OWN_PAGES => Ok(()),
+                reports => Err(format!("reports since the memory was moved: {reports:?}")),
             }
         });
     }
@@ -381,8 +395,8 @@ impl Soak {
     fn await_boot(&mut self) {
         self.runs_once();
         self.console = Console::new(&self.vm);
-        self.console.await_more(&self.cluster.client, 1);
-        self.unproven = false;
+        self.console.ping(&self.cluster.client, "booted");
+        self.unproven_from = None;
     }
 }
 
@@ -399,41 +413,120 @@ fn has_ended(migration: &Migration) -> bool {
 
 /// What is seen of the VMMs while a migration is under way. Two rules: an epoch that executed gives way to higher ones only;
 /// and while the abort is held back, a source that has paused stays paused, since nobody has told it the outcome.
+///
+/// Whoever was held beside the blow is let go here, a while after it came.
 struct Looks {
     source_epoch: u64,
     highest_running: u64,
     source_paused: bool,
     abort_held: bool,
+    looks_at_abort: u32,
+    pause_held: bool,
 }
 
 impl Looks {
-    fn new(source_epoch: u64, abort_held: bool) -> Self {
+    fn new(source_epoch: u64) -> Self {
         Self {
             source_epoch,
             highest_running: source_epoch,
             source_paused: false,
-            abort_held,
+            abort_held: false,
+            looks_at_abort: 0,
+            pause_held: false,
         }
     }
 
     fn look(&mut self, cluster: &Cluster, vm: &str) {
+        if self.pause_held && cluster.reached(points::BEFORE_PAUSE) {
+            std::thread::sleep(LATE_WRITES);
+            self.pause_held = false;
+            cluster.release(points::BEFORE_PAUSE);
+        }
         for vmm in cluster.vmms(vm) {
-            let epoch = vmm.info.epoch;
-            if vmm.runs() {
-                assert!(
-                    epoch >= self.highest_running,
-                    "epoch {epoch} executes after epoch {}: {vmm:?}",
-                    self.highest_running
-                );
-                self.highest_running = epoch;
-                assert!(
-                    !(epoch == self.source_epoch && self.source_paused && self.abort_held),
-                    "the source had paused and executes again, though no abort is in the log: {vmm:?}"
-                );
-            }
-            if epoch == self.source_epoch && vmm.info.state() == VmmState::HandedOver {
-                self.source_paused = true;
+            self.note(&vmm);
+        }
+        if self.abort_held && cluster.reached(points::CONTROLLER_ABORT) {
+            self.looks_at_abort += 1;
+            if self.looks_at_abort >= LOOKS_AT_A_HELD_ABORT {
+                self.abort_held = false;
+                cluster.release(points::CONTROLLER_ABORT);
             }
         }
+    }
+
+    fn note(&mut self, vmm: &SeenVmm) {
+        let epoch = vmm.info.epoch;
+        if vmm.runs() {
+            assert!(
+                epoch >= self.highest_running,
+                "epoch {epoch} executes after epoch {}: {vmm:?}",
+                self.highest_running
+            );
+            self.highest_running = epoch;
+            assert!(
+                !(epoch == self.source_epoch && self.source_paused && self.abort_held),
+                "the source had paused and executes again, though no abort is in the log: {vmm:?}"
+            );
+        }
+        if epoch == self.source_epoch && vmm.info.state() == VmmState::HandedOver {
+            self.source_paused = true;
+        }
+    }
+
+    /// Nobody waits any more.
+    fn release(&mut self, cluster: &Cluster) {
+        (self.abort_held, self.pause_held) = (false, false);
+        cluster.release(points::CONTROLLER_ABORT);
+        cluster.release(points::BEFORE_PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use drover_proto::v1::VmmInfo;
+
+    fn seen(epoch: u64, state: VmmState) -> SeenVmm {
+        SeenVmm {
+            host: 0,
+            dir: "host1".into(),
+            info: VmmInfo {
+                epoch,
+                state: state.into(),
+                ..VmmInfo::default()
+            },
+            asked_ns: 0,
+        }
+    }
+
+    fn notes(abort_held: bool, states: &[(u64, VmmState)]) {
+        let mut looks = Looks::new(4);
+        looks.abort_held = abort_held;
+        states
+            .iter()
+            .for_each(|&(epoch, state)| looks.note(&seen(epoch, state)));
+    }
+
+    const RESUMED: [(u64, VmmState); 3] = [
+        (4, VmmState::Running),
+        (4, VmmState::HandedOver),
+        (4, VmmState::Running),
+    ];
+
+    #[test]
+    fn a_source_that_resumes_after_its_abort_is_in_order() {
+        notes(false, &RESUMED);
+    }
+
+    #[test]
+    #[should_panic(expected = "no abort is in the log")]
+    fn a_source_that_resumes_by_itself_is_seen() {
+        notes(true, &RESUMED);
+    }
+
+    #[test]
+    #[should_panic(expected = "epoch 4 executes after epoch 5")]
+    fn an_epoch_that_executes_after_a_higher_one_is_seen() {
+        notes(false, &[(5, VmmState::Running), (4, VmmState::Running)]);
     }
 }

@@ -54,6 +54,8 @@ pub struct Kill {
     pub bandwidth_mib_s: u64,
     /// The abort, if there is one, is held back for a while before it is proposed: a source that resumes by itself is seen.
     pub abort_held: bool,
+    /// The source waits a while before it pauses, and the guest writes on: a last pass that takes too little is seen.
+    pub late_writes: bool,
 }
 
 /// Steele, Lea and Flood's SplitMix64 (OOPSLA 2014): a few lines, and every seed is a good one.
@@ -97,8 +99,11 @@ impl Kill {
             0 => SLOW_MIB_S,
             _ => 0,
         };
+        let paused = matches!(moment, Moment::At(point) if stage(point) == Stage::Paused);
         // Who cancels waits for the abort's answer, so it is not held back then.
-        let abort_held = dice.below(2) == 0 && blow != Blow::Cancel;
+        let abort_held = (dice.below(2) == 0 || paused) && blow != Blow::Cancel;
+        // Where the blow falls at that very point the source waits anyway.
+        let late_writes = dice.below(2) == 0 && moment != Moment::At(points::BEFORE_PAUSE);
         Self {
             seed,
             number,
@@ -107,6 +112,7 @@ impl Kill {
             hops,
             bandwidth_mib_s,
             abort_held,
+            late_writes,
         }
     }
 
@@ -169,6 +175,9 @@ impl fmt::Display for Kill {
         }
         if self.abort_held {
             write!(f, ", abort held")?;
+        }
+        if self.late_writes {
+            write!(f, ", late writes")?;
         }
         Ok(())
     }

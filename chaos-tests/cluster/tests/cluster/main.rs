@@ -11,6 +11,7 @@ mod lifecycle;
 mod links;
 mod migration_port;
 mod restarts;
+mod soak;
 mod switchover;
 mod tour;
 
