@@ -702,13 +702,19 @@ fn a_guest_that_writes_too_fast_is_held_back_until_it_converges_and_let_go_at_th
 #[test]
 fn however_a_throttled_attempt_ends_the_guest_is_let_go() {
     for trouble in TROUBLES {
-        let harmless = matches!(trouble, Trouble::KillSource);
+        // These end it before a second round could show what the guest writes, or say nothing of an end.
+        let too_early = matches!(
+            trouble,
+            Trouble::KillSource
+                | Trouble::Source(Flaw::StartLog | Flaw::TakeDirty)
+                | Trouble::Target(Flaw::Write)
+        );
         let throttled = restless(trouble, 60)
             .map(play)
             .filter(|world| world.throttled && world.outcome.is_some())
             .inspect(|world| assert_eq!(world.throttle, 0))
             .count();
-        assert!(harmless || throttled > 0, "{trouble:?} never met a throttle");
+        assert!(too_early || throttled > 0, "{trouble:?} never met a throttle");
     }
 }
 
