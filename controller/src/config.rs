@@ -99,6 +99,7 @@ pub struct SettingsConfig {
     prepare_timeout_ms: Option<u64>,
     stall_timeout_ms: Option<u64>,
     switchover_timeout_ms: Option<u64>,
+    allow_plaintext: Option<bool>,
 }
 
 /// See [`Tuning`].
@@ -258,6 +259,7 @@ impl Config {
             switchover_timeout_ms: settings
                 .switchover_timeout_ms
                 .unwrap_or(default.switchover_timeout_ms),
+            allow_plaintext: settings.allow_plaintext.unwrap_or(default.allow_plaintext),
         })
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::failure::EXIT_CODES;
-use crate::units::{parse_bandwidth, parse_duration, parse_mib};
+use crate::units::{parse_bandwidth, parse_duration, parse_mib, parse_percent, parse_streams};
 
 /// How long a command waits for a VM's state unless told otherwise.
 const WAIT_DEFAULT: &str = "60s";
@@ -297,6 +297,16 @@ pub struct MigrateArgs {
     /// Use at most this much of the network, MiB a second, as 500MiB
     #[arg(long, value_parser = parse_bandwidth, value_name = "SIZE")]
     pub bandwidth: Option<u64>,
+    /// Hold each vCPU back for up to this share of its time, 1 to 99, if the guest writes faster than the network carries
+    /// [default: never; such a migration is aborted]
+    #[arg(long, value_parser = parse_percent, value_name = "PERCENT")]
+    pub throttle: Option<u32>,
+    /// Carry the pages over this many TCP streams, 1 to 16 [default: as many as suit the source's processors]
+    #[arg(long, value_parser = parse_streams, value_name = "N")]
+    pub streams: Option<u32>,
+    /// Send the pages unencrypted; only where the cluster's setting `allow_plaintext` says so
+    #[arg(long)]
+    pub plaintext: bool,
     /// Return as soon as it is planned; `ctl migration show` tells the rest
     #[arg(long)]
     pub detach: bool,
@@ -407,17 +417,32 @@ mod tests {
     #[test]
     fn a_migration_takes_its_intents() {
         let cli =
-            parse("ctl migrate vm1 host2 --max-downtime 300ms --deadline 60s --bandwidth 500MiB -o json")
+            parse("ctl migrate vm1 host2 --max-downtime 100ms --deadline 60s --bandwidth 500MiB -o json")
                 .unwrap();
         assert_eq!(cli.global.output, Format::Json);
         let Command::Migrate(args) = cli.command else {
             panic!("{:?}", cli.command)
         };
         assert_eq!((args.vm.as_str(), args.host.as_deref()), ("vm1", Some("host2")));
-        assert_eq!(args.max_downtime, Some(Duration::from_millis(300)));
+        assert_eq!(args.max_downtime, Some(Duration::from_millis(100)));
         assert_eq!(args.deadline, Some(Duration::from_secs(60)));
         assert_eq!(args.bandwidth, Some(500));
-        assert!(!args.detach);
+        assert!(!args.detach && !args.plaintext);
+        assert_eq!((args.throttle, args.streams), (None, None));
+    }
+
+    #[test]
+    fn a_throttle_is_a_percentage_with_or_without_its_sign() {
+        for text in ["--throttle 90", "--throttle 90%"] {
+            let cli = parse(&format!("ctl migrate vm1 {text} --streams 4 --plaintext")).unwrap();
+            let Command::Migrate(args) = cli.command else {
+                panic!("{:?}", cli.command)
+            };
+            assert_eq!(
+                (args.throttle, args.streams, args.plaintext),
+                (Some(90), Some(4), true)
+            );
+        }
     }
 
     #[test]
@@ -444,7 +469,13 @@ mod tests {
             "ctl vm create vm1 --image probe --vcpus 0",
             "ctl vm create vm1 --image probe --wait",
             "ctl vm create vm1 --image probe --cpu-profile pentium",
-            "ctl migrate vm1 host2 --max-downtime 300",
+            "ctl migrate vm1 host2 --max-downtime 100",
+            "ctl migrate vm1 host2 --throttle 0",
+            "ctl migrate vm1 host2 --throttle 100",
+            "ctl migrate vm1 host2 --throttle most",
+            "ctl migrate vm1 host2 --streams 0",
+            "ctl migrate vm1 host2 --streams 17",
+            "ctl migrate vm1 host2 --plaintext yes please",
             "ctl dev up --image probe",
             "ctl dev up --image ../x=/tmp/x",
             "ctl completion powershell",

@@ -41,6 +41,27 @@ pub fn parse_bandwidth(text: &str) -> Result<u64, String> {
     })
 }
 
+/// A whole number of `least` to `most`, or `what` is wrong with it.
+fn parse_within(text: &str, number: &str, least: u32, most: u32, what: &str) -> Result<u32, String> {
+    number
+        .parse()
+        .ok()
+        .filter(|value| (least..=most).contains(value))
+        .ok_or_else(|| format!("\"{text}\" is not {what}: a whole number from {least} to {most}"))
+}
+
+/// Parses a share of time: `90` or `90%`.
+pub fn parse_percent(text: &str) -> Result<u32, String> {
+    let bare = text.trim();
+    let bare = bare.strip_suffix('%').unwrap_or(bare);
+    parse_within(text, bare, 1, 99, "a percentage")
+}
+
+/// Parses a number of TCP streams.
+pub fn parse_streams(text: &str) -> Result<u32, String> {
+    parse_within(text, text.trim(), 1, 16, "a number of streams")
+}
+
 /// Parses a length of time: `300ms`, `60s`, `5m`, `1h`.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let help = || {
@@ -162,6 +183,22 @@ mod tests {
         assert_eq!(parse_duration("1h"), Ok(Duration::from_secs(3600)));
         for text in ["300", "s", "0s", "1d", "-1s"] {
             assert!(parse_duration(text).unwrap_err().contains("300ms"), "{text}");
+        }
+    }
+
+    #[test]
+    fn percentages_and_numbers_of_streams_are_refused_with_what_is_possible() {
+        assert_eq!((parse_percent("1"), parse_percent("99%")), (Ok(1), Ok(99)));
+        assert_eq!((parse_streams("1"), parse_streams("16")), (Ok(1), Ok(16)));
+        for text in ["0", "100", "-1", "half", "", "1.5", "99999999999"] {
+            let error = parse_percent(text).unwrap_err();
+            assert!(
+                error.contains(&format!("\"{text}\"")) && error.contains("1 to 99"),
+                "{error}"
+            );
+        }
+        for text in ["0", "17", "auto"] {
+            assert!(parse_streams(text).unwrap_err().contains("1 to 16"), "{text}");
         }
     }
 

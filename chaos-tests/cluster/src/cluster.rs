@@ -54,6 +54,7 @@ pub struct Settings {
     pub prepare_timeout_ms: u64,
     pub stall_timeout_ms: u64,
     pub switchover_timeout_ms: u64,
+    pub allow_plaintext: bool,
 }
 
 impl Default for Settings {
@@ -66,6 +67,7 @@ impl Default for Settings {
             prepare_timeout_ms: 6000,
             stall_timeout_ms: 3000,
             switchover_timeout_ms: 4000,
+            allow_plaintext: false,
         }
     }
 }

@@ -28,5 +28,6 @@ pub use apply::{Effect, apply, into_result, may_restart, refusal};
 pub use desired::{desired, grants};
 pub use snapshot::DecodeError;
 pub use state::{
-    State, Usage, default_settings, epoch_of, host_of, is_committed, is_ended, migration_number, occupies,
+    State, Usage, commit_us, default_settings, epoch_of, host_of, is_committed, is_ended, migration_number,
+    occupies,
 };

@@ -52,5 +52,10 @@ pub const DEADLINE_MS_MAX: u64 = 7 * 24 * 3_600_000;
 /// The highest bandwidth cap, MiB/s.
 pub const BANDWIDTH_MIB_S_MAX: u64 = 1_048_576;
 
+/// The most TCP streams of a migration.
+pub const STREAMS_MAX: u32 = 16;
+/// The most that a migration may hold vCPUs back, percent: at 100 the guest would stand still.
+pub const THROTTLE_PERCENT_MAX: u32 = 99;
+
 /// Bytes of an encoded snapshot that is decoded.
 pub const SNAPSHOT_BYTES_MAX: usize = 512 << 20;

@@ -8,7 +8,8 @@ use drover_proto::{Code, Fault};
 
 use crate::limits::{
     BANDWIDTH_MIB_S_MAX, CMDLINE_BYTES_MAX, DEADLINE_MS_MAX, HOST_LIST_MAX, IMAGE_NAME_BYTES_MAX,
-    MAX_DOWNTIME_MS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NAME_BYTES_MAX, TEXT_BYTES_MAX, VCPUS_MAX,
+    MAX_DOWNTIME_MS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NAME_BYTES_MAX, STREAMS_MAX, TEXT_BYTES_MAX,
+    THROTTLE_PERCENT_MAX, VCPUS_MAX,
 };
 use crate::state::default_settings;
 
@@ -244,6 +245,16 @@ pub(crate) fn options(
             options.bandwidth_mib_s,
             BANDWIDTH_MIB_S_MAX,
         ),
+        (
+            "options.streams",
+            u64::from(options.streams),
+            u64::from(STREAMS_MAX),
+        ),
+        (
+            "options.max_throttle_percent",
+            u64::from(options.max_throttle_percent),
+            u64::from(THROTTLE_PERCENT_MAX),
+        ),
     ];
     for (field, value, max) in bounded {
         if value > max {
@@ -252,6 +263,10 @@ pub(crate) fn options(
                 format!("{field} is {value}; at most {max} is possible"),
             ));
         }
+    }
+    if options.plaintext && !settings.allow_plaintext {
+        let message = "options.plaintext asks for unencrypted pages, which the cluster's setting allow_plaintext does not allow";
+        return Err(Fault::new(Code::Denied, message).field("options.plaintext"));
     }
     Ok(options)
 }
@@ -277,6 +292,7 @@ pub(crate) fn settings(settings: Option<&Settings>) -> Result<Settings, Fault> {
         prepare_timeout_ms: or(given.prepare_timeout_ms, default.prepare_timeout_ms),
         stall_timeout_ms: or(given.stall_timeout_ms, default.stall_timeout_ms),
         switchover_timeout_ms: or(given.switchover_timeout_ms, default.switchover_timeout_ms),
+        allow_plaintext: given.allow_plaintext,
     };
     let bounded = [
         ("settings.lease_ms", full.lease_ms, 200, HOUR_MS),
@@ -369,6 +385,61 @@ mod tests {
                 fault.message
             );
         }
+    }
+
+    #[test]
+    fn options_out_of_bounds_are_refused_by_field_and_value() {
+        let asked = |change: fn(&mut MigrationOptions)| {
+            let mut asked = MigrationOptions::default();
+            change(&mut asked);
+            options(Some(&asked), &default_settings())
+        };
+        type Change = fn(&mut MigrationOptions);
+        let bad: [(&str, Change, &str); 5] = [
+            ("options.streams", |o| o.streams = 17, "17; at most 16"),
+            (
+                "options.max_throttle_percent",
+                |o| o.max_throttle_percent = 100,
+                "100; at most 99",
+            ),
+            (
+                "options.max_downtime_ms",
+                |o| o.max_downtime_ms = u32::MAX,
+                "at most",
+            ),
+            ("options.deadline_ms", |o| o.deadline_ms = u64::MAX, "at most"),
+            (
+                "options.bandwidth_mib_s",
+                |o| o.bandwidth_mib_s = u64::MAX,
+                "at most",
+            ),
+        ];
+        for (field, change, shown) in bad {
+            let fault = asked(change).unwrap_err();
+            assert_eq!((fault.code, fault.field.as_str()), (Code::InvalidArgument, field));
+            assert!(fault.message.contains(shown), "{fault}");
+        }
+        let good = asked(|o| (o.streams, o.max_throttle_percent) = (16, 99)).unwrap();
+        assert_eq!(good.max_downtime_ms, 100, "the default is filled in");
+    }
+
+    #[test]
+    fn pages_go_unencrypted_only_where_the_policy_allows_it() {
+        let plain = MigrationOptions {
+            plaintext: true,
+            ..MigrationOptions::default()
+        };
+        let fault = options(Some(&plain), &default_settings()).unwrap_err();
+        assert_eq!(
+            (fault.code, fault.field.as_str()),
+            (Code::Denied, "options.plaintext")
+        );
+        let open = settings(Some(&Settings {
+            allow_plaintext: true,
+            ..Settings::default()
+        }))
+        .unwrap();
+        assert!(options(Some(&plain), &open).unwrap().plaintext);
     }
 
     #[test]

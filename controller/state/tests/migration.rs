@@ -6,10 +6,11 @@ use common::*;
 use drover_proto::Code;
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::{
-    DirtyWindow, Forecast, MigrationOptions, MigrationPhase, PlanMigration, VmRole, VmState,
+    Blackout, DirtyWindow, FinishMigration, Forecast, MigrationOptions, MigrationPhase, PlanMigration,
+    Receipt, VmRole, VmState,
 };
 use drover_state::limits::MIGRATIONS_ENDED_MAX;
-use drover_state::{State, desired};
+use drover_state::{State, commit_us, desired};
 
 #[test]
 fn a_migration_goes_through_its_phases_and_moves_the_right_to_run() {
@@ -406,5 +407,39 @@ fn a_migration_keeps_the_forecast_that_was_made_for_it_within_bounds() {
     assert_eq!(
         again, first,
         "asked again of a leader that does not remember the forecast"
+    );
+}
+
+#[test]
+fn a_plan_carries_what_commits_took_lately_and_one_outlier_counts_for_nothing() {
+    let mut c = Cluster::running();
+    let mut hosts = ["host2", "host1"].into_iter().cycle();
+    let mut carried = Vec::new();
+    for (epoch, commit_us) in (2..).zip([6_000, 900_000, 5_000, 7_000, 800_000]) {
+        let to = hosts.next().unwrap();
+        let id = c.copying("vm1", to);
+        carried.push(c.state.migration(&id).unwrap().options.unwrap().commit_us);
+        c.ok(commit(&id, to, "vm1", epoch));
+        c.ok(Kind::FinishMigration(FinishMigration {
+            id,
+            receipt: Some(Receipt {
+                blackout_us: Some(Blackout {
+                    commit: commit_us,
+                    resume: 500,
+                    ..Blackout::default()
+                }),
+                ..Receipt::default()
+            }),
+        }));
+    }
+    assert_eq!(
+        carried,
+        [0, 6_500, 6_500, 6_500, 7_500],
+        "the highest but for the outlier"
+    );
+    assert_eq!(
+        commit_us(&c.state),
+        40_000,
+        "slow ones do not shut the next ones out"
     );
 }

@@ -50,6 +50,9 @@ fn options(args: &MigrateArgs) -> Result<v1::MigrationOptions> {
         max_downtime_ms: max_downtime_ms.map_err(|_| too_long("max-downtime"))?,
         deadline_ms: deadline_ms.map_err(|_| too_long("deadline"))?,
         bandwidth_mib_s: args.bandwidth.unwrap_or(0),
+        streams: args.streams.unwrap_or(0),
+        plaintext: args.plaintext,
+        max_throttle_percent: args.throttle.unwrap_or(0),
         ..Default::default()
     })
 }

@@ -106,6 +106,9 @@ fn details(migration: &MigrationView) -> String {
     if progress.dirty_bytes_per_s > 0 {
         parts.push(format!("dirty {}/s", bytes(progress.dirty_bytes_per_s)));
     }
+    if progress.throttle_percent > 0 {
+        parts.push(format!("held back {} %", progress.throttle_percent));
+    }
     if let Some(ms) = progress.eta_ms {
         parts.push(format!("ETA {}", millis(ms)));
     }
@@ -130,6 +133,7 @@ mod tests {
             bytes_remaining: remaining,
             eta_ms: 2_500,
             dirty_bytes_per_s: 3 << 20,
+            throttle_percent: 80,
             ..Default::default()
         };
         let phase = v1::MigrationPhase::PreCopy.into();
@@ -156,6 +160,7 @@ mod tests {
             "1.0 MiB sent",
             "1.0 KiB left",
             "dirty 3.0 MiB/s",
+            "held back 80 %",
             "ETA 2.5 s",
         ] {
             assert!(text.contains(part), "{text}");

@@ -60,6 +60,8 @@ pub struct SettingsView {
     pub stall_timeout_ms: u64,
     /// From the source's pause to the commit.
     pub switchover_timeout_ms: u64,
+    /// Whether migrations may ask for unencrypted pages.
+    pub allow_plaintext: bool,
 }
 
 impl From<v1::Cluster> for ClusterView {
@@ -80,6 +82,7 @@ impl From<v1::Cluster> for ClusterView {
                 prepare_timeout_ms: settings.prepare_timeout_ms,
                 stall_timeout_ms: settings.stall_timeout_ms,
                 switchover_timeout_ms: settings.switchover_timeout_ms,
+                allow_plaintext: settings.allow_plaintext,
             },
         }
     }

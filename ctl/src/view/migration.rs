@@ -57,6 +57,12 @@ pub struct ReceiptView {
     pub zero_pages: u64,
     /// How dirty pages were found.
     pub tracker: String,
+    /// TCP streams that carried pages.
+    pub streams: u32,
+    /// Whether they were unencrypted.
+    pub plaintext: bool,
+    /// The most that each vCPU was held back, percent of its time.
+    pub throttle_percent: u32,
 }
 
 /// The time the guest stood still, in parts, in microseconds.
@@ -93,6 +99,10 @@ pub struct ProgressView {
     pub bandwidth_bytes_per_s: u64,
     /// Expected until the end.
     pub eta_ms: Option<u64>,
+    /// How much each vCPU is held back now, percent of its time.
+    pub throttle_percent: u32,
+    /// TCP streams in use.
+    pub streams: u32,
 }
 
 /// What was asked of a migration.
@@ -104,6 +114,12 @@ pub struct OptionsView {
     pub deadline_ms: Option<u64>,
     /// Cap of the network used.
     pub bandwidth_mib_s: Option<u64>,
+    /// TCP streams; null: as many as suit.
+    pub streams: Option<u32>,
+    /// Whether pages may go unencrypted.
+    pub plaintext: bool,
+    /// The most that each vCPU may be held back; null: not at all.
+    pub max_throttle_percent: Option<u32>,
 }
 
 /// The word for a migration's phase.
@@ -141,6 +157,9 @@ impl From<v1::Migration> for MigrationView {
                 max_downtime_ms: Some(options.max_downtime_ms).filter(|&ms| ms > 0),
                 deadline_ms: Some(options.deadline_ms).filter(|&ms| ms > 0),
                 bandwidth_mib_s: Some(options.bandwidth_mib_s).filter(|&cap| cap > 0),
+                streams: Some(options.streams).filter(|&streams| streams > 0),
+                plaintext: options.plaintext,
+                max_throttle_percent: Some(options.max_throttle_percent).filter(|&percent| percent > 0),
             },
             epoch: migration.epoch,
             requested_by: some(migration.requested_by),
@@ -168,6 +187,9 @@ impl From<v1::Receipt> for ReceiptView {
             pages: receipt.pages,
             zero_pages: receipt.zero_pages,
             tracker: receipt.tracker,
+            streams: receipt.streams,
+            plaintext: receipt.plaintext,
+            throttle_percent: receipt.throttle_percent,
         }
     }
 }
@@ -182,7 +204,30 @@ impl From<v1::Progress> for ProgressView {
             dirty_bytes_per_s: progress.dirty_bytes_per_s,
             bandwidth_bytes_per_s: progress.bandwidth_bytes_per_s,
             eta_ms: Some(progress.eta_ms).filter(|&ms| ms > 0),
+            throttle_percent: progress.throttle_percent,
+            streams: progress.streams,
         }
+    }
+}
+
+/// How much vCPUs are held back, for people.
+fn throttle(percent: u32) -> String {
+    match percent {
+        0 => "none".to_owned(),
+        percent => format!("{percent} % of each vCPU's time"),
+    }
+}
+
+/// What carried the pages, for people. A receipt of an older VMM does not tell their number.
+fn streams(receipt: &ReceiptView) -> String {
+    let secrecy = if receipt.plaintext {
+        "unencrypted"
+    } else {
+        "encrypted"
+    };
+    match receipt.streams {
+        0 => secrecy.to_owned(),
+        count => format!("{count}, {secrecy}"),
     }
 }
 
@@ -293,6 +338,7 @@ impl Detailed for MigrationView {
                     "link carries",
                     format!("{}/s", bytes(progress.bandwidth_bytes_per_s)),
                 ),
+                ("throttle", throttle(progress.throttle_percent)),
             ]);
         }
         if let Some(receipt) = &self.receipt {
@@ -308,6 +354,8 @@ impl Detailed for MigrationView {
                     format!("{}, and {} of zeros", receipt.pages, receipt.zero_pages),
                 ),
                 ("dirty tracking", receipt.tracker.clone()),
+                ("streams", streams(receipt)),
+                ("throttle", throttle(receipt.throttle_percent)),
                 ("blackout", micros(blackout.total)),
                 ("  pause", micros(blackout.pause)),
                 ("  last pages", micros(blackout.last_pages)),
@@ -418,7 +466,30 @@ mod tests {
         assert_eq!(value("blackout"), Some("9.6 ms"));
         assert_eq!(value("  commit"), Some("4.0 ms"));
         assert_eq!(value("total"), Some("812 ms"));
+        assert_eq!(value("streams"), Some("encrypted"));
+        assert_eq!(value("throttle"), Some("none"));
         assert_eq!(value("reason"), None);
+    }
+
+    #[test]
+    fn the_receipt_shows_what_carried_the_pages_and_how_much_the_guest_was_held_back() {
+        let mut migration = done();
+        let receipt = migration.receipt.as_mut().unwrap();
+        (receipt.streams, receipt.plaintext, receipt.throttle_percent) = (4, true, 76);
+        let view = MigrationView::from(migration);
+        let fields = view.fields();
+        assert!(
+            fields.contains(&("streams", "4, unencrypted".to_owned())),
+            "{fields:?}"
+        );
+        assert!(
+            fields.contains(&("throttle", "76 % of each vCPU's time".to_owned())),
+            "{fields:?}"
+        );
+        let json = serde_json::to_value(&view).unwrap();
+        assert_eq!(json["receipt"]["throttle_percent"], 76);
+        assert_eq!(json["receipt"]["streams"], 4);
+        assert_eq!(json["receipt"]["plaintext"], true);
     }
 
     #[test]

@@ -317,7 +317,9 @@ fn a_detached_migration_returns_once_it_is_planned() {
     fake.state()
         .vms
         .insert("vm1".into(), (vm("vm1", VmState::Running), vec![]));
-    let ended = fake.run("migrate vm1 host2 --detach --bandwidth 500MiB --deadline 60s -o json");
+    let ended = fake.run(
+        "migrate vm1 host2 --detach --bandwidth 500MiB --deadline 60s --throttle 90 --streams 4 --plaintext -o json",
+    );
     assert_eq!(
         (ended.code, &ended.json()["phase"]),
         (Some(0), &json!("planned")),
@@ -325,7 +327,10 @@ fn a_detached_migration_returns_once_it_is_planned() {
     );
     assert_eq!(
         ended.json()["options"],
-        json!({"max_downtime_ms": null, "deadline_ms": 60_000, "bandwidth_mib_s": 500})
+        json!({
+            "max_downtime_ms": null, "deadline_ms": 60_000, "bandwidth_mib_s": 500,
+            "streams": 4, "plaintext": true, "max_throttle_percent": 90,
+        })
     );
     assert_eq!(fake.calls("get_migration"), 0);
 }

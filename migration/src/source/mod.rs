@@ -131,7 +131,7 @@ impl Params {
             },
             total_pages,
             intent: Intent::of(&self.options),
-            costs,
+            costs: costs.with_commit(self.options.commit_us),
             tracker: self.tracker.to_owned(),
             skip_final_pass: seeded_bug("no-final-dirty-pass"),
         }
