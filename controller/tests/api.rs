@@ -511,6 +511,23 @@ impl Agent for Console {
         let accepted = u32::try_from(request.into_inner().data.len()).unwrap();
         Ok(Response::new(v1::WriteConsoleResponse { accepted }))
     }
+
+    async fn forecast(
+        &self,
+        request: Request<v1::ForecastRequest>,
+    ) -> Result<Response<v1::Forecast>, Status> {
+        let request = request.into_inner();
+        if request.epoch != 1 || request.vm.is_empty() {
+            return Err(Fault::new(Code::StaleEpoch, "another epoch").into());
+        }
+        Ok(Response::new(v1::Forecast {
+            bandwidth_bytes_per_s: request.bandwidth_bytes_per_s,
+            max_downtime_ms: request.options.unwrap_or_default().max_downtime_ms,
+            converges: true,
+            total_ms: 900,
+            ..Default::default()
+        }))
+    }
 }
 
 /// Serves [`Console`] with the certificate of `host`; the address.

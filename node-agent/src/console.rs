@@ -1,11 +1,14 @@
-//! The Agent service: consoles, for controllers only.
+//! The Agent service: consoles, and the dry runs of migrations, for controllers only.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use drover_pki::{Role, peer_identity};
 use drover_proto::v1::agent_server::Agent;
-use drover_proto::v1::{ReadConsoleRequest, ReadConsoleResponse, WriteConsoleRequest, WriteConsoleResponse};
+use drover_proto::v1::{
+    Forecast, ForecastRequest, ReadConsoleRequest, ReadConsoleResponse, WriteConsoleRequest,
+    WriteConsoleResponse,
+};
 use drover_proto::{Code, Fault};
 use tokio::time::timeout;
 use tonic::{Request, Response, Status};
@@ -15,6 +18,8 @@ use crate::vmm::{Link, VMM_CALL_MAX};
 
 /// Longest that a reader may wait for a byte, ms.
 const WAIT_MS_MAX: u32 = 30_000;
+/// How long a VMM watches its guest for a dry run, and a little more.
+const WATCHING: Duration = Duration::from_millis(1_500);
 
 /// See the module.
 pub struct Console {
@@ -108,5 +113,13 @@ impl Agent for Console {
         let request = request.into_inner();
         let link = self.find(&request.vm, request.epoch)?;
         answered(&link, VMM_CALL_MAX, link.client.clone().write_console(request)).await
+    }
+
+    async fn forecast(&self, request: Request<ForecastRequest>) -> Result<Response<Forecast>, Status> {
+        self.only_controllers(&request)?;
+        let request = request.into_inner();
+        let link = self.find(&request.vm, request.epoch)?;
+        let bound = WATCHING + VMM_CALL_MAX;
+        answered(&link, bound, link.client.clone().forecast(request)).await
     }
 }

@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use drover_proto::v1::vmm_server::{Vmm, VmmServer};
 use drover_proto::v1::{
-    DestroyRequest, GrantRequest, OutcomeRequest, ReadConsoleRequest, ReadConsoleResponse,
-    StartOutgoingRequest, VmmInfo, WatchInfoRequest, WriteConsoleRequest, WriteConsoleResponse,
+    DestroyRequest, Forecast, ForecastRequest, GrantRequest, OutcomeRequest, ReadConsoleRequest,
+    ReadConsoleResponse, StartOutgoingRequest, VmmInfo, WatchInfoRequest, WriteConsoleRequest,
+    WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use tokio::net::{UnixListener, UnixStream};
@@ -22,6 +23,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 use tracing::{info, warn};
 
+use crate::forecast;
 use crate::machine::Machine;
 
 /// Longest long poll.
@@ -150,6 +152,13 @@ impl Vmm for Service {
             Ok(WriteConsoleResponse { accepted })
         })
         .await
+    }
+
+    async fn forecast(&self, request: Request<ForecastRequest>) -> Result<Response<Forecast>, Status> {
+        let request = request.into_inner();
+        self.check_names(&request.vm, request.epoch)?;
+        self.blocking(move |machine| forecast::make(machine, &request))
+            .await
     }
 }
 

@@ -23,6 +23,7 @@ pub mod control;
 pub mod cpu;
 pub mod devices;
 pub mod dirty;
+pub mod forecast;
 pub mod incoming;
 pub mod irqchip;
 pub mod machine;

@@ -26,6 +26,7 @@ use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::devices::console::Console;
+use crate::forecast::Watch;
 use crate::right::Right;
 use crate::time::{NS_PER_S, boottime_ns};
 use crate::vcpu::GuestEnd;
@@ -65,6 +66,7 @@ pub struct Machine {
     vm: Option<Vm>,
     console: Arc<Console>,
     core: Mutex<Core>,
+    watch: Watch,
     timer: TimerFd,
     info: watch::Sender<VmmInfo>,
     over: watch::Sender<bool>,
@@ -122,6 +124,7 @@ impl Machine {
                 engine_busy: false,
                 received: None,
             }),
+            watch: Watch::default(),
             timer,
             info: watch::Sender::new(VmmInfo::default()),
             over: watch::Sender::new(false),
@@ -410,6 +413,7 @@ impl Machine {
                 ));
             }
             let control = self.control(&request.migration);
+            self.watch.claim(self.built());
             core.engine_busy = true;
             core.migration = Some(Migration::new(&request.migration, true, control.clone()));
             let machine = self.clone();
@@ -417,6 +421,7 @@ impl Machine {
             if let Err(error) = thread.spawn(move || outgoing::run(&machine, &request, &control)) {
                 core.engine_busy = false;
                 core.migration = None;
+                self.watch.release();
                 return Err(Fault::new(
                     Code::Internal,
                     format!("no thread for the migration: {error}"),
@@ -527,7 +532,33 @@ impl Machine {
 
     /// The engine's thread ends.
     pub(crate) fn engine_ended(&self) {
-        self.core().engine_busy = false;
+        let mut core = self.core();
+        core.engine_busy = false;
+        // Still under the lock: the next engine must not claim the log before it is given back for this one.
+        self.watch.release();
+    }
+
+    /// Who has the dirty log.
+    pub(crate) fn watch(&self) -> &Watch {
+        &self.watch
+    }
+
+    /// The VM, if it runs and no migration of it is under way: what it writes can be watched.
+    pub(crate) fn watchable(&self) -> Result<&Vm, Fault> {
+        let core = self.core();
+        let moving = core.migration.as_ref().filter(|migration| migration.outgoing);
+        if let Some(migration) = moving {
+            let message = format!("migration {} of this VM is under way", migration.id);
+            return Err(Fault::new(Code::MigrationActive, message).field("vm"));
+        }
+        match &self.vm {
+            Some(vm) if core.running => Ok(vm),
+            _ => {
+                let state = core.right.state(boottime_ns()).as_str_name();
+                let message = format!("a VM in {state} writes nothing that could be watched");
+                Err(Fault::new(Code::VmState, message).field("vm"))
+            }
+        }
     }
 
     /// An incoming VMM listens.

@@ -11,9 +11,9 @@ use drover_proto::v1::{
     AbortMigrationRequest, CancelMigrationRequest, Cluster, CommandResponse, CreateVm, CreateVmRequest,
     DeleteVm, DeleteVmRequest, GetClusterRequest, GetHostRequest, GetMigrationRequest, GetVmRequest, Host,
     ListEventsRequest, ListEventsResponse, ListHostsRequest, ListHostsResponse, ListMigrationsRequest,
-    ListMigrationsResponse, ListVmsRequest, ListVmsResponse, MigrateVmRequest, Migration, PlanMigration,
-    ReadConsoleRequest, ReadConsoleResponse, Reason, StartVm, StartVmRequest, StopVm, StopVmRequest, Vm,
-    WriteConsoleRequest, WriteConsoleResponse,
+    ListMigrationsResponse, ListVmsRequest, ListVmsResponse, MigrateVmRequest, Migration, MigrationForecast,
+    PlanMigration, ReadConsoleRequest, ReadConsoleResponse, Reason, StartVm, StartVmRequest, StopVm,
+    StopVmRequest, Vm, WriteConsoleRequest, WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use drover_state::{State, Usage};
@@ -23,7 +23,7 @@ use tonic::{Request, Response, Status};
 
 use super::caller::{Caller, Service};
 use super::on_leader::Call;
-use super::{Api, Shared, console, reach, wait_of};
+use super::{Api, Shared, console, forecast, reach, wait_of};
 
 /// Events in one answer when the request names no number, and at most.
 const EVENTS_DEFAULT: usize = 500;
@@ -243,12 +243,12 @@ impl Controller for Api {
         self.change(
             "/drover.v1.Controller/MigrateVm",
             request,
-            |_, message| {
+            |call, message| {
                 let plan = PlanMigration {
+                    forecast: forecast::remembered(call, &message),
                     vm: message.vm,
                     to: message.to,
                     options: message.options,
-                    forecast: None,
                 };
                 (message.request_id, Kind::PlanMigration(plan))
             },
@@ -256,6 +256,19 @@ impl Controller for Api {
                 response
                     .migration
                     .map(|migration| call.api.memory.progress.merge(migration))
+            },
+        )
+        .await
+    }
+
+    async fn forecast_migration(&self, request: Request<MigrateVmRequest>) -> Answer<MigrationForecast> {
+        self.call(
+            "/drover.v1.Controller/ForecastMigration",
+            request,
+            forecast::WATCHING,
+            |call, message| async move {
+                call.linearize().await?;
+                forecast::forecast(&call, message).await
             },
         )
         .await

@@ -19,7 +19,7 @@ use super::on_leader::{Call, is_of_the_transport};
 use super::wait_of;
 
 /// How long an agent may take beside the time it was asked to wait.
-const AGENT_TIMEOUT: Duration = Duration::from_secs(4);
+pub(super) const AGENT_TIMEOUT: Duration = Duration::from_secs(4);
 /// Bytes that one answer holds at most.
 const READ_BYTES_MAX: u32 = 1 << 20;
 /// Bytes that one write takes.
@@ -27,10 +27,10 @@ const WRITE_BYTES_MAX: usize = 64 << 10;
 
 /// Where a VM's VMM is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Place {
+pub(super) struct Place {
     host: String,
     agent_addr: String,
-    epoch: u64,
+    pub(super) epoch: u64,
 }
 
 pub(super) async fn read(call: &Call, request: ReadConsoleRequest) -> Result<ReadConsoleResponse, Fault> {
@@ -88,7 +88,7 @@ pub(super) async fn write(call: &Call, request: WriteConsoleRequest) -> Result<W
     )
 }
 
-fn answered<T>(
+pub(super) fn answered<T>(
     place: &Place,
     answer: Result<Result<T, Status>, tokio::time::error::Elapsed>,
 ) -> Result<T, Fault> {
@@ -107,13 +107,13 @@ fn answered<T>(
     }
 }
 
-fn agent(call: &Call, place: &Place) -> Result<AgentClient<Channel>, Fault> {
+pub(super) fn agent(call: &Call, place: &Place) -> Result<AgentClient<Channel>, Fault> {
     Ok(AgentClient::new(
         call.api.channels.to(&host_dns(&place.host), &place.agent_addr)?,
     ))
 }
 
-fn place_of(call: &Call, vm: &str) -> Result<Place, Fault> {
+pub(super) fn place_of(call: &Call, vm: &str) -> Result<Place, Fault> {
     call.api.consensus.read(|state| {
         let shown: String = vm.chars().take(80).collect();
         let Some(known) = state.vm(vm) else {

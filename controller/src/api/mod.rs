@@ -8,6 +8,7 @@
 //! | `clients` | the service `Controller` |
 //! | `console` | its console calls, which go on to an agent |
 //! | `fleet` | the service `Fleet` |
+//! | `forecast` | dry runs of migrations, which go on to an agent as well |
 //! | `leases`, `progress` | what only the leader's memory holds; the reconcilers read both |
 //!
 //! Handlers are thin: the form and the meaning of a request are checked by `apply`, which every replica runs. What a
@@ -18,6 +19,7 @@ mod channels;
 mod clients;
 mod console;
 mod fleet;
+pub mod forecast;
 pub mod leases;
 mod on_leader;
 pub mod progress;
@@ -31,6 +33,7 @@ use drover_proto::v1::controller_server::ControllerServer;
 use drover_proto::v1::fleet_server::FleetServer;
 
 use self::channels::Channels;
+use self::forecast::Forecasts;
 use self::leases::Leases;
 use self::progress::ProgressTable;
 use crate::consensus::Consensus;
@@ -49,6 +52,8 @@ pub struct LeaderMemory {
     pub leases: Leases,
     /// How far each migration has come.
     pub progress: ProgressTable,
+    /// What dry runs expected lately.
+    pub forecasts: Forecasts,
 }
 
 /// The services `Controller` and `Fleet`. Cheap to clone.
@@ -107,6 +112,12 @@ impl Shared {
 /// How long a request asks to be held, bounded.
 fn wait_of(wait_ms: u32) -> Duration {
     Duration::from_millis(wait_ms.into()).min(WAIT_MAX)
+}
+
+/// Unix milliseconds.
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Waits at a pause point without blocking the runtime. Nothing in a build without the feature `chaos`.

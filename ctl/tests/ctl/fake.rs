@@ -33,6 +33,8 @@ pub struct State {
     pub migration: Vec<v1::Migration>,
     /// What a cancelled migration becomes.
     pub cancelled: Option<v1::Migration>,
+    /// What a dry run finds.
+    pub forecast: Option<v1::MigrationForecast>,
     /// All migrations, for lists.
     pub migrations: Vec<v1::Migration>,
     /// Events.
@@ -390,6 +392,18 @@ impl Controller for Service {
             ..migration(v1::MigrationPhase::Planned)
         };
         answer(state, planned)
+    }
+
+    async fn forecast_migration(
+        &self,
+        request: Request<v1::MigrateVmRequest>,
+    ) -> Answer<v1::MigrationForecast> {
+        let state = self.enter("forecast_migration", "")?;
+        state
+            .forecast
+            .clone()
+            .map(Response::new)
+            .ok_or_else(|| no_vm(&request.get_ref().vm))
     }
 
     async fn list_migrations(

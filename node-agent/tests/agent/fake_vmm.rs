@@ -211,6 +211,16 @@ impl Vmm for Fake {
             accepted: u32::try_from(data.len()).unwrap(),
         }))
     }
+
+    async fn forecast(&self, request: Request<ForecastRequest>) -> Result<Response<Forecast>, Status> {
+        let request = request.into_inner();
+        self.note(format!("forecast {} {}", request.vm, request.epoch));
+        Ok(Response::new(Forecast {
+            bandwidth_bytes_per_s: request.bandwidth_bytes_per_s,
+            rounds: 3,
+            ..Forecast::default()
+        }))
+    }
 }
 
 /// The process's whole life.
