@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use drover_migration::codec::{self, Frame, HEADER_BYTES, Hello};
 use drover_migration::convergence::{Costs, Intent};
-use drover_migration::handshake::{Expected, VERSIONS, regions};
+use drover_migration::handshake::{Expected, TOKEN_BYTES, VERSIONS, regions};
 use drover_migration::source;
 use drover_migration::target;
 use drover_migration::vm::{PAGE_SIZE, PageSet, Region};
@@ -42,6 +42,8 @@ pub fn hello() -> Hello {
         regions: regions(&layout()),
         device_model: 1,
         cpu_profile: "baseline".into(),
+        streams: 0,
+        plaintext: false,
     }
 }
 
@@ -137,6 +139,8 @@ fn new_target() -> target::Machine {
         layout: layout(),
         device_model: 1,
         cpu_profile: "baseline".into(),
+        plaintext: false,
+        token: [7; TOKEN_BYTES],
     })
     .expect("the layout is sound")
 }

@@ -4,11 +4,18 @@ use std::ops::RangeInclusive;
 
 use drover_proto::{Code, Fault};
 
-use crate::codec::{Hello, MemoryRegion, REGIONS_MAX, bad};
+use crate::codec::{Hello, HelloAck, MemoryRegion, REGIONS_MAX, bad};
 use crate::vm::{Layout, PAGE_SIZE, Region};
 
-/// Versions of the protocol that this build speaks.
-pub const VERSIONS: RangeInclusive<u32> = 1..=1;
+/// Versions of the protocol that this build speaks. In version 1 all pages travel on the link itself; from 2 on they may have
+/// streams of their own.
+pub const VERSIONS: RangeInclusive<u32> = 1..=2;
+/// The first version with streams.
+const VERSION_STREAMS: u32 = 2;
+/// Most streams for pages.
+pub const STREAMS_MAX: u32 = 16;
+/// Length of the token that binds a stream to its migration, bytes.
+pub const TOKEN_BYTES: usize = 32;
 
 /// The highest version that both speak.
 pub fn negotiate(ours: RangeInclusive<u32>, theirs: RangeInclusive<u32>) -> Result<u32, Fault> {
@@ -52,10 +59,25 @@ pub struct Expected {
     pub device_model: u32,
     /// The CPU profile's name.
     pub cpu_profile: String,
+    /// Whether pages may come unencrypted.
+    pub plaintext: bool,
+    /// What streams have to show: random, and of this migration alone.
+    pub token: [u8; TOKEN_BYTES],
 }
 
-/// Judges the source's hello; gives the version to go on with.
-pub fn check(hello: &Hello, expected: &Expected) -> Result<u32, Fault> {
+/// How pages travel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Agreed {
+    /// The protocol's version.
+    pub version: u32,
+    /// Streams beside the link; 0: pages travel on the link.
+    pub streams: u32,
+    /// Whether those streams go without TLS.
+    pub plaintext: bool,
+}
+
+/// Judges the source's hello; gives what to go on with.
+pub fn check(hello: &Hello, expected: &Expected) -> Result<Agreed, Fault> {
     let version = negotiate(expected.versions.clone(), hello.version_min..=hello.version_max)?;
     same(Code::Denied, "migration", &hello.migration, &expected.migration)?;
     same(Code::Denied, "vm", &hello.vm, &expected.vm)?;
@@ -102,7 +124,24 @@ pub fn check(hello: &Hello, expected: &Expected) -> Result<u32, Fault> {
         &hello.cpu_profile,
         &expected.cpu_profile,
     )?;
-    Ok(version)
+    if version < VERSION_STREAMS || hello.streams == 0 {
+        return Ok(Agreed {
+            version,
+            ..Agreed::default()
+        });
+    }
+    if hello.plaintext && !expected.plaintext {
+        return Err(Fault::new(
+            Code::Denied,
+            "the source wants to send pages unencrypted, this VMM was started for encrypted ones only",
+        )
+        .field("plaintext"));
+    }
+    Ok(Agreed {
+        version,
+        streams: hello.streams.min(STREAMS_MAX),
+        plaintext: hello.plaintext,
+    })
 }
 
 /// The layout as it stands in a hello.
@@ -148,16 +187,34 @@ pub fn total_pages(layout: &[Region]) -> Result<u64, Fault> {
     Ok(pages)
 }
 
-/// The version that the target chose, judged by the source.
-pub fn check_choice(chosen: u32, offered: &RangeInclusive<u32>) -> Result<u32, Fault> {
-    if offered.contains(&chosen) {
-        return Ok(chosen);
+/// What the target chose, judged by the source.
+pub fn check_choice(ack: &HelloAck, hello: &Hello) -> Result<Agreed, Fault> {
+    let offered = hello.version_min..=hello.version_max;
+    if !offered.contains(&ack.version) {
+        return Err(bad(format!(
+            "the target chose version {}, {} to {} were offered",
+            ack.version,
+            offered.start(),
+            offered.end()
+        )));
     }
-    Err(bad(format!(
-        "the target chose version {chosen}, {} to {} were offered",
-        offered.start(),
-        offered.end()
-    )))
+    let streams_max = if ack.version < VERSION_STREAMS {
+        0
+    } else {
+        hello.streams
+    };
+    if ack.streams > streams_max || (ack.streams > 0 && ack.token.len() != TOKEN_BYTES) {
+        return Err(bad(format!(
+            "the target agreed to {} streams with a token of {} bytes, {streams_max} streams and {TOKEN_BYTES} bytes are the most",
+            ack.streams,
+            ack.token.len()
+        )));
+    }
+    Ok(Agreed {
+        version: ack.version,
+        streams: ack.streams,
+        plaintext: ack.streams > 0 && hello.plaintext,
+    })
 }
 
 fn same(code: Code, field: &str, found: &str, due: &str) -> Result<(), Fault> {
@@ -235,13 +292,17 @@ mod tests {
             ],
             device_model: 2,
             cpu_profile: "baseline".into(),
+            plaintext: false,
+            token: [7; TOKEN_BYTES],
         }
     }
 
     fn hello() -> Hello {
         Hello {
             version_min: 1,
-            version_max: 1,
+            version_max: 2,
+            streams: 40,
+            plaintext: false,
             migration: "m1".into(),
             vm: "vm1".into(),
             from_host: "host1".into(),
@@ -256,14 +317,72 @@ mod tests {
 
     #[test]
     fn a_hello_for_just_this_target_is_taken() {
-        assert_eq!(check(&hello(), &expected()), Ok(1));
+        let agreed = Agreed {
+            version: 2,
+            streams: STREAMS_MAX,
+            plaintext: false,
+        };
+        assert_eq!(check(&hello(), &expected()), Ok(agreed));
+        let old = Hello {
+            version_max: 1,
+            ..hello()
+        };
+        let alone = Agreed {
+            version: 1,
+            ..Agreed::default()
+        };
+        assert_eq!(check(&old, &expected()), Ok(alone), "a build without streams");
+    }
+
+    #[test]
+    fn pages_go_unencrypted_only_if_both_sides_were_told_so() {
+        let wants = Hello {
+            plaintext: true,
+            ..hello()
+        };
+        let fault = check(&wants, &expected()).unwrap_err();
+        assert_eq!((fault.code, fault.field.as_str()), (Code::Denied, "plaintext"));
+        let told = Expected {
+            plaintext: true,
+            ..expected()
+        };
+        assert!(check(&wants, &told).unwrap().plaintext);
+        assert!(!check(&hello(), &told).unwrap().plaintext);
+    }
+
+    #[test]
+    fn a_choice_that_was_not_offered_is_refused() {
+        let ack = |version, streams, token| HelloAck {
+            version,
+            streams,
+            token: vec![1; token],
+        };
+        assert_eq!(
+            check_choice(&ack(2, 3, TOKEN_BYTES), &hello()).unwrap().streams,
+            3
+        );
+        assert_eq!(check_choice(&ack(1, 0, 0), &hello()).unwrap().streams, 0);
+        for wrong in [
+            ack(0, 0, 0),
+            ack(3, 0, 0),
+            ack(1, 1, TOKEN_BYTES),
+            ack(2, 41, TOKEN_BYTES),
+            ack(2, 1, TOKEN_BYTES - 1),
+            ack(2, 1, 0),
+        ] {
+            assert_eq!(
+                check_choice(&wrong, &hello()).unwrap_err().code,
+                Code::BadFrame,
+                "{wrong:?}"
+            );
+        }
     }
 
     #[test]
     fn a_hello_that_differs_anywhere_is_refused_with_the_field() {
         type Change = fn(&mut Hello);
         let cases: [(Change, Code, &str); 10] = [
-            (|h| h.version_min = 2, Code::ProtocolVersion, ""),
+            (|h| h.version_min = 3, Code::ProtocolVersion, ""),
             (|h| h.migration = "m2".into(), Code::Denied, "migration"),
             (|h| h.vm = "vm2".into(), Code::Denied, "vm"),
             (|h| h.from_host = "host3".into(), Code::Denied, "from_host"),
@@ -281,8 +400,8 @@ mod tests {
         for (change, code, field) in cases {
             let mut hello = hello();
             change(&mut hello);
-            if hello.version_min == 2 {
-                hello.version_max = 2;
+            if hello.version_min == 3 {
+                hello.version_max = 3;
             }
             let fault = check(&hello, &expected()).unwrap_err();
             assert_eq!((fault.code, fault.field.as_str()), (code, field), "{fault}");

@@ -5,6 +5,7 @@
 //!  ------                                             ------
 //!  Hello ────────────────────────────────────────────▶ is this what I was started for?
 //!        ◀──────────────────────────────────────────── HelloAck | Refusal
+//!  opens the streams that pages travel on ───────────▶ takes those that show its token
 //!  dirty log on
 //!  ┌ Pages*, Zeros*, RoundEnd ───────────────────────▶ writes them, compares the counts
 //!  │     ◀──────────────────────────────────────────── RoundAck

@@ -132,17 +132,18 @@ impl PageSet {
     }
 }
 
-/// The VM as the source of a migration. Called from the engine's thread.
-pub trait SourceVm {
+/// The VM as the source of a migration. `read_pages` and `zero_ahead` are called from several threads at once, never while
+/// the engine's own thread is in another call.
+pub trait SourceVm: Sync {
     /// The guest's memory.
     fn layout(&self) -> Layout;
     /// Starts the dirty log: from the return on, every write by the guest or the VMM is found by `take_dirty`.
-    fn start_dirty_log(&mut self) -> Result<(), Fault>;
+    fn start_dirty_log(&self) -> Result<(), Fault>;
     /// Ends dirty logging; called on every way out.
-    fn stop_dirty_log(&mut self);
+    fn stop_dirty_log(&self);
     /// Adds to `into` the pages written since the last call, by the guest's vCPUs and by the VMM itself, and re-arms
     /// tracking for them. Pages are re-armed *before* they are read by `read_page`, so no write is missed.
-    fn take_dirty(&mut self, into: &mut PageSet) -> Result<(), Fault>;
+    fn take_dirty(&self, into: &mut PageSet) -> Result<(), Fault>;
     /// Copies pages `first..` into `out` (whole pages, all of one region). The guest may be writing meanwhile: a torn page
     /// is dirty again.
     fn read_pages(&self, first: u64, out: &mut [u8]);
@@ -162,21 +163,21 @@ pub trait SourceVm {
         let _ = percent;
     }
     /// Stops all vCPUs for the switchover; on return none executes.
-    fn pause(&mut self) -> Result<(), Fault>;
+    fn pause(&self) -> Result<(), Fault>;
     /// The encoded `VmSave` of the paused VM.
-    fn save(&mut self) -> Result<Vec<u8>, Fault>;
+    fn save(&self) -> Result<Vec<u8>, Fault>;
 }
 
-/// The VM as the target of a migration.
-pub trait TargetVm {
+/// The VM as the target of a migration. Memory is written from several threads at once, never the same page by two.
+pub trait TargetVm: Sync {
     /// The guest's memory.
     fn layout(&self) -> Layout;
     /// Writes whole pages from `first` on, all of one region.
-    fn write_pages(&mut self, first: u64, data: &[u8]) -> Result<(), Fault>;
+    fn write_pages(&self, first: u64, data: &[u8]) -> Result<(), Fault>;
     /// Makes pages `first..first + count`, all of one region, read as zero, without populating memory that is a hole.
-    fn zero_pages(&mut self, first: u64, count: u64) -> Result<(), Fault>;
+    fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault>;
     /// Decodes and restores an encoded `VmSave`; refuses whatever it does not know or cannot set.
-    fn restore(&mut self, state: &[u8]) -> Result<(), Fault>;
+    fn restore(&self, state: &[u8]) -> Result<(), Fault>;
 }
 
 #[cfg(test)]

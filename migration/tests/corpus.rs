@@ -86,7 +86,10 @@ fn migration() -> Vec<u8> {
 fn seeds() -> BTreeMap<&'static str, Vec<u8>> {
     let fault = Fault::new(Code::BadState, "it cannot be restored");
     let ack = |round| Message::RoundAck(RoundAck { round });
-    let hello_ack = Message::HelloAck(HelloAck { version: 1 });
+    let hello_ack = Message::HelloAck(HelloAck {
+        version: 2,
+        ..HelloAck::default()
+    });
     let totals = Totals {
         rounds: 2,
         pages: PAGES,

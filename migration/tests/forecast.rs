@@ -62,6 +62,7 @@ fn go(facts: &Facts, intent: Intent) -> Went {
                         }
                         _ => Message::HelloAck(HelloAck {
                             version: *VERSIONS.end(),
+                            ..HelloAck::default()
                         }),
                     }));
                 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use common::{FakeVm, Flaw, Rng, layout};
 use drover_migration::codec::{self, Batch, Frame, Hello, Message, Run};
 use drover_migration::convergence::{Costs, Intent, fits};
-use drover_migration::handshake::{Expected, VERSIONS, regions};
+use drover_migration::handshake::{Expected, TOKEN_BYTES, VERSIONS, regions};
 use drover_migration::source::{self, Outcome};
 use drover_migration::target;
 use drover_migration::vm::{PAGE_SIZE, PageSet, SourceVm, TargetVm};
@@ -196,6 +196,8 @@ impl World {
             regions: regions(&layout(plan.pages)),
             device_model: 1,
             cpu_profile: "baseline".into(),
+            streams: 0,
+            plaintext: false,
         };
         let source_machine = source::Machine::new(source::Config {
             hello,
@@ -214,6 +216,8 @@ impl World {
             layout: layout(plan.pages),
             device_model: 1,
             cpu_profile: "baseline".into(),
+            plaintext: false,
+            token: [7; TOKEN_BYTES],
         })
         .unwrap();
         Self {
@@ -520,6 +524,7 @@ impl World {
         use target::{Action, Event};
         match action {
             Action::Reach(_) | Action::Report(_) => {}
+            Action::Admit(_) => panic!("no streams were asked for"),
             Action::Send(message) => {
                 if matches!(message, Message::Ready(_)) {
                     self.check_ready();

@@ -13,7 +13,7 @@ use drover_migration::codec::{
 };
 use drover_migration::convergence::{Costs, Intent};
 use drover_migration::digest::{Totals, digest};
-use drover_migration::handshake::{Expected, VERSIONS};
+use drover_migration::handshake::{Expected, TOKEN_BYTES, VERSIONS};
 use drover_migration::source::{self, Outcome};
 use drover_migration::target;
 use drover_migration::vm::PageSet;
@@ -36,6 +36,8 @@ impl Target {
             layout: layout(),
             device_model: 1,
             cpu_profile: "baseline".into(),
+            plaintext: false,
+            token: [7; TOKEN_BYTES],
         });
         Self(machine.unwrap())
     }
@@ -257,7 +259,10 @@ fn source_after(answers: &[Message]) -> (source::Machine, Vec<source::Action>) {
 }
 
 fn hello_ack() -> Message {
-    Message::HelloAck(HelloAck { version: 1 })
+    Message::HelloAck(HelloAck {
+        version: 2,
+        ..HelloAck::default()
+    })
 }
 
 fn ack(round: u32) -> Message {
@@ -322,7 +327,10 @@ fn a_source_refuses_answers_that_do_not_fit_and_tells_whether_it_has_paused() {
         pages: 0,
         zero_pages: PAGES,
     });
-    let newer = Message::HelloAck(HelloAck { version: 2 });
+    let newer = Message::HelloAck(HelloAck {
+        version: 3,
+        ..HelloAck::default()
+    });
     for (answers, code, paused) in [
         (vec![ack(1)], Code::BadFrame, false),
         (vec![newer], Code::BadFrame, false),

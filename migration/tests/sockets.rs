@@ -15,8 +15,8 @@ use std::time::Duration;
 use common::{FakeVm, Flaw, Rng};
 use drover_migration::Control;
 use drover_migration::codec::{self, Hello, Message};
-use drover_migration::source::{self, Outcome};
-use drover_migration::target::{self, Received};
+use drover_migration::source::{self, Outcome, Way};
+use drover_migration::target::{self, Admission, Received};
 use drover_migration::transport::{LINK_TIMEOUT, Listener, connect};
 use drover_pki::{CertificateDer, ClusterCa, Credentials, Role, host_dns, identity_of};
 use drover_proto::v1::{MigrationOptions, MigrationPhase};
@@ -33,6 +33,7 @@ fn source_params() -> source::Params {
         target_epoch: 2,
         options: MigrationOptions {
             max_downtime_ms: 1000,
+            streams: 1,
             ..MigrationOptions::default()
         },
         device_model: 1,
@@ -50,8 +51,23 @@ fn target_params() -> target::Params {
         epoch: 2,
         device_model: 1,
         cpu_profile: "baseline".into(),
+        plaintext: false,
         link_timeout: LINK_TIMEOUT,
     }
+}
+
+/// A source that opens no streams beside the link.
+fn once<S>(stream: S) -> impl FnMut(Way) -> Result<S, Fault> {
+    let mut stream = Some(stream);
+    move |way| {
+        assert_eq!(way, Way::Link);
+        Ok(stream.take().expect("one connection is made"))
+    }
+}
+
+/// A target that is asked for no streams.
+fn alone<S>(admission: &Admission) -> Result<Vec<S>, Fault> {
+    panic!("{admission:?} was asked for")
 }
 
 fn quiet() -> Control {
@@ -111,8 +127,8 @@ fn migrate(
 ) -> (Outcome, Result<Received, Fault>) {
     let (near, far) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
-        let target = scope.spawn(|| target::run(&mut target_vm.clone(), far, &target_params(), &quiet()));
-        let outcome = source::run(&mut source_vm.clone(), || Ok(near), source_params, source_control);
+        let target = scope.spawn(|| target::run(target_vm, far, alone, &target_params(), &quiet()));
+        let outcome = source::run(source_vm, once(near), source_params, source_control);
         (outcome, target.join().unwrap())
     })
 }
@@ -251,7 +267,7 @@ fn a_target_that_dies_or_falls_silent_is_a_lost_link_for_a_running_source() {
                 far.read_exact(&mut hello).unwrap();
                 (!dies).then_some(far)
             });
-            let outcome = source::run(&mut guest.vm.clone(), || Ok(near), &params, &quiet());
+            let outcome = source::run(&guest.vm, once(near), &params, &quiet());
             drop(held.join());
             outcome
         });
@@ -268,7 +284,7 @@ fn speak_to_target(bytes: &[u8]) -> (Fault, Message) {
     let (mut near, far) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
         let target = scope
-            .spawn(|| target::run(&mut FakeVm::new(PAGES), far, &target_params(), &quiet()).unwrap_err());
+            .spawn(|| target::run(&FakeVm::new(PAGES), far, alone, &target_params(), &quiet()).unwrap_err());
         near.write_all(bytes).unwrap();
         near.shutdown(std::net::Shutdown::Write).unwrap();
         let mut answer = Vec::new();
@@ -344,13 +360,13 @@ fn migrate_over_tls(
                     format!("host1 is expected, not {other:?}"),
                 )),
             };
-            let stream = listener.accept(target.rustls_server(), verify, &target_control)?;
-            target::run(&mut target_vm.clone(), stream, &target_params(), &target_control)
+            let stream = listener.accept(&target.rustls_server(), verify, &target_control)?;
+            target::run(target_vm, stream, alone, &target_params(), &target_control)
         });
         let outcomes = callers.iter().map(|(caller, expected_target)| {
             let control = quiet();
-            let dial = || connect(addr, &host_dns(expected_target), caller.rustls_client(), &control);
-            source::run(&mut guest.vm.clone(), dial, &source_params(), &control)
+            let dial = |_| connect(addr, &host_dns(expected_target), caller.rustls_client(), &control);
+            source::run(&guest.vm, dial, &source_params(), &control)
         });
         let outcomes = outcomes.collect::<Vec<_>>();
         if outcomes.last() != Some(&Outcome::AwaitOutcome) {
@@ -436,12 +452,12 @@ fn strangers_who_drip_bytes_do_not_keep_the_source_out() {
             dripping.recv().unwrap();
         }
         let target = scope.spawn(|| {
-            let stream = listener.accept(host2.rustls_server(), |_| Ok(()), &target_control)?;
-            target::run(&mut target_vm.clone(), stream, &target_params(), &target_control)
+            let stream = listener.accept(&host2.rustls_server(), |_| Ok(()), &target_control)?;
+            target::run(&target_vm, stream, alone, &target_params(), &target_control)
         });
         let control = quiet();
-        let dial = || connect(addr, &host_dns("host2"), host1.rustls_client(), &control);
-        let outcome = source::run(&mut guest.vm.clone(), dial, &source_params(), &control);
+        let dial = |_| connect(addr, &host_dns("host2"), host1.rustls_client(), &control);
+        let outcome = source::run(&guest.vm, dial, &source_params(), &control);
         if outcome != Outcome::AwaitOutcome {
             target_control.cancel();
         }
@@ -477,7 +493,11 @@ fn a_target_that_nobody_calls_stops_waiting_when_cancelled() {
     let addr = listener.addr().unwrap();
     let control = quiet();
     let fault = thread::scope(|scope| {
-        let waiting = scope.spawn(|| listener.accept(host2.rustls_server(), |_| Ok(()), &control).err());
+        let waiting = scope.spawn(|| {
+            listener
+                .accept(&host2.rustls_server(), |_| Ok(()), &control)
+                .err()
+        });
         // Someone who connects and says nothing does not keep the target from hearing the cancel.
         let _silent = TcpStream::connect(addr).unwrap();
         control.cancel();

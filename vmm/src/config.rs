@@ -65,6 +65,9 @@ pub struct Incoming {
     pub from_host: String,
     /// The address to listen on; the port is the kernel's choice.
     pub listen_ip: IpAddr,
+    /// Whether pages may come unencrypted, which the cluster's policy decides.
+    #[serde(default)]
+    pub plaintext: bool,
 }
 
 fn invalid(field: &str, message: String) -> Fault {

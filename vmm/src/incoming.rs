@@ -4,7 +4,7 @@
 //! the reason, until it is destroyed; it never receives again, and nothing ever runs in it.
 
 use drover_migration::Control;
-use drover_migration::target::{self, Params};
+use drover_migration::target::{self, Admission, Params};
 use drover_migration::transport::{LINK_TIMEOUT, Listener};
 use drover_migration::vm::{Layout, TargetVm};
 use drover_pki::{CertificateDer, Credentials, Role, identity_of};
@@ -22,15 +22,15 @@ impl TargetVm for Target<'_> {
         self.0.built().memory().layout().clone()
     }
 
-    fn write_pages(&mut self, first: u64, data: &[u8]) -> Result<(), Fault> {
+    fn write_pages(&self, first: u64, data: &[u8]) -> Result<(), Fault> {
         self.0.built().memory().write_pages(first, data)
     }
 
-    fn zero_pages(&mut self, first: u64, count: u64) -> Result<(), Fault> {
+    fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault> {
         self.0.built().memory().zero_pages(first, count)
     }
 
-    fn restore(&mut self, state: &[u8]) -> Result<(), Fault> {
+    fn restore(&self, state: &[u8]) -> Result<(), Fault> {
         self.0.built().restore_encoded(state)
     }
 }
@@ -57,11 +57,11 @@ fn receive(machine: &Machine, incoming: &Incoming, control: &Control) -> Result<
     );
     machine.listening(addr);
     drover_points::reach("target.listening");
-    let stream = listener.accept(
-        credentials.rustls_server(),
-        |chain| check_peer(chain, &config.cluster_id, &incoming.from_host),
-        control,
-    )?;
+    let verify = |chain: &[CertificateDer<'_>]| check_peer(chain, &config.cluster_id, &incoming.from_host);
+    let stream = listener.accept(&credentials.rustls_server(), verify, control)?;
+    let admit = |admission: &Admission| {
+        listener.accept_streams(&credentials.rustls_server(), verify, admission, control)
+    };
     let params = Params {
         migration: incoming.migration.clone(),
         vm: config.vm.clone(),
@@ -69,9 +69,10 @@ fn receive(machine: &Machine, incoming: &Incoming, control: &Control) -> Result<
         epoch: config.epoch,
         device_model: DEVICE_MODEL,
         cpu_profile: config.cpu_profile.name().to_owned(),
+        plaintext: incoming.plaintext,
         link_timeout: LINK_TIMEOUT,
     };
-    let received = target::run(&mut Target(machine), stream, &params, control)?;
+    let received = target::run(&Target(machine), stream, admit, &params, control)?;
     machine.received(received)
 }
 

@@ -11,7 +11,9 @@
 //! zero again punches the hole.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 
 use drover_migration::vm::{Layout, PAGE_SIZE, PageSet, Region};
 use drover_proto::{Code, Fault};
@@ -163,15 +165,26 @@ impl Memory {
         Ok(())
     }
 
-    /// Writes whole pages from `first` on.
+    /// Writes whole pages from `first` on. A page that the VMM never wrote is written through the memfd: the kernel then takes a
+    /// page without clearing it first and without a fault. One that is written again (hot, most likely) goes through the
+    /// mapping, so that the guest finds it mapped.
     pub fn write_pages(&self, first: u64, data: &[u8]) -> Result<(), Fault> {
         let mut rest = data;
         for (index, offset, len) in pieces(&self.layout, first, page_count(rest.len())?)? {
-            let (now, later) = rest.split_at(usize::try_from(len).expect("a piece of a slice fits usize"));
-            self.region(index)
-                .write_slice(now, MemoryRegionAddress(offset))
-                .map_err(|error| broken("write", error))?;
-            rest = later;
+            let (region, mut at, end) = (self.region(index), offset, offset + len);
+            while at < end {
+                let run = run_of(region, at, end);
+                let (now, later) =
+                    rest.split_at(usize::try_from(run.len).expect("a piece of a slice fits usize"));
+                if run.written {
+                    region
+                        .write_slice(now, MemoryRegionAddress(at))
+                        .map_err(|error| broken("write", error))?;
+                } else {
+                    fill(region, at, now).map_err(|error| broken("write", error))?;
+                }
+                (at, rest) = (at + run.len, later);
+            }
         }
         Ok(())
     }
@@ -202,11 +215,11 @@ impl Memory {
             let region = self.region(index);
             let mut at = offset;
             while at < offset + len {
-                let run = written_run(region, at, offset + len);
-                if run.len > 0 {
-                    self.punch(region, run.start, run.len)?;
+                let run = run_of(region, at, offset + len);
+                if run.written {
+                    self.punch(region, at, run.len)?;
                 }
-                at = run.start + run.len.max(PAGE);
+                at += run.len;
             }
         }
         Ok(())
@@ -251,21 +264,33 @@ fn page_count(bytes: usize) -> Result<u64, Fault> {
 }
 
 struct Run {
-    start: u64,
+    written: bool,
     len: u64,
 }
 
-/// The run of written pages that begins at `at`, empty if that page was not written; never beyond `end`.
-fn written_run(region: &GuestRegionMmap<AtomicBitmap>, at: u64, end: u64) -> Run {
+/// The pages from `at` on that the VMM wrote all, or none of them; at least one, none from `end` on.
+fn run_of(region: &GuestRegionMmap<AtomicBitmap>, at: u64, end: u64) -> Run {
     let bitmap = (**region).bitmap();
-    let mut stop = at;
-    while stop < end && usize::try_from(stop).is_ok_and(|offset| bitmap.dirty_at(offset)) {
+    let is_written = |at: u64| usize::try_from(at).is_ok_and(|offset| bitmap.dirty_at(offset));
+    let (written, mut stop) = (is_written(at), at + PAGE);
+    while stop < end && is_written(stop) == written {
         stop += PAGE;
     }
     Run {
-        start: at,
+        written,
         len: stop - at,
     }
+}
+
+/// Writes to the memfd behind `region`.
+fn fill(region: &GuestRegionMmap<AtomicBitmap>, at: u64, data: &[u8]) -> io::Result<()> {
+    let behind = region
+        .file_offset()
+        .expect("every region is a piece of the memfd");
+    let offset = usize::try_from(at).map_err(io::Error::other)?;
+    behind.file().write_all_at(data, behind.start() + at)?;
+    (**region).bitmap().mark_dirty(offset, data.len());
+    Ok(())
 }
 
 #[cfg(test)]
@@ -337,6 +362,21 @@ mod tests {
         }
         assert_eq!(memory.zero_pages(0, u64::MAX).unwrap_err().code, Code::BadFrame);
         assert_eq!(memory.write_pages(0, &[0; 100]).unwrap_err().code, Code::BadFrame);
+    }
+
+    #[test]
+    fn pages_written_for_the_first_time_and_again_read_back_and_count_as_written() {
+        let memory = Memory::new(1 << 20).unwrap();
+        memory.write_pages(4, &[1; 2 * PAGE_SIZE]).unwrap();
+        memory.write_pages(3, &[2; 4 * PAGE_SIZE]).unwrap();
+        memory.write_pages(5, &[3; PAGE_SIZE]).unwrap();
+        let mut back = vec![9; 6 * PAGE_SIZE];
+        memory.read_pages(2, &mut back).unwrap();
+        let bytes: Vec<u8> = back.iter().step_by(PAGE_SIZE).copied().collect();
+        assert_eq!(bytes, [0, 2, 2, 3, 2, 0]);
+        let mut written = PageSet::empty(memory.pages());
+        memory.take_written(&mut written);
+        assert_eq!((written.count(), memory.hole_ahead(7, 100)), (4, 100));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 
 use drover_migration::convergence::Costs;
-use drover_migration::source::{self, Outcome, Params};
+use drover_migration::source::{self, Outcome, Params, Way};
 use drover_migration::transport::{self, LINK_TIMEOUT};
 use drover_migration::vm::{Layout, PageSet, SourceVm};
 use drover_migration::{Control, vm};
@@ -28,17 +28,17 @@ impl SourceVm for Source<'_> {
         self.machine.built().memory().layout().clone()
     }
 
-    fn start_dirty_log(&mut self) -> Result<(), Fault> {
+    fn start_dirty_log(&self) -> Result<(), Fault> {
         self.machine.built().start_dirty_log()
     }
 
-    fn stop_dirty_log(&mut self) {
+    fn stop_dirty_log(&self) {
         if let Err(fault) = self.machine.built().stop_dirty_log() {
             warn!(%fault, "the dirty log stays on; the guest runs a little slower");
         }
     }
 
-    fn take_dirty(&mut self, into: &mut PageSet) -> Result<(), Fault> {
+    fn take_dirty(&self, into: &mut PageSet) -> Result<(), Fault> {
         self.machine.built().take_dirty(into)
     }
 
@@ -63,11 +63,11 @@ impl SourceVm for Source<'_> {
         self.machine.throttle(self.migration, percent);
     }
 
-    fn pause(&mut self) -> Result<(), Fault> {
+    fn pause(&self) -> Result<(), Fault> {
         self.machine.hand_over(self.migration)
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, Fault> {
+    fn save(&self) -> Result<Vec<u8>, Fault> {
         self.machine.save_handed_over(self.migration)
     }
 }
@@ -97,11 +97,14 @@ pub fn run(machine: &Machine, request: &StartOutgoingRequest, control: &Control)
         addr = request.target_addr,
         "sending the VM"
     );
-    let dial = || {
+    let dial = |way| {
         let addr: SocketAddr = request.target_addr.parse().map_err(|_| {
             let message = format!("target_addr {:?} is no ip:port", request.target_addr);
             Fault::new(Code::InvalidArgument, message).field("target_addr")
         })?;
+        if way == (Way::Pages { plaintext: true }) {
+            return transport::connect_plain(addr);
+        }
         let config = machine.config();
         let credentials = Credentials::load(&config.tls, &config.cluster_id)
             .map_err(|error| Fault::new(error.code(), error.to_string()))?;
@@ -112,11 +115,11 @@ pub fn run(machine: &Machine, request: &StartOutgoingRequest, control: &Control)
             control,
         )
     };
-    let mut source = Source {
+    let source = Source {
         machine,
         migration: id,
     };
-    match source::run(&mut source, dial, &params(machine, request), control) {
+    match source::run(&source, dial, &params(machine, request), control) {
         Outcome::AwaitOutcome => info!(migration = id, "the target is ready; waiting for the outcome"),
         Outcome::FailedRunning(fault) => machine.migration_failed(id, fault),
         Outcome::FailedPaused(fault) => {

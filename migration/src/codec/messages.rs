@@ -53,14 +53,48 @@ pub struct Hello {
     /// The CPU profile that the guest was started with.
     #[prost(string, tag = "11")]
     pub cpu_profile: String,
+    /// Streams beside this link that the source would like for its pages; 0: pages travel on this link.
+    #[prost(uint32, tag = "12")]
+    pub streams: u32,
+    /// Whether those streams are to go without TLS.
+    #[prost(bool, tag = "13")]
+    pub plaintext: bool,
 }
 
 /// The target agrees.
-#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+#[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct HelloAck {
     /// The version both go on with.
     #[prost(uint32, tag = "1")]
     pub version: u32,
+    /// Streams that the source is to open for its pages, at most as many as it asked for; 0: pages travel on this link.
+    #[prost(uint32, tag = "2")]
+    pub streams: u32,
+    /// What each of them has to show.
+    #[prost(bytes = "vec", tag = "3")]
+    pub token: Vec<u8>,
+}
+
+/// The first frame of a stream that carries pages: proves that it belongs to this migration.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Join {
+    /// The token of the target's `HelloAck`.
+    #[prost(bytes = "vec", tag = "1")]
+    pub token: Vec<u8>,
+    /// Which of the agreed streams this is, from 0.
+    #[prost(uint32, tag = "2")]
+    pub stream: u32,
+}
+
+/// The source has sent all of a round's pages that travel on this stream.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct StreamEnd {
+    /// The round.
+    #[prost(uint32, tag = "1")]
+    pub round: u32,
+    /// Whether this was the pass after the pause: nothing more comes on this stream.
+    #[prost(bool, tag = "2")]
+    pub last: bool,
 }
 
 /// End of a round.
@@ -225,6 +259,10 @@ pub enum Message {
     Refusal(Refusal),
     /// Source: it gives up.
     Cancel(Cancel),
+    /// Source: a stream for pages begins.
+    Join(Join),
+    /// Source: a stream's part of a round ends.
+    StreamEnd(StreamEnd),
 }
 
 impl Message {
@@ -239,6 +277,8 @@ impl Message {
             Self::Ready(_) => Kind::Ready,
             Self::Refusal(_) => Kind::Refusal,
             Self::Cancel(_) => Kind::Cancel,
+            Self::Join(_) => Kind::Join,
+            Self::StreamEnd(_) => Kind::StreamEnd,
         }
     }
 
@@ -252,6 +292,8 @@ impl Message {
             Kind::Ready => Ready::decode(payload).map(Self::Ready),
             Kind::Refusal => Refusal::decode(payload).map(Self::Refusal),
             Kind::Cancel => Cancel::decode(payload).map(Self::Cancel),
+            Kind::Join => Join::decode(payload).map(Self::Join),
+            Kind::StreamEnd => StreamEnd::decode(payload).map(Self::StreamEnd),
             Kind::Pages | Kind::Zeros => return Err(bad("a page frame is no message")),
         };
         decoded.map_err(|error| bad(format!("a {kind:?} frame cannot be read: {error}")))

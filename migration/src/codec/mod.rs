@@ -25,7 +25,8 @@ use prost::Message as _;
 
 pub use batch::Batch;
 pub use messages::{
-    Cancel, Hello, HelloAck, MemoryRegion, Message, Ready, Refusal, RoundAck, RoundEnd, StateFrame,
+    Cancel, Hello, HelloAck, Join, MemoryRegion, Message, Ready, Refusal, RoundAck, RoundEnd, StateFrame,
+    StreamEnd,
 };
 pub(crate) use pages::push as push_run;
 pub use pages::{Pages, Run, Runs, Zeros};
@@ -72,10 +73,14 @@ pub enum Kind {
     Refusal = 9,
     /// Source: it gives up.
     Cancel = 10,
+    /// Source: the first frame of a stream for pages.
+    Join = 11,
+    /// Source: a stream's part of a round is sent.
+    StreamEnd = 12,
 }
 
 impl Kind {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 12] = [
         Self::Hello,
         Self::HelloAck,
         Self::Pages,
@@ -86,6 +91,8 @@ impl Kind {
         Self::Ready,
         Self::Refusal,
         Self::Cancel,
+        Self::Join,
+        Self::StreamEnd,
     ];
 
     fn from_wire(byte: u8) -> Option<Self> {
@@ -242,6 +249,8 @@ pub fn encode(message: &Message, sequence: u64, out: &mut Vec<u8>) -> Result<(),
         Message::Ready(body) => body.encode(out).expect(full),
         Message::Refusal(body) => body.encode(out).expect(full),
         Message::Cancel(body) => body.encode(out).expect(full),
+        Message::Join(body) => body.encode(out).expect(full),
+        Message::StreamEnd(body) => body.encode(out).expect(full),
     }
     seal(out, message.kind(), sequence)
 }

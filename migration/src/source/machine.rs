@@ -2,7 +2,7 @@
 //! event.
 //!
 //! ```text
-//!  New ─▶ Greeting ─▶ Starting ─▶ Sending ─▶ Acking ─▶ Measuring ─▶ Pausing ─▶ Sweeping ─▶ Sending ─▶ Acking ─▶ Saving ─▶ Judging
+//!  New ─▶ Greeting ─▶ (Opening) ─▶ Starting ─▶ Sending ─▶ Acking ─▶ Measuring ─▶ Pausing ─▶ Sweeping ─▶ Sending ─▶ Acking ─▶ Saving ─▶ Judging
 //!                                    ▲                    │ next round                     (last)     (last)              │
 //!                                    └────────────────────┘                                                               ▼
 //!  any ─▶ Ended{FailedRunning} before the pause, Ended{FailedPaused} after it                                 Ended{AwaitOutcome}
@@ -18,7 +18,6 @@
 //! **Why no throttle outlives the attempt.** It is raised only between rounds, and whatever leaves pre-copy, the pause or
 //! any end, first lets go (`let_go`), before a word is written to a link that may hang.
 
-use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use drover_proto::v1::{MigrationPhase, Progress};
@@ -28,7 +27,7 @@ use crate::bandwidth;
 use crate::codec::{BATCH_PAGES, Cancel, Hello, Message, RoundEnd, Run, StateFrame, bad};
 use crate::convergence::{self, Costs, Decision, Intent, Sample, Trend};
 use crate::digest::{Totals, digest};
-use crate::handshake;
+use crate::handshake::{self, Agreed};
 use crate::meter::Meter;
 use crate::source::Outcome;
 use crate::vm::{PAGE_SIZE, PageSet};
@@ -60,10 +59,14 @@ pub enum Event {
     Connected,
     /// The target wrote this.
     Received(Message),
+    /// Every agreed stream is there.
+    StreamsOpen,
     /// The dirty log is on.
     LogStarted,
-    /// The batch went out.
+    /// The batch went out. With streams: it is on its way, and so much went out since the last time.
     BatchSent(Sent),
+    /// The rest of the round's batches went out, and every stream said that its part of the round is over.
+    StreamsEnded(Sent),
     /// The pages that were written since the last time.
     DirtyTaken(PageSet),
     /// No vCPU executes any more.
@@ -98,6 +101,15 @@ pub struct Sent {
     pub bytes: u64,
 }
 
+impl Sent {
+    /// Adds what another batch became.
+    pub fn add(&mut self, other: Self) {
+        self.pages += other.pages;
+        self.zero_pages += other.zero_pages;
+        self.bytes += other.bytes;
+    }
+}
+
 /// What the driver is to do. In each list all but the last are done at once; the last brings the next event, or ends.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
@@ -111,6 +123,13 @@ pub enum Action {
     Send(Message),
     /// → `Received` (or `LinkFailed`).
     Receive,
+    /// Open the streams that pages are to travel on, each of which shows the token → `StreamsOpen`.
+    OpenStreams {
+        /// How many, at least 1.
+        count: u32,
+        /// From the target.
+        token: Vec<u8>,
+    },
     /// → `LogStarted`.
     StartLog,
     /// Read the pages, send them as frames → `BatchSent`.
@@ -121,6 +140,13 @@ pub enum Action {
         runs: Vec<Run>,
         /// Whether the bandwidth's cap is to be kept: not in the blackout.
         capped: bool,
+    },
+    /// Wait until all batches are sent, and say on every stream that its part of the round is over → `StreamsEnded`.
+    EndStreams {
+        /// The round.
+        round: u32,
+        /// Whether nothing more will come on the streams.
+        last: bool,
     },
     /// → `DirtyTaken`.
     TakeDirty,
@@ -136,8 +162,10 @@ pub enum Action {
 enum State {
     New,
     Greeting,
+    Opening,
     Starting,
     Sending,
+    Ending,
     Acking,
     Measuring,
     Pausing,
@@ -151,8 +179,9 @@ enum State {
 #[derive(Debug)]
 pub struct Machine {
     config: Config,
-    versions: RangeInclusive<u32>,
     state: State,
+    /// Streams beside the link that pages travel on.
+    streams: u32,
     connected_at: Duration,
     /// What the target does not have, and where in it to go on.
     pending: PageSet,
@@ -191,11 +220,11 @@ impl Machine {
     /// A machine that waits for `Connected`.
     pub fn new(config: Config) -> Self {
         Self {
-            versions: config.hello.version_min..=config.hello.version_max,
             pending: PageSet::full(config.total_pages),
             pending_pages: config.total_pages,
             config,
             state: State::New,
+            streams: 0,
             connected_at: Duration::ZERO,
             cursor: 0,
             round: 0,
@@ -234,19 +263,23 @@ impl Machine {
             (State::Greeting, Event::Received(Message::HelloAck(ack))) => {
                 self.answered(now);
                 let hopeless = convergence::hopeless(&self.config.costs, &self.config.intent);
-                match (handshake::check_choice(ack.version, &self.versions), hopeless) {
-                    (Ok(_), None) => self.go(
-                        State::Starting,
-                        [Action::Reach("source.after_hello"), Action::StartLog],
-                    ),
+                match (handshake::check_choice(&ack, &self.config.hello), hopeless) {
+                    (Ok(agreed), None) => self.agreed(agreed, ack.token),
                     (Err(fault), _) | (_, Some(fault)) => self.give_up(fault),
                 }
             }
+            (State::Opening, Event::StreamsOpen) => self.start(),
             (State::Starting, Event::LogStarted) => {
                 self.log_taken_at = now;
                 self.begin_round(now)
             }
             (State::Sending, Event::BatchSent(sent)) => self.after_batch(now, sent),
+            (State::Ending, Event::StreamsEnded(sent)) => {
+                self.count(sent);
+                let mut actions = Vec::new();
+                self.end_round(now, &mut actions);
+                actions
+            }
             (State::Acking, Event::Received(Message::RoundAck(ack))) if ack.round == self.round => {
                 self.after_round(now)
             }
@@ -302,6 +335,21 @@ impl Machine {
         self.go(State::Greeting, [Action::Send(hello), Action::Receive])
     }
 
+    fn agreed(&mut self, agreed: Agreed, token: Vec<u8>) -> Vec<Action> {
+        self.streams = agreed.streams;
+        match agreed.streams {
+            0 => self.start(),
+            count => self.go(State::Opening, [Action::OpenStreams { count, token }]),
+        }
+    }
+
+    fn start(&mut self) -> Vec<Action> {
+        self.go(
+            State::Starting,
+            [Action::Reach("source.after_hello"), Action::StartLog],
+        )
+    }
+
     fn begin_round(&mut self, now: Duration) -> Vec<Action> {
         self.round += 1;
         self.round_began = now;
@@ -320,15 +368,14 @@ impl Machine {
         let runs = self.pending.take_runs(&mut self.cursor, BATCH_PAGES as u64);
         if runs.is_empty() {
             debug_assert_eq!(self.pending_pages, 0, "a round ends when the set is empty");
-            self.state = State::Acking;
-            self.asked_at = now;
-            actions.push(Action::Send(Message::RoundEnd(RoundEnd {
+            if self.streams == 0 {
+                return self.end_round(now, actions);
+            }
+            self.state = State::Ending;
+            actions.push(Action::EndStreams {
                 round: self.round,
-                pages: self.round_sent.pages,
-                zero_pages: self.round_sent.zero_pages,
                 last: self.has_paused(),
-            })));
-            actions.push(Action::Receive);
+            });
             return;
         }
         self.pending_pages -= runs.iter().map(|run| run.count).sum::<u64>();
@@ -340,12 +387,25 @@ impl Machine {
         });
     }
 
+    fn end_round(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        self.state = State::Acking;
+        self.asked_at = now;
+        actions.push(Action::Send(Message::RoundEnd(RoundEnd {
+            round: self.round,
+            pages: self.round_sent.pages,
+            zero_pages: self.round_sent.zero_pages,
+            last: self.has_paused(),
+        })));
+        actions.push(Action::Receive);
+    }
+
+    fn count(&mut self, sent: Sent) {
+        self.round_sent.add(sent);
+        self.sent.add(sent);
+    }
+
     fn after_batch(&mut self, now: Duration, sent: Sent) -> Vec<Action> {
-        for sum in [&mut self.round_sent, &mut self.sent] {
-            sum.pages += sent.pages;
-            sum.zero_pages += sent.zero_pages;
-            sum.bytes += sent.bytes;
-        }
+        self.count(sent);
         let mut actions = Vec::new();
         if !self.has_paused() {
             let elapsed = now.saturating_sub(self.connected_at);
@@ -539,7 +599,7 @@ impl Machine {
             bandwidth_bytes_per_s: bandwidth,
             eta_ms: u64::try_from(eta).unwrap_or(u64::MAX),
             throttle_percent: self.throttle,
-            ..Progress::default()
+            streams: self.streams.max(1),
         })
     }
 

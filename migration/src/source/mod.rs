@@ -4,9 +4,13 @@
 //! it returned; `last_pages`, from then until the target had acknowledged the final set; and the time before the
 //! blackout. The rest is measured by the target and the VMM (see [`crate::target`]).
 
+mod batches;
 mod machine;
+mod streams;
 
 use std::collections::VecDeque;
+use std::num::NonZero;
+use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
 use drover_points::{reach, seeded_bug};
@@ -15,16 +19,21 @@ use drover_proto::v1::MigrationOptions;
 
 pub use machine::{Action, Config, Event, Machine, Sent};
 
-use crate::bandwidth::Cap;
-use crate::codec::{Batch, Frame, Hello, Message, Run, bad};
+use batches::{Job, Pace, Sender};
+use streams::Crew;
+
+use crate::codec::{Frame, Hello, Join, Message, bad};
 use crate::control::Control;
 use crate::convergence::{Costs, Intent};
-use crate::handshake::{self, VERSIONS};
+use crate::handshake::{self, STREAMS_MAX, VERSIONS};
 use crate::transport::{Link, Stop, Stream};
 use crate::vm::{PAGE_SIZE, PageSet, RegionEnds, SourceVm};
 
-/// In the first round the VM is asked for holes again after so many pages.
-const HOLE_STEP: u64 = 16;
+/// Most streams when nobody says how many: one keeps a processor busy on either side, and a link is filled by a few.
+const STREAMS_AUTO_MAX: usize = 4;
+
+/// How long the source listens for the reason when a stream was closed.
+const REFUSAL_WAIT: Duration = Duration::from_secs(1);
 
 /// What the source knows before it connects.
 #[derive(Clone, Debug)]
@@ -63,10 +72,22 @@ pub enum Outcome {
     FailedPaused(Fault),
 }
 
-/// Moves `vm` over the stream that `dial` makes. Blocks until the attempt has ended; the dirty log is off then.
+/// What a connection to the target is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// The link that the two VMMs talk over: always encrypted and authenticated.
+    Link,
+    /// A stream that carries pages.
+    Pages {
+        /// Without TLS.
+        plaintext: bool,
+    },
+}
+
+/// Moves `vm` over the connections that `dial` makes. Blocks until the attempt has ended; the dirty log is off then.
 pub fn run<S: Stream>(
-    vm: &mut dyn SourceVm,
-    dial: impl FnOnce() -> Result<S, Fault>,
+    vm: &dyn SourceVm,
+    mut dial: impl FnMut(Way) -> Result<S, Fault>,
     params: &Params,
     control: &Control,
 ) -> Outcome {
@@ -77,30 +98,41 @@ pub fn run<S: Stream>(
     };
     let config = params.config(&layout, total_pages, vm.costs());
     reach("source.before_connect");
-    let link = match dial().and_then(|stream| Link::new(stream, params.link_timeout, control)) {
+    let link = match dial(Way::Link).and_then(|stream| Link::new(stream, params.link_timeout, control)) {
         Ok(link) => link,
         Err(fault) => return Outcome::FailedRunning(fault),
     };
-    let mut driver = Driver {
-        vm,
-        link,
-        control,
-        regions: RegionEnds::new(&layout),
-        total_pages,
-        cap: config.intent.bandwidth.map(Cap::new),
-        batch: Batch::default(),
-        buffer: Vec::new(),
-        origin: Instant::now(),
-        logging: false,
-        throttled: false,
-    };
-    let outcome = driver.drive(Machine::new(config));
-    if driver.logging {
-        driver.vm.stop_dirty_log();
-    }
-    if driver.throttled {
-        driver.vm.throttle(0);
-    }
+    let origin = Instant::now();
+    let regions = RegionEnds::new(&layout);
+    let pace = Pace::new(config.intent.bandwidth, origin);
+    let crew = Crew::new(vm, &regions, &pace, control);
+    let outcome = thread::scope(|scope| {
+        let mut driver = Driver {
+            vm,
+            sender: Sender::new(link),
+            dial: &mut dial,
+            plaintext: config.hello.plaintext,
+            control,
+            scope,
+            crew: &crew,
+            link_timeout: params.link_timeout,
+            streams: 0,
+            total_pages,
+            buffer: Vec::new(),
+            origin,
+            logging: false,
+            throttled: false,
+        };
+        let outcome = driver.drive(Machine::new(config));
+        if driver.logging {
+            vm.stop_dirty_log();
+        }
+        if driver.throttled {
+            vm.throttle(0);
+        }
+        crew.dismiss();
+        outcome
+    });
     match &outcome {
         Outcome::AwaitOutcome => tracing::info!(migration = params.migration, "the target is ready"),
         Outcome::FailedRunning(fault) => {
@@ -128,6 +160,8 @@ impl Params {
                 regions: handshake::regions(layout),
                 device_model: self.device_model,
                 cpu_profile: self.cpu_profile.clone(),
+                streams: streams(&self.options),
+                plaintext: self.options.plaintext,
             },
             total_pages,
             intent: Intent::of(&self.options),
@@ -138,22 +172,41 @@ impl Params {
     }
 }
 
+/// How many streams to ask for: as many as the user wants, else as suit the processors. A single encrypted one is the link itself.
+fn streams(options: &MigrationOptions) -> u32 {
+    let wanted = match options.streams {
+        0 => {
+            let processors = thread::available_parallelism().map_or(1, NonZero::get);
+            u32::try_from(processors.min(STREAMS_AUTO_MAX)).unwrap_or(1)
+        }
+        streams => streams.min(STREAMS_MAX),
+    };
+    if wanted == 1 && !options.plaintext {
+        0
+    } else {
+        wanted
+    }
+}
+
 /// The shell around the machine: it does what it is told and says what came of it.
-struct Driver<'a, S> {
-    vm: &'a mut dyn SourceVm,
-    link: Link<'a, S>,
-    control: &'a Control,
-    regions: RegionEnds,
+struct Driver<'scope, 'env, S, D> {
+    vm: &'env dyn SourceVm,
+    sender: Sender<'env, S>,
+    dial: &'env mut D,
+    plaintext: bool,
+    control: &'env Control,
+    scope: &'scope Scope<'scope, 'env>,
+    crew: &'env Crew<'env>,
+    link_timeout: Duration,
+    streams: u32,
     total_pages: u64,
-    cap: Option<Cap>,
-    batch: Batch,
     buffer: Vec<u8>,
     origin: Instant,
     logging: bool,
     throttled: bool,
 }
 
-impl<S: Stream> Driver<'_, S> {
+impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env, S, D> {
     fn drive(&mut self, mut machine: Machine) -> Outcome {
         let mut actions = VecDeque::from(machine.handle(self.origin.elapsed(), Event::Connected));
         loop {
@@ -177,15 +230,21 @@ impl<S: Stream> Driver<'_, S> {
                 self.throttled = percent > 0;
                 self.vm.throttle(percent);
             }
-            Action::Send(message @ Message::Cancel(_)) => self.link.last_word(&message),
-            Action::Send(message) => return self.link.send(&message).err().map(Event::from),
+            Action::Send(message @ Message::Cancel(_)) => self.sender.link.last_word(&message),
+            Action::Send(message) => return self.sender.link.send(&message).err().map(Event::from),
             _ if self.control.is_cancelled() => return Some(Event::Cancelled),
             Action::Receive => return Some(self.receive().unwrap_or_else(Event::from)),
+            Action::OpenStreams { count, token } => {
+                let opened = self.open_streams(count, &token);
+                return Some(opened.map_or_else(Event::from, |()| Event::StreamsOpen));
+            }
             Action::SendBatch { round, runs, capped } => {
-                return Some(
-                    self.send_batch(round, &runs, capped)
-                        .map_or_else(Event::from, Event::BatchSent),
-                );
+                let sent = self.send_batch(Job { round, runs, capped });
+                return Some(sent.map_or_else(|stop| self.lost(stop), Event::BatchSent));
+            }
+            Action::EndStreams { round, last } => {
+                let sent = self.crew.end_round(round, last);
+                return Some(sent.map_or_else(|stop| self.lost(stop), Event::StreamsEnded));
             }
             action => return Some(self.command(action).unwrap_or_else(Event::VmFailed)),
         }
@@ -223,69 +282,46 @@ impl<S: Stream> Driver<'_, S> {
     }
 
     fn receive(&mut self) -> Result<Event, Stop> {
-        match self.link.receive(&mut self.buffer)? {
+        match self.sender.link.receive(&mut self.buffer)? {
             (Frame::Message(message), _) => Ok(Event::Received(message)),
             (frame, _) => Err(Stop::Failed(bad(format!("the target sent {:?}", frame.kind())))),
         }
     }
 
-    fn send_batch(&mut self, round: u32, runs: &[Run], capped: bool) -> Result<Sent, Stop> {
-        let Self {
-            vm,
-            link,
-            batch,
-            regions,
-            cap,
-            control,
-            origin,
-            ..
-        } = self;
-        batch.begin(round);
-        for run in runs.iter().flat_map(|run| regions.split(*run)) {
-            let mut rest = run;
-            // Later rounds hold only pages that were written.
-            while round == 1 && rest.count > 0 {
-                let zeros = vm.zero_ahead(rest.first, rest.count).min(rest.count);
-                batch.add_zeros(Run {
-                    first: rest.first,
-                    count: zeros,
-                });
-                rest = Run {
-                    first: rest.first + zeros,
-                    count: rest.count - zeros,
-                };
-                let part = Run {
-                    first: rest.first,
-                    count: rest.count.min(HOLE_STEP),
-                };
-                batch.add(part, |first, out| vm.read_pages(first, out));
-                rest = Run {
-                    first: part.end(),
-                    count: rest.count - part.count,
-                };
-            }
-            batch.add(rest, |first, out| vm.read_pages(first, out));
-        }
-        let mut sent = Sent {
-            pages: batch.pages(),
-            zero_pages: batch.zero_pages(),
-            bytes: 0,
-        };
-        for content in [true, false] {
-            let sequence = link.next_sequence();
-            let frame = if content {
-                batch.seal_pages(sequence)?
-            } else {
-                batch.seal_zeros(sequence)?
+    fn open_streams(&mut self, count: u32, token: &[u8]) -> Result<(), Stop> {
+        for stream in 0..count {
+            let way = Way::Pages {
+                plaintext: self.plaintext,
             };
-            let Some(frame) = frame else { continue };
-            if let Some(cap) = cap.as_mut().filter(|_| capped) {
-                pause_for(cap.wait(origin.elapsed(), frame.len() as u64), control)?;
-            }
-            link.send_frame(frame)?;
-            sent.bytes += frame.len() as u64;
+            let mut link = Link::new((self.dial)(way)?, self.link_timeout, self.control)?;
+            link.send(&Message::Join(Join {
+                token: token.to_vec(),
+                stream,
+            }))?;
+            // A new link on the stream: its frames count from 0 again, as the target's do.
+            let link = Link::new(link.into_stream(), self.link_timeout, self.control)?;
+            self.crew.hire(self.scope, Sender::new(link))?;
         }
-        Ok(sent)
+        self.streams = count;
+        Ok(())
+    }
+
+    fn send_batch(&mut self, job: Job) -> Result<Sent, Stop> {
+        match self.streams {
+            0 => self.crew.send_with(&mut self.sender, &job),
+            _ => self.crew.give(job),
+        }
+    }
+
+    /// Sending failed. A target that refuses closes its streams, and says why on the link.
+    fn lost(&mut self, stop: Stop) -> Event {
+        if self.streams > 0
+            && stop != Stop::Cancelled
+            && let Some(message @ Message::Refusal(_)) = self.sender.link.hear_last_word(REFUSAL_WAIT)
+        {
+            return Event::Received(message);
+        }
+        stop.into()
     }
 }
 
@@ -295,21 +331,5 @@ impl From<Stop> for Event {
             Stop::Cancelled => Self::Cancelled,
             Stop::Failed(fault) => Self::LinkFailed(fault),
         }
-    }
-}
-
-/// Waits for the bandwidth's cap, with an eye on the cancel flag.
-fn pause_for(wait: Duration, control: &Control) -> Result<(), Stop> {
-    const GLANCE: Duration = Duration::from_millis(20);
-    let until = Instant::now() + wait;
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Ok(());
-        }
-        if control.is_cancelled() {
-            return Err(Stop::Cancelled);
-        }
-        std::thread::sleep(left.min(GLANCE));
     }
 }

@@ -5,20 +5,27 @@
 //!  any ──a frame out of place, a count that differs, the link, the VM──▶ Ended{Failed}
 //! ```
 //!
+//! Pages come on the link or, if that was agreed, on streams beside it. A round is over when the link says so *and* every stream has
+//! said that its part is over, and was written; only then is it acknowledged, and only then may a page come again. So no page is
+//! overtaken by its older content, whichever stream either takes.
+//!
 //! It trusts no frame: a page beyond memory, a round that is not the one under way, more pages in a round than memory
 //! has, counts that differ from what came, a first round that left a page out, pages after the last round, a digest that
 //! differs, each ends the attempt. Ready is said only when all of it held and the VM took the state.
 
+use std::fmt;
 use std::time::Duration;
 
 use drover_proto::v1::{Blackout, MigrationPhase, Progress, Receipt};
 use drover_proto::{Code, Fault};
 
 use crate::bandwidth;
-use crate::codec::{Frame, HelloAck, Message, Ready, Refusal, RoundAck, RoundEnd, Runs, StateFrame, bad};
+use crate::codec::{
+    Frame, HelloAck, Join, Message, Pages, Ready, Refusal, RoundAck, RoundEnd, Runs, StateFrame, Zeros, bad,
+};
 use crate::convergence::{self, THROTTLE_MAX};
 use crate::digest::{Totals, digest};
-use crate::handshake::{self, Expected};
+use crate::handshake::{self, Agreed, Expected, TOKEN_BYTES};
 use crate::vm::{PAGE_SIZE, PageSet};
 
 /// Progress is reported so often inside a round.
@@ -52,6 +59,8 @@ pub enum Action<'a> {
     Report(Progress),
     /// Write the frame.
     Send(Message),
+    /// Wait for the streams that were agreed on.
+    Admit(Admission),
     /// Write the data to these pages.
     Write {
         /// Which pages.
@@ -68,6 +77,39 @@ pub enum Action<'a> {
     Restore(Vec<u8>),
     /// It is over. Comes with or after the frame that says so to the source.
     End(Result<Done, Fault>),
+}
+
+/// Whom to take for a stream of this migration.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Admission {
+    /// How many streams, at least 1.
+    pub streams: u32,
+    /// Whether they come without TLS.
+    pub plaintext: bool,
+    token: [u8; TOKEN_BYTES],
+}
+
+impl Admission {
+    /// Whether a stream may join that begins with this.
+    pub fn admits(&self, join: &Join) -> bool {
+        let length_differs = u8::from(join.token.len() != TOKEN_BYTES);
+        // Looks at every byte, so that the time it takes tells nothing of the token.
+        let differs = join
+            .token
+            .iter()
+            .zip(&self.token)
+            .fold(length_differs, |all, (a, b)| all | (a ^ b));
+        differs == 0 && join.stream < self.streams
+    }
+}
+
+impl fmt::Debug for Admission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Admission")
+            .field("streams", &self.streams)
+            .field("plaintext", &self.plaintext)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What Ready was said for.
@@ -98,6 +140,9 @@ pub struct Machine {
     expected: Expected,
     total_pages: u64,
     state: State,
+    agreed: Agreed,
+    /// Streams whose part of the round is over, a bit each.
+    streams_ended: u32,
     /// Pages that came at least once; dropped when the first round has ended and none was left out.
     covered: Option<PageSet>,
     round: u32,
@@ -120,6 +165,8 @@ impl Machine {
             total_pages,
             expected,
             state: State::Waiting,
+            agreed: Agreed::default(),
+            streams_ended: 0,
             covered: Some(PageSet::empty(total_pages)),
             round: 1,
             round_pages: 0,
@@ -165,32 +212,13 @@ impl Machine {
         match (self.state, frame) {
             (_, Frame::Message(Message::Cancel(cancel))) => Ok(self.fail(cancel.fault())),
             (State::Waiting, Frame::Message(Message::Hello(hello))) => {
-                let version = handshake::check(&hello, &self.expected)?;
+                self.agreed = handshake::check(&hello, &self.expected)?;
                 self.state = State::Receiving;
                 self.began_at = now;
-                let ack = Action::Send(Message::HelloAck(HelloAck { version }));
-                Ok(vec![
-                    ack,
-                    Action::Reach("target.after_hello"),
-                    self.report(now, MigrationPhase::PreCopy),
-                ])
+                Ok(self.welcome(now))
             }
-            (State::Receiving, Frame::Pages(pages)) => {
-                self.round_pages += pages.runs.pages();
-                self.place(pages.round, pages.runs)?;
-                Ok(self.and_report(
-                    now,
-                    Action::Write {
-                        runs: pages.runs,
-                        data: pages.data,
-                    },
-                ))
-            }
-            (State::Receiving, Frame::Zeros(zeros)) => {
-                self.round_zero_pages = self.round_zero_pages.saturating_add(zeros.runs.pages());
-                self.place(zeros.round, zeros.runs)?;
-                Ok(self.and_report(now, Action::Zero { runs: zeros.runs }))
-            }
+            (State::Receiving, Frame::Pages(pages)) if self.agreed.streams == 0 => self.pages(now, pages),
+            (State::Receiving, Frame::Zeros(zeros)) if self.agreed.streams == 0 => self.zeros(now, zeros),
             (State::Receiving, Frame::Message(Message::RoundEnd(end))) => self.end_round(now, end),
             (State::Swept, Frame::Message(Message::State(frame))) => self.judge(frame),
             (state, frame) => Err(bad(format!(
@@ -198,6 +226,82 @@ impl Machine {
                 frame.kind()
             ))),
         }
+    }
+
+    fn welcome<'a>(&mut self, now: Duration) -> Vec<Action<'a>> {
+        let Agreed {
+            version,
+            streams,
+            plaintext,
+        } = self.agreed;
+        let token = self.expected.token;
+        let mut actions = vec![Action::Send(Message::HelloAck(HelloAck {
+            version,
+            streams,
+            token: if streams > 0 { token.to_vec() } else { Vec::new() },
+        }))];
+        if streams > 0 {
+            actions.push(Action::Admit(Admission {
+                streams,
+                plaintext,
+                token,
+            }));
+        }
+        actions.push(Action::Reach("target.after_hello"));
+        actions.push(self.report(now, MigrationPhase::PreCopy));
+        actions
+    }
+
+    /// One step for a frame of so many bytes that came on one of the agreed streams. What fails here ends the attempt, but it is for
+    /// the link to say so: it must be told to [`Machine::handle`] as `LinkFailed`.
+    pub fn stream<'a>(
+        &mut self,
+        now: Duration,
+        stream: u32,
+        frame: Frame<'a>,
+        bytes: usize,
+    ) -> Result<Vec<Action<'a>>, Fault> {
+        self.bytes = self.bytes.saturating_add(bytes as u64);
+        let bit = 1_u32.checked_shl(stream).unwrap_or(0);
+        let goes_on = stream < self.agreed.streams && self.streams_ended & bit == 0;
+        match (self.state, frame) {
+            (State::Receiving, Frame::Pages(pages)) if goes_on => self.pages(now, pages),
+            (State::Receiving, Frame::Zeros(zeros)) if goes_on => self.zeros(now, zeros),
+            (State::Receiving, Frame::Message(Message::StreamEnd(end)))
+                if goes_on && end.round == self.round =>
+            {
+                self.streams_ended |= bit;
+                Ok(Vec::new())
+            }
+            (state, frame) => Err(bad(format!(
+                "{:?} came on stream {stream} in round {} while the target was {state:?}",
+                frame.kind(),
+                self.round
+            ))),
+        }
+    }
+
+    /// Whether every stream has said that its part of the round is over. Until then the end of the round must not be told.
+    pub fn streams_have_ended(&self) -> bool {
+        self.streams_ended.count_ones() == self.agreed.streams
+    }
+
+    fn pages<'a>(&mut self, now: Duration, pages: Pages<'a>) -> Result<Vec<Action<'a>>, Fault> {
+        self.round_pages += pages.runs.pages();
+        self.place(pages.round, pages.runs)?;
+        Ok(self.and_report(
+            now,
+            Action::Write {
+                runs: pages.runs,
+                data: pages.data,
+            },
+        ))
+    }
+
+    fn zeros<'a>(&mut self, now: Duration, zeros: Zeros<'a>) -> Result<Vec<Action<'a>>, Fault> {
+        self.round_zero_pages = self.round_zero_pages.saturating_add(zeros.runs.pages());
+        self.place(zeros.round, zeros.runs)?;
+        Ok(self.and_report(now, Action::Zero { runs: zeros.runs }))
     }
 
     /// Pages may stand here: the right round, inside memory, no more than memory has. Counted before.
@@ -234,6 +338,12 @@ impl Machine {
                 end.round, self.round
             )));
         }
+        if !self.streams_have_ended() {
+            return Err(bad(format!(
+                "round {} was ended before its pages had come on every stream",
+                end.round
+            )));
+        }
         if (end.pages, end.zero_pages) != (self.round_pages, self.round_zero_pages) {
             return Err(Fault::new(
                 Code::DigestMismatch,
@@ -264,6 +374,7 @@ impl Machine {
             return Ok(vec![ack, Action::Reach("target.after_last_pages")]);
         }
         self.round += 1;
+        self.streams_ended = 0;
         (self.round_pages, self.round_zero_pages) = (0, 0);
         Ok(vec![
             ack,
@@ -303,6 +414,8 @@ impl Machine {
                 pages: said.pages,
                 zero_pages: said.zero_pages,
                 tracker,
+                streams: self.agreed.streams.max(1),
+                plaintext: self.agreed.plaintext,
                 throttle_percent: frame.throttle_percent.min(THROTTLE_MAX),
                 blackout_us: Some(Blackout {
                     pause: frame.pause_us,
@@ -366,6 +479,7 @@ impl Machine {
             bytes_sent: self.bytes,
             bytes_total: self.total_pages.saturating_mul(PAGE_SIZE as u64),
             bandwidth_bytes_per_s: bandwidth::rate(self.bytes, now.saturating_sub(self.began_at)),
+            streams: self.agreed.streams.max(1),
             ..Progress::default()
         })
     }

@@ -14,21 +14,27 @@
 //! is never too small.
 
 mod machine;
+mod streams;
 
 use std::collections::VecDeque;
+use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
 use drover_points::reach;
-use drover_proto::Fault;
 use drover_proto::v1::{Blackout, Receipt};
+use drover_proto::{Code, Fault};
 
-pub use machine::{Action, Done, Event, Machine, ROUNDS_ACCEPTED_MAX};
+pub use machine::{Action, Admission, Done, Event, Machine, ROUNDS_ACCEPTED_MAX};
+use streams::{LinkWatch, Streams};
 
-use crate::codec::Message;
+use crate::codec::{Frame, Message};
 use crate::control::Control;
-use crate::handshake::{Expected, VERSIONS};
+use crate::handshake::{Expected, TOKEN_BYTES, VERSIONS};
 use crate::transport::{Link, Stop, Stream};
-use crate::vm::{PAGE_SIZE, RegionEnds, TargetVm};
+use crate::vm::{RegionEnds, TargetVm};
+
+/// How long the target listens for the source's cancel when a stream was closed.
+const CANCEL_WAIT: Duration = Duration::from_millis(500);
 
 /// What the target was started for; a source that says otherwise is refused.
 #[derive(Clone, Debug)]
@@ -45,6 +51,8 @@ pub struct Params {
     pub device_model: u32,
     /// The VM's CPU profile by name.
     pub cpu_profile: String,
+    /// Whether pages may come unencrypted, if the source wants that too.
+    pub plaintext: bool,
     /// A link that moves no byte for so long counts as lost. Normally [`crate::transport::LINK_TIMEOUT`].
     pub link_timeout: Duration,
 }
@@ -82,10 +90,12 @@ impl Received {
 }
 
 /// Receives a VM from the source at the other end of `stream`. Blocks until Ready was said or the attempt has failed.
-/// The guest must not run before its grant, whatever this returns.
+/// `admit` waits for the streams that carry the pages, if there are to be any, and gives them in their order; what they showed was
+/// read off them. The guest must not run before its grant, whatever this returns.
 pub fn run<S: Stream>(
-    vm: &mut dyn TargetVm,
+    vm: &dyn TargetVm,
     stream: S,
+    admit: impl FnOnce(&Admission) -> Result<Vec<S>, Fault>,
     params: &Params,
     control: &Control,
 ) -> Result<Received, Fault> {
@@ -100,26 +110,35 @@ pub fn run<S: Stream>(
         layout,
         device_model: params.device_model,
         cpu_profile: params.cpu_profile.clone(),
+        plaintext: params.plaintext,
+        token: token()?,
     })?;
-    let mut driver = Driver {
-        vm,
-        link: Link::new(stream, params.link_timeout, control)?,
-        control,
-        regions,
-        origin: Instant::now(),
-        refused: false,
-    };
-    let result = driver.drive(machine);
-    if driver.refused {
-        driver.link.drain();
-    }
+    let origin = Instant::now();
+    let streams = Streams::new(vm, &regions, machine, control, origin, params.link_timeout);
+    let watch = LinkWatch(&streams);
+    let result = thread::scope(|scope| {
+        let mut driver = Driver {
+            link: Link::new(stream, params.link_timeout, &watch)?,
+            control,
+            scope,
+            streams: &streams,
+            admit: Some(admit),
+            refused: false,
+        };
+        let result = driver.drive();
+        streams.close();
+        if driver.refused {
+            driver.link.drain();
+        }
+        result
+    });
     match result {
         Ok(done) => {
             tracing::info!(
                 migration = params.migration,
                 "everything is verified and restored"
             );
-            let ready_at = driver.origin + done.ready_at;
+            let ready_at = origin + done.ready_at;
             Ok(Received {
                 receipt: done.receipt,
                 ready_at,
@@ -133,41 +152,74 @@ pub fn run<S: Stream>(
     }
 }
 
+fn token() -> Result<[u8; TOKEN_BYTES], Fault> {
+    let mut token = [0; TOKEN_BYTES];
+    let random = rustls::crypto::ring::default_provider().secure_random;
+    let filled = random.fill(&mut token);
+    filled.map_err(|_| Fault::new(Code::Internal, "the system has no random numbers"))?;
+    Ok(token)
+}
+
 /// The shell around the machine: it does what it is told and says what came of it.
-struct Driver<'a, S> {
-    vm: &'a mut dyn TargetVm,
-    link: Link<'a, S>,
-    control: &'a Control,
-    regions: RegionEnds,
-    origin: Instant,
+struct Driver<'scope, 'env, S, A> {
+    link: Link<'env, S>,
+    control: &'env Control,
+    scope: &'scope Scope<'scope, 'env>,
+    streams: &'env Streams<'env>,
+    admit: Option<A>,
     refused: bool,
 }
 
-impl<S: Stream> Driver<'_, S> {
-    fn drive(&mut self, mut machine: Machine) -> Result<Done, Fault> {
+impl<'env, S, A> Driver<'_, 'env, S, A>
+where
+    S: Stream + 'env,
+    A: FnOnce(&Admission) -> Result<Vec<S>, Fault>,
+{
+    fn drive(&mut self) -> Result<Done, Fault> {
         let mut buffer = Vec::new();
         loop {
             let event = match self.link.receive(&mut buffer) {
-                Ok((frame, bytes)) => Event::Received(frame, bytes),
-                Err(Stop::Cancelled) => Event::Cancelled,
-                Err(Stop::Failed(fault)) => Event::LinkFailed(fault),
+                Ok((frame, bytes)) => match self.complete(&frame) {
+                    Ok(()) => Event::Received(frame, bytes),
+                    Err(stop) => self.stopped(stop),
+                },
+                Err(stop) => self.stopped(stop),
             };
-            let mut actions = VecDeque::from(machine.handle(self.origin.elapsed(), event));
+            let mut actions = VecDeque::from(self.streams.handle(event));
             while let Some(action) = actions.pop_front() {
                 if let Action::End(result) = action {
                     return result;
                 }
                 if let Some(event) = self.perform(action) {
-                    actions = machine.handle(self.origin.elapsed(), event).into();
+                    actions = self.streams.handle(event).into();
                 }
             }
         }
     }
 
+    /// Before a round's end is told the machine, all its pages are written.
+    fn complete(&self, frame: &Frame<'_>) -> Result<(), Stop> {
+        match frame {
+            Frame::Message(Message::RoundEnd(_)) => self.streams.wait_for_all(),
+            _ => Ok(()),
+        }
+    }
+
+    /// The link or a stream came to an end. A source that gives up says so on the link, while its streams just close.
+    fn stopped(&mut self, stop: Stop) -> Event<'static> {
+        match stop {
+            Stop::Cancelled => Event::Cancelled,
+            Stop::Failed(fault) if self.streams.caused(&fault) => {
+                match self.link.hear_last_word(CANCEL_WAIT) {
+                    Some(message @ Message::Cancel(_)) => Event::Received(Frame::Message(message), 0),
+                    _ => Event::LinkFailed(fault),
+                }
+            }
+            Stop::Failed(fault) => Event::LinkFailed(fault),
+        }
+    }
+
     fn perform(&mut self, action: Action<'_>) -> Option<Event<'static>> {
-        let Self {
-            vm, link, regions, ..
-        } = self;
         let done = match action {
             Action::Reach(point) => {
                 reach(point);
@@ -178,39 +230,40 @@ impl<S: Stream> Driver<'_, S> {
                 Ok(())
             }
             Action::Send(message @ Message::Refusal(_)) => {
-                link.last_word(&message);
+                self.link.last_word(&message);
                 self.refused = true;
                 Ok(())
             }
             Action::Send(message) => {
-                return match link.send(&message) {
+                return match self.link.send(&message) {
                     Ok(()) => None,
-                    Err(Stop::Cancelled) => Some(Event::Cancelled),
-                    Err(Stop::Failed(fault)) => Some(Event::LinkFailed(fault)),
+                    Err(stop) => Some(self.stopped(stop)),
                 };
             }
-            Action::Write { runs, mut data } => {
-                runs.iter()
-                    .flat_map(|run| regions.split(run))
-                    .try_for_each(|run| {
-                        let bytes =
-                            usize::try_from(run.count).expect("a frame's data fits memory") * PAGE_SIZE;
-                        let (part, rest) = data.split_at(bytes);
-                        data = rest;
-                        vm.write_pages(run.first, part)
-                    })
+            Action::Admit(admission) => {
+                return match self.admit(&admission) {
+                    Ok(()) => None,
+                    Err(fault) if fault.code == Code::Cancelled => Some(Event::Cancelled),
+                    Err(fault) => Some(Event::LinkFailed(fault)),
+                };
             }
-            Action::Zero { runs } => runs
-                .iter()
-                .flat_map(|run| regions.split(run))
-                .try_for_each(|run| vm.zero_pages(run.first, run.count)),
-            Action::Restore(state) => match vm.restore(&state) {
+            Action::Write { runs, data } => self.streams.write(runs, data),
+            Action::Zero { runs } => self.streams.zero(runs),
+            Action::Restore(state) => match self.streams.vm().restore(&state) {
                 Ok(()) => return Some(Event::Restored),
                 Err(fault) => Err(fault),
             },
             Action::End(_) => Ok(()),
         };
         done.err().map(Event::VmFailed)
+    }
+
+    fn admit(&mut self, admission: &Admission) -> Result<(), Fault> {
+        let admit = self.admit.take();
+        let admit = admit.ok_or_else(|| Fault::new(Code::Internal, "streams were admitted before"))?;
+        (0..)
+            .zip(admit(admission)?)
+            .try_for_each(|(index, stream)| self.streams.serve(self.scope, index, stream))
     }
 }
 

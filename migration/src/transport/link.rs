@@ -31,11 +31,28 @@ impl From<Fault> for Stop {
     }
 }
 
-/// One end of the link between the two VMMs.
-#[derive(Debug)]
+/// What a link looks at whenever it waits, and is told when it moves.
+pub trait Watch: Sync {
+    /// Whether the wait is to end, and why.
+    fn stop(&self) -> Option<Stop>;
+    /// The link moved some bytes.
+    fn moved(&self) {}
+    /// A count that grows whenever something else moved that excuses this link's silence.
+    fn moved_elsewhere(&self) -> u64 {
+        0
+    }
+}
+
+impl Watch for Control {
+    fn stop(&self) -> Option<Stop> {
+        self.is_cancelled().then_some(Stop::Cancelled)
+    }
+}
+
+/// One end of a link between the two VMMs.
 pub struct Link<'c, S> {
     stream: S,
-    control: &'c Control,
+    watch: &'c dyn Watch,
     timeout: Duration,
     sent: u64,
     received: u64,
@@ -44,27 +61,49 @@ pub struct Link<'c, S> {
     scratch: Vec<u8>,
 }
 
-/// How long a call may take, and whether it heeds the cancel flag.
+/// How long a call may take, and whether it heeds its watch.
 #[derive(Clone, Copy)]
 struct Patience {
-    idle: Duration,
-    heeds_cancel: bool,
+    /// Without a byte moved. None: for ever.
+    idle: Option<Duration>,
+    heeds_watch: bool,
+}
+
+impl Patience {
+    /// A last exchange with a peer that may be gone.
+    fn last(idle: Duration) -> Self {
+        Self {
+            idle: Some(idle),
+            heeds_watch: false,
+        }
+    }
+}
+
+/// When something moved last.
+struct Moved {
+    at: Instant,
+    elsewhere: u64,
 }
 
 impl<'c, S: Stream> Link<'c, S> {
     /// A link that counts as lost after `timeout` without a byte moved.
-    pub fn new(stream: S, timeout: Duration, control: &'c Control) -> Result<Self, Fault> {
+    pub fn new(stream: S, timeout: Duration, watch: &'c dyn Watch) -> Result<Self, Fault> {
         let set = stream.set_slice(SLICE.min(timeout));
         set.map_err(|error| Fault::new(Code::Internal, format!("cannot set a socket's timeouts: {error}")))?;
         Ok(Self {
             stream,
-            control,
+            watch,
             timeout,
             sent: 0,
             received: 0,
             torn: false,
             scratch: Vec::new(),
         })
+    }
+
+    /// The stream, for another link on it. That one begins with frame 0.
+    pub fn into_stream(self) -> S {
+        self.stream
     }
 
     /// The number that the next frame to be sent must carry.
@@ -74,35 +113,24 @@ impl<'c, S: Stream> Link<'c, S> {
 
     /// Sends a frame that was sealed with [`Link::next_sequence`].
     pub fn send_frame(&mut self, frame: &[u8]) -> Result<(), Stop> {
-        self.write(
-            frame,
-            Patience {
-                idle: self.timeout,
-                heeds_cancel: true,
-            },
-        )
+        self.write(frame, self.usual())
     }
 
     /// Sends a message.
     pub fn send(&mut self, message: &Message) -> Result<(), Stop> {
-        self.send_with(
-            message,
-            Patience {
-                idle: self.timeout,
-                heeds_cancel: true,
-            },
-        )
+        self.send_with(message, self.usual())
+    }
+
+    fn usual(&self) -> Patience {
+        Patience {
+            idle: Some(self.timeout),
+            heeds_watch: true,
+        }
     }
 
     /// Tells the peer why this side ends, if that is still possible.
     pub fn last_word(&mut self, message: &Message) {
-        if let Err(stop) = self.send_with(
-            message,
-            Patience {
-                idle: LAST_WORD,
-                heeds_cancel: false,
-            },
-        ) {
+        if let Err(stop) = self.send_with(message, Patience::last(LAST_WORD)) {
             tracing::debug!(?stop, "the peer could not be told why");
         }
     }
@@ -120,19 +148,19 @@ impl<'c, S: Stream> Link<'c, S> {
             return Err(Fault::new(Code::LinkLost, "the link to the peer is broken").into());
         }
         self.torn = true;
-        let (mut rest, mut moved_at) = (frame, Instant::now());
+        let (mut rest, mut moved) = (frame, self.still());
         while !rest.is_empty() {
             match self.stream.write(rest) {
                 Ok(0) => return Err(Fault::new(Code::LinkLost, "the peer takes no more bytes").into()),
                 Ok(count) => {
                     rest = &rest[count..];
-                    moved_at = Instant::now();
+                    moved = self.moved();
                 }
-                Err(error) => self.bear("cannot send to the peer", &error, moved_at, patience)?,
+                Err(error) => self.bear("cannot send to the peer", &error, &mut moved, patience)?,
             }
         }
         while let Err(error) = self.stream.flush() {
-            self.bear("cannot send to the peer", &error, moved_at, patience)?;
+            self.bear("cannot send to the peer", &error, &mut moved, patience)?;
         }
         self.torn = false;
         self.sent += 1;
@@ -141,14 +169,47 @@ impl<'c, S: Stream> Link<'c, S> {
 
     /// Reads one frame into `buffer`; gives it and its length on the wire.
     pub fn receive<'b>(&mut self, buffer: &'b mut Vec<u8>) -> Result<(Frame<'b>, usize), Stop> {
+        self.receive_with(buffer, self.usual(), self.usual())
+    }
+
+    /// As [`Link::receive`], but however long it takes until the frame begins.
+    pub fn receive_in_time<'b>(&mut self, buffer: &'b mut Vec<u8>) -> Result<(Frame<'b>, usize), Stop> {
+        let until_it_begins = Patience {
+            idle: None,
+            heeds_watch: true,
+        };
+        self.receive_with(buffer, until_it_begins, self.usual())
+    }
+
+    /// The peer's last word, if there is one: a refusal or a cancel that comes soon.
+    pub fn hear_last_word(&mut self, within: Duration) -> Option<Message> {
+        let (until, mut buffer) = (Instant::now() + within, Vec::new());
+        loop {
+            let left = until.checked_duration_since(Instant::now())?;
+            let patience = Patience::last(left);
+            let (frame, _) = self.receive_with(&mut buffer, patience, patience).ok()?;
+            if let Frame::Message(message @ (Message::Refusal(_) | Message::Cancel(_))) = frame {
+                return Some(message);
+            }
+        }
+    }
+
+    fn receive_with<'b>(
+        &mut self,
+        buffer: &'b mut Vec<u8>,
+        until_it_begins: Patience,
+        inside: Patience,
+    ) -> Result<(Frame<'b>, usize), Stop> {
         let mut raw = [0; HEADER_BYTES];
-        self.read(&mut raw, 0)?;
+        let (begin, rest) = raw.split_at_mut(1);
+        self.read(begin, 0, until_it_begins)?;
+        self.read(rest, 1, inside)?;
         let header = codec::decode_header(&raw, self.received)?;
         if buffer.len() < header.length {
             buffer.resize(header.length, 0);
         }
         let payload = &mut buffer[..header.length];
-        self.read(payload, HEADER_BYTES)?;
+        self.read(payload, HEADER_BYTES, inside)?;
         self.received += 1;
         Ok((
             codec::decode_payload(&raw, header, payload)?,
@@ -157,12 +218,8 @@ impl<'c, S: Stream> Link<'c, S> {
     }
 
     /// Fills `out`, before which `before` bytes of the frame were read.
-    fn read(&mut self, out: &mut [u8], before: usize) -> Result<(), Stop> {
-        let patience = Patience {
-            idle: self.timeout,
-            heeds_cancel: true,
-        };
-        let (mut filled, mut moved_at) = (0, Instant::now());
+    fn read(&mut self, out: &mut [u8], before: usize, patience: Patience) -> Result<(), Stop> {
+        let (mut filled, mut moved) = (0, self.still());
         while filled < out.len() {
             match self.stream.read(&mut out[filled..]) {
                 Ok(0) if before + filled == 0 => {
@@ -174,12 +231,25 @@ impl<'c, S: Stream> Link<'c, S> {
                 }
                 Ok(count) => {
                     filled += count;
-                    moved_at = Instant::now();
+                    moved = self.moved();
                 }
-                Err(error) => self.bear("cannot receive from the peer", &error, moved_at, patience)?,
+                Err(error) => self.bear("cannot receive from the peer", &error, &mut moved, patience)?,
             }
         }
         Ok(())
+    }
+
+    /// Nothing moved yet.
+    fn still(&self) -> Moved {
+        Moved {
+            at: Instant::now(),
+            elsewhere: self.watch.moved_elsewhere(),
+        }
+    }
+
+    fn moved(&self) -> Moved {
+        self.watch.moved();
+        self.still()
     }
 
     /// A call failed: whether it is to be tried again.
@@ -187,20 +257,25 @@ impl<'c, S: Stream> Link<'c, S> {
         &self,
         doing: &str,
         error: &io::Error,
-        moved_at: Instant,
+        moved: &mut Moved,
         patience: Patience,
     ) -> Result<(), Stop> {
         if !is_slice_over(error) {
             return Err(failure(doing, error).into());
         }
-        if patience.heeds_cancel && self.control.is_cancelled() {
-            return Err(Stop::Cancelled);
+        if let Some(stop) = self.watch.stop().filter(|_| patience.heeds_watch) {
+            return Err(stop);
         }
-        if moved_at.elapsed() >= patience.idle {
-            let stalled = format!("{doing}: no byte moved for {} ms", patience.idle.as_millis());
-            return Err(Fault::new(Code::LinkLost, stalled).into());
+        if self.watch.moved_elsewhere() != moved.elsewhere {
+            *moved = self.still();
         }
-        Ok(())
+        match patience.idle {
+            Some(idle) if moved.at.elapsed() >= idle => {
+                let stalled = format!("{doing}: no byte moved for {} ms", idle.as_millis());
+                Err(Fault::new(Code::LinkLost, stalled).into())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Reads and drops what the peer still sends, for a bounded while. Closing a socket with unread bytes resets the

@@ -1,12 +1,13 @@
 //! The byte stream between the two VMMs: [`Link`] puts frames on any [`Stream`], [`connect`] and [`Listener`] make
 //! streams of TCP with mutual TLS.
 //!
-//! The link is half-duplex where it counts: the source writes a round and then reads one acknowledgement, the target
-//! reads and answers. So one thread a side suffices, with blocking calls. Every call blocks a slice of time only, after
-//! which the clock and the cancel flag are looked at: a link that moves nothing for [`LINK_TIMEOUT`] is lost, and a
-//! cancel is heeded within a slice.
+//! Every stream is half-duplex where it counts: the source writes a round and then reads one acknowledgement, the target
+//! reads and answers. So one thread a stream suffices on each side, with blocking calls. Every call blocks a slice of time only, after
+//! which the clock and what else is to be watched (the cancel flag, at least) are looked at: a link that moves nothing for
+//! [`LINK_TIMEOUT`] is lost, and a cancel is heeded within a slice.
 
 mod link;
+mod listener;
 mod tls;
 
 use std::io::{self, Read, Write};
@@ -16,8 +17,9 @@ use std::time::Duration;
 
 use drover_proto::{Code, Fault};
 
-pub use link::{Link, Stop};
-pub use tls::{ClientStream, Listener, ServerStream, Socket, connect};
+pub use link::{Link, Stop, Watch};
+pub use listener::Listener;
+pub use tls::{HostStream, Socket, connect, connect_plain};
 
 /// A link that moves no byte for so long counts as lost.
 pub const LINK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,7 +28,7 @@ pub(crate) const SLICE: Duration = Duration::from_millis(25);
 
 /// A blocking byte stream whose calls return `WouldBlock` or `TimedOut` after a while, so that its user can look at a
 /// clock and a cancel flag in between.
-pub trait Stream: Read + Write {
+pub trait Stream: Read + Write + Send {
     /// Bounds how long one `read` or `write` blocks.
     fn set_slice(&self, slice: Duration) -> io::Result<()>;
 }

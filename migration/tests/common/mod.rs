@@ -118,18 +118,18 @@ impl SourceVm for FakeVm {
         self.layout.clone()
     }
 
-    fn start_dirty_log(&mut self) -> Result<(), Fault> {
+    fn start_dirty_log(&self) -> Result<(), Fault> {
         self.flawed(Flaw::StartLog)?;
         let pages = (self.lock().memory.len() / PAGE_SIZE) as u64;
         self.lock().dirty = Some(PageSet::empty(pages));
         Ok(())
     }
 
-    fn stop_dirty_log(&mut self) {
+    fn stop_dirty_log(&self) {
         self.lock().dirty = None;
     }
 
-    fn take_dirty(&mut self, into: &mut PageSet) -> Result<(), Fault> {
+    fn take_dirty(&self, into: &mut PageSet) -> Result<(), Fault> {
         self.flawed(Flaw::TakeDirty)?;
         let mut inner = self.lock();
         let dirty = inner.dirty.as_mut().expect("the log is on");
@@ -156,14 +156,14 @@ impl SourceVm for FakeVm {
         known.count() as u64
     }
 
-    fn pause(&mut self) -> Result<(), Fault> {
+    fn pause(&self) -> Result<(), Fault> {
         self.lock().pauses += 1;
         self.flawed(Flaw::Pause)?;
         self.lock().paused = true;
         Ok(())
     }
 
-    fn save(&mut self) -> Result<Vec<u8>, Fault> {
+    fn save(&self) -> Result<Vec<u8>, Fault> {
         assert!(self.lock().paused, "only a paused VM is saved");
         self.flawed(Flaw::Save)?;
         Ok(b"registers and devices".to_vec())
@@ -175,21 +175,21 @@ impl TargetVm for FakeVm {
         self.layout.clone()
     }
 
-    fn write_pages(&mut self, first: u64, data: &[u8]) -> Result<(), Fault> {
+    fn write_pages(&self, first: u64, data: &[u8]) -> Result<(), Fault> {
         self.flawed(Flaw::Write)?;
         self.in_one_region(first, (data.len() / PAGE_SIZE) as u64);
         self.lock().memory[usize::try_from(first).unwrap() * PAGE_SIZE..][..data.len()].copy_from_slice(data);
         Ok(())
     }
 
-    fn zero_pages(&mut self, first: u64, count: u64) -> Result<(), Fault> {
+    fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault> {
         self.in_one_region(first, count);
         let bytes = usize::try_from(count).unwrap() * PAGE_SIZE;
         self.lock().memory[usize::try_from(first).unwrap() * PAGE_SIZE..][..bytes].fill(0);
         Ok(())
     }
 
-    fn restore(&mut self, state: &[u8]) -> Result<(), Fault> {
+    fn restore(&self, state: &[u8]) -> Result<(), Fault> {
         self.flawed(Flaw::Restore)?;
         self.lock().restored = Some(state.to_vec());
         Ok(())

@@ -1,0 +1,137 @@
+//! One batch of pages on its way: read from the VM, made into frames, written to a stream, no faster than the cap allows.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::Sent;
+use crate::bandwidth::Cap;
+use crate::codec::{Batch, Run};
+use crate::control::Control;
+use crate::transport::{Link, Stop, Stream};
+use crate::vm::{RegionEnds, SourceVm};
+
+/// In the first round the VM is asked for holes again after so many pages.
+const HOLE_STEP: u64 = 16;
+
+/// Pages to be sent.
+#[derive(Clone, Debug)]
+pub(super) struct Job {
+    pub round: u32,
+    pub runs: Vec<Run>,
+    pub capped: bool,
+}
+
+/// The bandwidth's cap, which all streams share.
+#[derive(Debug)]
+pub(super) struct Pace {
+    cap: Option<Mutex<Cap>>,
+    origin: Instant,
+}
+
+impl Pace {
+    /// `rate`: bytes a second, if there is a cap.
+    pub fn new(rate: Option<u64>, origin: Instant) -> Self {
+        Self {
+            cap: rate.map(|rate| Mutex::new(Cap::new(rate))),
+            origin,
+        }
+    }
+
+    /// Waits until `bytes` may be sent, with an eye on the cancel flag.
+    fn keep(&self, bytes: usize, control: &Control) -> Result<(), Stop> {
+        const GLANCE: Duration = Duration::from_millis(20);
+        let Some(cap) = &self.cap else { return Ok(()) };
+        let wait = cap
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .wait(self.origin.elapsed(), bytes as u64);
+        let until = Instant::now() + wait;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            if control.is_cancelled() {
+                return Err(Stop::Cancelled);
+            }
+            std::thread::sleep(left.min(GLANCE));
+        }
+    }
+}
+
+/// One stream and the buffer for what goes out on it.
+pub(super) struct Sender<'c, S> {
+    pub link: Link<'c, S>,
+    batch: Batch,
+}
+
+impl<'c, S: Stream> Sender<'c, S> {
+    pub fn new(link: Link<'c, S>) -> Self {
+        Self {
+            link,
+            batch: Batch::default(),
+        }
+    }
+
+    /// Sends the pages of `job`.
+    pub fn send(
+        &mut self,
+        job: &Job,
+        vm: &dyn SourceVm,
+        regions: &RegionEnds,
+        pace: &Pace,
+        control: &Control,
+    ) -> Result<Sent, Stop> {
+        let Self { link, batch } = self;
+        batch.begin(job.round);
+        for run in job.runs.iter().flat_map(|run| regions.split(*run)) {
+            // Later rounds hold only pages that were written.
+            if job.round == 1 {
+                add_with_holes(batch, run, vm);
+            } else {
+                batch.add(run, |first, out| vm.read_pages(first, out));
+            }
+        }
+        let mut sent = Sent {
+            pages: batch.pages(),
+            zero_pages: batch.zero_pages(),
+            bytes: 0,
+        };
+        for content in [true, false] {
+            let sequence = link.next_sequence();
+            let frame = if content {
+                batch.seal_pages(sequence)?
+            } else {
+                batch.seal_zeros(sequence)?
+            };
+            let Some(frame) = frame else { continue };
+            if job.capped {
+                pace.keep(frame.len(), control)?;
+            }
+            link.send_frame(frame)?;
+            sent.bytes += frame.len() as u64;
+        }
+        Ok(sent)
+    }
+}
+
+/// Adds pages of which some may never have been written: those are not read.
+fn add_with_holes(batch: &mut Batch, run: Run, vm: &dyn SourceVm) {
+    let mut rest = run;
+    while rest.count > 0 {
+        let zeros = vm.zero_ahead(rest.first, rest.count).min(rest.count);
+        batch.add_zeros(Run {
+            first: rest.first,
+            count: zeros,
+        });
+        let part = Run {
+            first: rest.first + zeros,
+            count: (rest.count - zeros).min(HOLE_STEP),
+        };
+        batch.add(part, |first, out| vm.read_pages(first, out));
+        rest = Run {
+            first: part.end(),
+            count: rest.count - zeros - part.count,
+        };
+    }
+}

@@ -1,0 +1,196 @@
+//! The streams that carry pages, each with a thread that reads, encodes and sends, so that these overlap with each other and with
+//! what the engine's own thread does.
+//!
+//! ```text
+//!  engine ──give(job)──▶ [ queue, two jobs a stream ] ──▶ worker 0 ──▶ stream 0
+//!         ◀─sent so far─                              ──▶ worker 1 ──▶ stream 1
+//!  engine ──end_round──▶ when the queue is empty each worker says StreamEnd on its stream ──▶ sent in all
+//! ```
+//!
+//! Which stream a page travels on is chance: whoever is free takes the next job. That is safe because a page is in one job a round,
+//! and no page of the next round is given out before the target has acknowledged this one. A worker whose stream fails says so
+//! once; nobody works on after that. The streams are closed when the crew is dismissed and not before, so that the target hears
+//! on the link why an attempt ends, and not from a broken stream that it does.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, Scope};
+use std::time::Duration;
+
+use drover_proto::{Code, Fault};
+
+use super::Sent;
+use super::batches::{Job, Pace, Sender};
+use crate::codec::{Message, StreamEnd};
+use crate::control::Control;
+use crate::transport::{SLICE, Stop, Stream};
+use crate::vm::{RegionEnds, SourceVm};
+
+/// Jobs that wait for a stream, so that it never waits for the engine.
+const QUEUED_PER_STREAM: usize = 2;
+
+/// The workers and what they share with the engine's thread.
+pub(super) struct Crew<'a> {
+    vm: &'a dyn SourceVm,
+    regions: &'a RegionEnds,
+    pace: &'a Pace,
+    control: &'a Control,
+    board: Mutex<Board>,
+    /// For workers: there is something to do. For the engine: something was done.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Board {
+    jobs: VecDeque<Job>,
+    workers: usize,
+    /// The round that is being ended, and who has.
+    ending: Option<StreamEnd>,
+    ended: usize,
+    sent: Sent,
+    failed: Option<Stop>,
+    dismissed: bool,
+}
+
+/// What a worker does next.
+enum Task {
+    Send(Job),
+    End(StreamEnd),
+    Leave,
+}
+
+impl<'a> Crew<'a> {
+    pub fn new(vm: &'a dyn SourceVm, regions: &'a RegionEnds, pace: &'a Pace, control: &'a Control) -> Self {
+        Self {
+            vm,
+            regions,
+            pace,
+            control,
+            board: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Sends a job on the caller's own stream.
+    pub fn send_with<S: Stream>(&self, sender: &mut Sender<'_, S>, job: &Job) -> Result<Sent, Stop> {
+        sender.send(job, self.vm, self.regions, self.pace, self.control)
+    }
+
+    /// Puts a worker on the stream of `sender`.
+    pub fn hire<'scope, 'env, S: Stream + 'env>(
+        &'env self,
+        scope: &'scope Scope<'scope, 'env>,
+        sender: Sender<'env, S>,
+    ) -> Result<(), Fault>
+    where
+        'env: 'scope,
+    {
+        let worker = Builder::new().name("pages".to_owned());
+        worker
+            .spawn_scoped(scope, move || self.work(sender))
+            .map_err(|error| Fault::new(Code::Internal, format!("no thread for a stream: {error}")))?;
+        self.board().workers += 1;
+        Ok(())
+    }
+
+    /// Gives a job to whoever is free first; gives what was sent since the last time.
+    pub fn give(&self, job: Job) -> Result<Sent, Stop> {
+        let mut board = self.board();
+        while board.jobs.len() >= board.workers * QUEUED_PER_STREAM {
+            board = self.wait(board)?;
+        }
+        self.check(&board)?;
+        board.jobs.push_back(job);
+        self.changed.notify_all();
+        Ok(std::mem::take(&mut board.sent))
+    }
+
+    /// Waits until all jobs are done and every stream has said so; gives what was sent since the last time.
+    pub fn end_round(&self, round: u32, last: bool) -> Result<Sent, Stop> {
+        let mut board = self.board();
+        (board.ending, board.ended) = (Some(StreamEnd { round, last }), 0);
+        self.changed.notify_all();
+        while board.ended < board.workers {
+            board = self.wait(board)?;
+        }
+        self.check(&board)?;
+        board.ending = None;
+        Ok(std::mem::take(&mut board.sent))
+    }
+
+    /// Sends the workers away.
+    pub fn dismiss(&self) {
+        self.board().dismissed = true;
+        self.changed.notify_all();
+    }
+
+    fn board(&self) -> MutexGuard<'_, Board> {
+        self.board.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check(&self, board: &Board) -> Result<(), Stop> {
+        if self.control.is_cancelled() {
+            return Err(Stop::Cancelled);
+        }
+        board.failed.clone().map_or(Ok(()), Err)
+    }
+
+    /// Waits for a change, for a slice of time at most.
+    fn wait<'b>(&self, board: MutexGuard<'b, Board>) -> Result<MutexGuard<'b, Board>, Stop> {
+        self.check(&board)?;
+        let waited = self.changed.wait_timeout(board, SLICE);
+        Ok(waited.unwrap_or_else(PoisonError::into_inner).0)
+    }
+
+    fn work<S: Stream>(&self, mut sender: Sender<'_, S>) {
+        let mut ended = 0;
+        loop {
+            let done = match self.next(ended) {
+                Task::Send(job) => self.send_with(&mut sender, &job),
+                Task::End(end) => {
+                    ended = end.round;
+                    sender
+                        .link
+                        .send(&Message::StreamEnd(end))
+                        .map(|()| Sent::default())
+                }
+                Task::Leave => return,
+            };
+            let mut board = self.board();
+            match done {
+                Ok(sent) => {
+                    board.sent.add(sent);
+                    board.ended += usize::from(board.ending.is_some_and(|end| end.round == ended));
+                }
+                Err(stop) => {
+                    board.failed.get_or_insert(stop);
+                }
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits for something to do. `ended`: the round that this worker has ended last.
+    fn next(&self, ended: u32) -> Task {
+        let mut board = self.board();
+        loop {
+            if board.dismissed {
+                return Task::Leave;
+            }
+            if board.failed.is_none() {
+                if let Some(job) = board.jobs.pop_front() {
+                    self.changed.notify_all();
+                    return Task::Send(job);
+                }
+                if let Some(end) = board.ending.filter(|end| end.round != ended) {
+                    return Task::End(end);
+                }
+            }
+            let waited = self.changed.wait_timeout(board, IDLE);
+            board = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// An idle worker is woken by whoever has work; the bound is for nobody's sake but a reader's.
+const IDLE: Duration = Duration::from_secs(1);

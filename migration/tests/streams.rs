@@ -1,0 +1,397 @@
+//! Pages on several streams: over mutual TLS and without it, with strangers at the door, and with streams that break or stall.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use common::{FakeVm, Flaw, Rng};
+use drover_migration::Control;
+use drover_migration::codec::{self, Join, Message};
+use drover_migration::source::{self, Outcome, Way};
+use drover_migration::target::{self, Admission, Received};
+use drover_migration::transport::{HostStream, LINK_TIMEOUT, Link, Listener, connect, connect_plain};
+use drover_pki::{ClusterCa, Credentials, Role, host_dns};
+use drover_proto::v1::MigrationOptions;
+use drover_proto::{Code, Fault};
+
+const PAGES: u64 = 4096;
+/// For links that are to be found dead soon.
+const SHORT: Duration = Duration::from_millis(300);
+
+fn source_params(streams: u32, plaintext: bool) -> source::Params {
+    source::Params {
+        migration: "m1".into(),
+        vm: "vm1".into(),
+        from_host: "host1".into(),
+        source_epoch: 1,
+        target_epoch: 2,
+        options: MigrationOptions {
+            max_downtime_ms: 2000,
+            streams,
+            plaintext,
+            ..MigrationOptions::default()
+        },
+        device_model: 1,
+        cpu_profile: "baseline".into(),
+        tracker: "bitmap",
+        link_timeout: LINK_TIMEOUT,
+    }
+}
+
+fn target_params(plaintext: bool) -> target::Params {
+    target::Params {
+        migration: "m1".into(),
+        vm: "vm1".into(),
+        from_host: "host1".into(),
+        epoch: 2,
+        device_model: 1,
+        cpu_profile: "baseline".into(),
+        plaintext,
+        link_timeout: LINK_TIMEOUT,
+    }
+}
+
+fn quiet() -> Control {
+    Control::new(|_| {})
+}
+
+/// A VM of which every fourth page is zero.
+fn filled_vm() -> FakeVm {
+    let (vm, mut rng) = (FakeVm::new(PAGES), Rng(11));
+    for page in (0..usize::try_from(PAGES).unwrap()).filter(|page| page % 4 != 0) {
+        vm.guest_writes(page, rng.byte());
+    }
+    vm
+}
+
+/// Runs `move_it` while the guest writes.
+fn with_guest<T>(vm: &FakeVm, move_it: impl FnOnce() -> T) -> T {
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut rng = Rng(3);
+            while !over.load(Ordering::Relaxed) {
+                if !vm.guest_writes(1000 + rng.below(100), rng.byte()) {
+                    return;
+                }
+                thread::yield_now();
+            }
+        });
+        let moved = move_it();
+        over.store(true, Ordering::Relaxed);
+        moved
+    })
+}
+
+fn assert_moved(source_vm: &FakeVm, target_vm: &FakeVm) {
+    let (source, target) = (source_vm.lock(), target_vm.lock());
+    assert!(source.paused && source.pauses == 1);
+    assert!(source.memory == target.memory, "memory differs");
+    assert_eq!(target.restored.as_deref(), Some(&b"registers and devices"[..]));
+}
+
+/// Certificates of one cluster.
+struct Cluster {
+    host1: Credentials,
+    host2: Credentials,
+}
+
+impl Cluster {
+    fn new() -> Self {
+        drover_pki::install_provider();
+        let (ca, dir) = (ClusterCa::create("test").unwrap(), tempfile::tempdir().unwrap());
+        let host = |name| {
+            let files = ca.issue_to(dir.path(), Role::Host, name).unwrap();
+            Credentials::load(&files, "test").unwrap()
+        };
+        Self {
+            host1: host("host1"),
+            host2: host("host2"),
+        }
+    }
+
+    /// host1 moves its VM to host2; `before_pages` is done when the target waits for the first stream.
+    fn migrate(
+        &self,
+        vms: (&FakeVm, &FakeVm),
+        params: &source::Params,
+        target_params: &target::Params,
+        before_pages: impl Fn(SocketAddr),
+    ) -> (Outcome, Result<Received, Fault>) {
+        let listener = Listener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
+        let addr = listener.addr().unwrap();
+        let (source_control, target_control) = (quiet(), quiet());
+        let tls = self.host2.rustls_server();
+        let dial = |way| {
+            if way != Way::Link {
+                before_pages(addr);
+            }
+            match way {
+                Way::Pages { plaintext: true } => connect_plain(addr),
+                _ => connect(
+                    addr,
+                    &host_dns("host2"),
+                    self.host1.rustls_client(),
+                    &source_control,
+                ),
+            }
+        };
+        thread::scope(|scope| {
+            let target = scope.spawn(|| {
+                let stream = listener.accept(&tls, |_| Ok(()), &target_control)?;
+                let admit = |admission: &Admission| {
+                    listener.accept_streams(&tls, |_| Ok(()), admission, &target_control)
+                };
+                target::run(vms.1, stream, admit, target_params, &target_control)
+            });
+            let outcome = with_guest(vms.0, || source::run(vms.0, dial, params, &source_control));
+            (outcome, target.join().unwrap())
+        })
+    }
+}
+
+#[test]
+fn a_busy_guest_arrives_over_several_streams_encrypted_or_not() {
+    let cluster = Cluster::new();
+    for (streams, plaintext) in [(3, false), (3, true), (1, true), (16, false)] {
+        let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
+        let (outcome, received) = cluster.migrate(
+            (&source_vm, &target_vm),
+            &source_params(streams, plaintext),
+            &target_params(plaintext),
+            |_| {},
+        );
+        assert_eq!(outcome, Outcome::AwaitOutcome, "{streams} streams");
+        assert_moved(&source_vm, &target_vm);
+        let receipt = received.unwrap().receipt;
+        assert_eq!((receipt.streams, receipt.plaintext), (streams, plaintext));
+        assert!(receipt.pages + receipt.zero_pages >= PAGES && receipt.zero_pages >= PAGES / 4 - 25);
+        assert!(receipt.bytes > receipt.pages * 4096);
+    }
+}
+
+#[test]
+fn a_target_that_was_not_told_refuses_pages_without_tls() {
+    let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
+    let (outcome, received) = Cluster::new().migrate(
+        (&source_vm, &target_vm),
+        &source_params(2, true),
+        &target_params(false),
+        |_| {},
+    );
+    let Outcome::FailedRunning(fault) = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert_eq!(
+        (fault.code, received.unwrap_err().code),
+        (Code::Denied, Code::Denied)
+    );
+    assert!(!source_vm.lock().paused);
+}
+
+fn join(token: Vec<u8>, stream: u32) -> Vec<u8> {
+    let mut frame = Vec::new();
+    codec::encode(&Message::Join(Join { token, stream }), 0, &mut frame).unwrap();
+    frame
+}
+
+#[test]
+fn strangers_among_the_streams_are_turned_away_and_those_of_the_source_taken() {
+    let cluster = Cluster::new();
+    for plaintext in [true, false] {
+        let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
+        let strangers = |addr: SocketAddr| {
+            for words in [
+                join(vec![0; 32], 0),
+                join(Vec::new(), 0),
+                join(vec![0; 9000], u32::MAX),
+                b"GET / HTTP/1.1\r\nHost: example\r\n\r\n".to_vec(),
+                Vec::new(),
+            ] {
+                let mut stream: HostStream = if plaintext {
+                    connect_plain(addr).unwrap()
+                } else {
+                    let tls = cluster.host1.rustls_client();
+                    connect(addr, &host_dns("host2"), tls, &quiet()).unwrap()
+                };
+                // It may be turned away before all was said.
+                let _ = stream.write_all(&words).and_then(|()| stream.flush());
+            }
+            drop(TcpStream::connect(addr).unwrap());
+        };
+        let (outcome, received) = cluster.migrate(
+            (&source_vm, &target_vm),
+            &source_params(3, plaintext),
+            &target_params(plaintext),
+            strangers,
+        );
+        assert_eq!(outcome, Outcome::AwaitOutcome);
+        assert_eq!(received.unwrap().receipt.streams, 3);
+        assert_moved(&source_vm, &target_vm);
+    }
+}
+
+/// What becomes of the bytes of a stream on their way.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Trouble {
+    /// The connection is closed after so many, the first frame passes in any case.
+    CutAfter(usize),
+    /// Nothing moves any more after so many.
+    StallAfter(usize),
+    /// A bit flips.
+    CorruptAt(usize),
+}
+
+/// Carries bytes from `from` to `to`, with trouble. Holds both until `end` says so.
+fn carry(mut from: UnixStream, mut to: UnixStream, trouble: Trouble, end: &mpsc::Receiver<()>) {
+    let (mut carried, mut buffer) = (0, [0; 4096]);
+    loop {
+        let Ok(count @ 1..) = from.read(&mut buffer) else {
+            return;
+        };
+        match trouble {
+            Trouble::CutAfter(at) if carried >= at => return,
+            Trouble::StallAfter(at) if carried >= at => {
+                let _ = end.recv();
+                return;
+            }
+            Trouble::CorruptAt(at) if (carried..carried + count).contains(&at) => buffer[at - carried] ^= 4,
+            _ => {}
+        }
+        if to.write_all(&buffer[..count]).is_err() {
+            return;
+        }
+        carried += count;
+    }
+}
+
+/// Three streams over socket pairs, the second of them with trouble.
+fn migrate_with_trouble(
+    vms: (&FakeVm, &FakeVm),
+    trouble: Option<Trouble>,
+    control: &Control,
+    link_timeout: Duration,
+) -> (Outcome, Result<Received, Fault>) {
+    let (give, take) = mpsc::channel();
+    let (end, ended) = mpsc::channel();
+    let (link, far_link) = UnixStream::pair().unwrap();
+    let mut link = Some(link);
+    let mut opened = 0;
+    thread::scope(|scope| {
+        let admit = move |admission: &Admission| {
+            let streams: Vec<UnixStream> = take.iter().take(admission.streams as usize).collect();
+            for stream in &streams {
+                // The first frame was read off before a stream is given.
+                let control = quiet();
+                let mut joins = Link::new(stream.try_clone().unwrap(), SHORT, &control).unwrap();
+                let (frame, _) = joins
+                    .receive(&mut Vec::new())
+                    .map(|(f, n)| (format!("{f:?}"), n))
+                    .unwrap();
+                assert!(frame.contains("Join"), "{frame}");
+            }
+            Ok(streams)
+        };
+        let params = target::Params {
+            link_timeout,
+            ..target_params(true)
+        };
+        let target = scope.spawn(move || target::run(vms.1, far_link, admit, &params, &quiet()));
+        let mut ended = Some(ended);
+        let dial = |way| {
+            if way == Way::Link {
+                return Ok(link.take().unwrap());
+            }
+            opened += 1;
+            let (near, far) = UnixStream::pair().unwrap();
+            let (Some(trouble), 2) = (trouble, opened) else {
+                give.send(far).unwrap();
+                return Ok(near);
+            };
+            let (mid, out) = UnixStream::pair().unwrap();
+            let ended = ended.take().unwrap();
+            scope.spawn(move || carry(far, out, trouble, &ended));
+            give.send(mid).unwrap();
+            Ok(near)
+        };
+        let params = source::Params {
+            link_timeout,
+            ..source_params(3, true)
+        };
+        let outcome = with_guest(vms.0, || source::run(vms.0, dial, &params, control));
+        let received = target.join().unwrap();
+        drop(end);
+        (outcome, received)
+    })
+}
+
+#[test]
+fn a_stream_that_breaks_ends_the_attempt_on_both_sides_and_the_guest_runs_on() {
+    for (trouble, codes) in [
+        (Trouble::CutAfter(1), &[Code::LinkLost][..]),
+        (Trouble::CutAfter(300 << 10), &[Code::LinkLost, Code::BadFrame]),
+        (Trouble::StallAfter(1), &[Code::LinkLost]),
+        (Trouble::StallAfter(300 << 10), &[Code::LinkLost]),
+        (Trouble::CorruptAt(300 << 10), &[Code::BadFrame]),
+        (Trouble::CorruptAt(70), &[Code::BadFrame]),
+    ] {
+        let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
+        let (outcome, received) =
+            migrate_with_trouble((&source_vm, &target_vm), Some(trouble), &quiet(), SHORT);
+        let Outcome::FailedRunning(fault) = outcome else {
+            panic!("{trouble:?}: {outcome:?}")
+        };
+        let theirs = received.unwrap_err();
+        assert!(codes.contains(&theirs.code), "{trouble:?}: {theirs}");
+        assert!(
+            fault.code == theirs.code || fault.code == Code::LinkLost,
+            "{trouble:?}: {fault}"
+        );
+        assert!(!source_vm.lock().paused && source_vm.lock().dirty.is_none());
+    }
+}
+
+#[test]
+fn a_target_that_cannot_write_is_heard_over_its_closing_streams() {
+    let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
+    target_vm.lock().flaw = Some(Flaw::Write);
+    let (outcome, received) = migrate_with_trouble((&source_vm, &target_vm), None, &quiet(), LINK_TIMEOUT);
+    let Outcome::FailedRunning(fault) = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert_eq!(
+        (fault.code, received.unwrap_err().code),
+        (Code::BadState, Code::BadState)
+    );
+    assert!(fault.message.contains("the target says: Write fails"), "{fault}");
+}
+
+#[test]
+fn a_cancel_with_streams_open_reaches_the_target_as_a_cancel() {
+    let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
+    let control = std::sync::Arc::new_cyclic(|weak: &std::sync::Weak<Control>| {
+        let weak = weak.clone();
+        Control::new(move |progress| {
+            if let Some(control) = weak.upgrade().filter(|_| progress.round > 0) {
+                control.cancel();
+            }
+        })
+    });
+    let (outcome, received) = migrate_with_trouble((&source_vm, &target_vm), None, &control, LINK_TIMEOUT);
+    let Outcome::FailedRunning(fault) = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert_eq!(
+        (fault.code, received.unwrap_err().code),
+        (Code::Cancelled, Code::Cancelled)
+    );
+    assert!(!source_vm.lock().paused);
+}
