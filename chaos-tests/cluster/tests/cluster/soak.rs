@@ -5,8 +5,9 @@ use drover_chaos_cluster::soak::plan::Kill;
 
 use super::*;
 
-/// Of this seed the first kills hit every party, at points and after delays.
-const SEED: u64 = 1;
+/// Of this seed the first twenty kills are of every kind, at points and after delays, and show each seeded bug that a
+/// migration can show.
+const SEED: u64 = 2549;
 
 /// Enough for every kind of blow, few enough for less than a minute.
 const KILLS: u64 = 20;
