@@ -587,3 +587,83 @@ async fn a_console_is_read_through_the_agent_of_the_vms_host() {
         "host3 is not host2"
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_changes_nothing_and_what_it_expected_goes_along_with_the_migration() {
+    let cluster = Cluster::start(3, &usual()).await;
+    let leader = cluster.leader().await;
+    let mut client = user(&cluster, (leader + 1) % 3);
+    let addr = serve_console(&cluster, "host1").await;
+    let mut host1 = agent(&cluster, leader, "host1");
+    register(&mut host1, "host1", &addr).await;
+    register(&mut agent(&cluster, leader, "host2"), "host2", "127.0.0.1:1").await;
+    let mut request = create("vm1");
+    request.spec.as_mut().unwrap().host = "host1".into();
+    client.create_vm(request).await.unwrap();
+    desired(&mut host1, "host1", |desired| !desired.vms.is_empty()).await;
+    let dry_run = |to: &str| v1::MigrateVmRequest {
+        request_id: "r1".into(),
+        vm: "vm1".into(),
+        to: to.into(),
+        options: None,
+    };
+    let early = client
+        .forecast_migration(dry_run("host1"))
+        .await
+        .unwrap()
+        .into_inner();
+    let against: Vec<_> = early
+        .findings
+        .iter()
+        .filter(|finding| !finding.passed)
+        .map(|finding| (finding.check.as_str(), finding.code.as_str()))
+        .collect();
+    assert_eq!(
+        against,
+        [("state", "vm_state"), ("other_host", "same_host")],
+        "all that speaks against it, not only the first"
+    );
+    assert_eq!(early.refusal.unwrap().code, "vm_state");
+    assert_eq!((early.forecast, early.unknown), (None, None));
+
+    assert!(report(&mut host1, "host1", "vm1", 1, VmState::Running).await);
+    let get = v1::GetVmRequest {
+        name: "vm1".into(),
+        allow_stale: false,
+    };
+    let before = client.get_vm(get.clone()).await.unwrap().into_inner();
+    let told = client
+        .forecast_migration(dry_run("host2"))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!((told.refusal, told.unknown), (None, None));
+    assert_eq!((told.from.as_str(), told.to.as_str()), ("host1", "host2"));
+    let forecast = told.forecast.unwrap();
+    assert_eq!(
+        (forecast.bandwidth_source.as_str(), forecast.bandwidth_bytes_per_s),
+        ("default", 0)
+    );
+    assert!(forecast.max_downtime_ms > 0, "the cluster's default is filled in");
+    assert_eq!(client.get_vm(get).await.unwrap().into_inner(), before);
+    let list = v1::ListMigrationsRequest::default();
+    let listed = client.list_migrations(list).await.unwrap().into_inner();
+    assert_eq!(listed.migrations, []);
+
+    let planned = client.migrate_vm(dry_run("host2")).await.unwrap().into_inner();
+    assert_eq!(planned.forecast, Some(forecast));
+    let moving = client
+        .forecast_migration(dry_run("host2"))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(moving.refusal.unwrap().code, "migration_active");
+    let missing = v1::MigrateVmRequest {
+        vm: "vm9".into(),
+        ..dry_run("host2")
+    };
+    assert_eq!(
+        fault(client.forecast_migration(missing).await).code,
+        Code::VmNotFound
+    );
+}

@@ -10,7 +10,7 @@
 //! Watching for several lengths of time, not for one, is what tells a guest that rewrites the same 64 MiB for ever from one
 //! that walks through its memory: the first has the same `W` for every `t` beyond some point, the second's goes on
 //! rising (the writable working set of Clark et al., NSDI 2005, section 3). Between the measured points `W` is a straight
-//! line, beyond the last one it goes on as the last line does, up to all of the memory.
+//! line, beyond the last one it goes on as the last line does, up to all that can be written.
 //!
 //! Nothing of the rules is here: this file only makes the samples. What it cannot know is assumed and said: the link's
 //! speed and round trip, that the guest goes on as it was watched, that pages travel whole and none that is populated is zero.
@@ -54,7 +54,7 @@ pub struct Writes {
 }
 
 impl Writes {
-    /// By windows that all began together, in any order; `most` is the guest's memory, bytes.
+    /// By windows that all began together, in any order; `most` is all that it can write, bytes.
     pub fn new(windows: &[Window], most: u64) -> Self {
         let mut windows: Vec<Window> = windows
             .iter()

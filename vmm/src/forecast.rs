@@ -192,10 +192,12 @@ pub fn make(machine: &Machine, request: &ForecastRequest) -> Result<Forecast, Fa
     // A guest that was frozen or ended meanwhile did not show what it writes.
     machine.watchable()?;
     let (memory, options) = (vm.memory(), request.options.unwrap_or_default());
+    let populated = populated(memory);
     let facts = Facts {
         memory: memory.bytes(),
-        populated: populated(memory),
-        writes: Writes::new(&windows, memory.bytes()),
+        populated,
+        // What it wrote is populated by now; that it goes on into fresh memory is not thought likely.
+        writes: Writes::new(&windows, populated),
         bandwidth: match request.bandwidth_bytes_per_s {
             0 => BANDWIDTH_DEFAULT,
             known => known,

@@ -139,6 +139,18 @@ pub async fn consoles_are_for_controllers_only() {
         8
     );
     let code = |status: tonic::Status| Fault::from(&status).code;
+    let dry_run = |epoch| ForecastRequest {
+        vm: "vm1".into(),
+        epoch,
+        bandwidth_bytes_per_s: 77,
+        ..Default::default()
+    };
+    let forecast = controller.forecast(dry_run(1)).await.unwrap().into_inner();
+    assert_eq!((forecast.rounds, forecast.bandwidth_bytes_per_s), (3, 77));
+    assert_eq!(
+        code(controller.forecast(dry_run(2)).await.unwrap_err()),
+        Code::StaleEpoch
+    );
     assert_eq!(
         code(controller.read_console(read("vm1", 2)).await.unwrap_err()),
         Code::StaleEpoch
@@ -155,6 +167,10 @@ pub async fn consoles_are_for_controllers_only() {
         );
         assert_eq!(
             code(other.write_console(write.clone()).await.unwrap_err()),
+            Code::Denied
+        );
+        assert_eq!(
+            code(other.forecast(dry_run(1)).await.unwrap_err()),
             Code::Denied
         );
     }
