@@ -307,6 +307,9 @@ pub struct MigrateArgs {
     /// Send the pages unencrypted; only where the cluster's setting `allow_plaintext` says so
     #[arg(long)]
     pub plaintext: bool,
+    /// Move nothing: watch the guest for a second, and show what speaks against the migration and how it would go
+    #[arg(long, conflicts_with = "detach")]
+    pub dry_run: bool,
     /// Return as soon as it is planned; `ctl migration show` tells the rest
     #[arg(long)]
     pub detach: bool,

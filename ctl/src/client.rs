@@ -30,6 +30,8 @@ use crate::failure::{Exit, Failure, Result};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A controller that does not answer a call by then counts as not answering; long polls get this on top.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a guest is watched for a dry run, and a little more.
+const FORECAST_FOR: Duration = Duration::from_secs(2);
 /// How long a cluster that answers may be without a leader: several elections.
 const NO_LEADER_FOR: Duration = Duration::from_secs(20);
 /// How long nobody at all may answer.
@@ -281,6 +283,27 @@ impl Client {
         };
         self.plain(async |mut grpc| grpc.migrate_vm(request.clone()).await)
             .await
+    }
+
+    /// What moving a VM would be like; nothing is moved.
+    pub async fn forecast_migration(
+        &self,
+        vm: &str,
+        to: &str,
+        options: v1::MigrationOptions,
+    ) -> Result<v1::MigrationForecast> {
+        let request = v1::MigrateVmRequest {
+            request_id: String::new(),
+            vm: vm.to_owned(),
+            to: to.to_owned(),
+            options: Some(options),
+        };
+        self.call(
+            Patience::default(),
+            CALL_TIMEOUT + FORECAST_FOR,
+            async |mut grpc| grpc.forecast_migration(request.clone()).await,
+        )
+        .await
     }
 
     /// Migrations, the newest first; `vm` empty: all.

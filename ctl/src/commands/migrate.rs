@@ -17,6 +17,9 @@ use crate::view::MigrationView;
 /// `ctl migrate`
 pub async fn migrate(session: &Session, args: &MigrateArgs) -> Result<()> {
     let options = options(args)?;
+    if args.dry_run {
+        return super::dry_run::run(session, args, options).await;
+    }
     let planned = session
         .client
         .migrate(&args.vm, args.host.as_deref().unwrap_or_default(), options)

@@ -2,6 +2,7 @@
 
 pub mod ca;
 pub mod console;
+mod dry_run;
 pub mod events;
 pub mod migrate;
 pub mod objects;

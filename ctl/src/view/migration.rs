@@ -3,6 +3,7 @@
 use drover_proto::v1;
 use serde::Serialize;
 
+use super::forecast::ForecastView;
 use super::{ReasonView, dash, some};
 use crate::output::{Detailed, Tabular};
 use crate::units::{bytes, instant, micros, millis};
@@ -30,6 +31,8 @@ pub struct MigrationView {
     pub progress: Option<ProgressView>,
     /// What was asked of it.
     pub options: OptionsView,
+    /// What a dry run shortly before expected.
+    pub forecast: Option<ForecastView>,
     /// The epoch that the target gets.
     pub epoch: u64,
     /// Who asked for it.
@@ -153,18 +156,25 @@ impl From<v1::Migration> for MigrationView {
             reason: ReasonView::of(migration.reason),
             receipt: migration.receipt.map(ReceiptView::from),
             progress: migration.progress.filter(|_| !ended).map(ProgressView::from),
-            options: OptionsView {
-                max_downtime_ms: Some(options.max_downtime_ms).filter(|&ms| ms > 0),
-                deadline_ms: Some(options.deadline_ms).filter(|&ms| ms > 0),
-                bandwidth_mib_s: Some(options.bandwidth_mib_s).filter(|&cap| cap > 0),
-                streams: Some(options.streams).filter(|&streams| streams > 0),
-                plaintext: options.plaintext,
-                max_throttle_percent: Some(options.max_throttle_percent).filter(|&percent| percent > 0),
-            },
+            options: OptionsView::from(options),
+            forecast: migration.forecast.map(ForecastView::from),
             epoch: migration.epoch,
             requested_by: some(migration.requested_by),
             created_ms: migration.created_ms,
             changed_ms: migration.changed_ms,
+        }
+    }
+}
+
+impl From<v1::MigrationOptions> for OptionsView {
+    fn from(options: v1::MigrationOptions) -> Self {
+        Self {
+            max_downtime_ms: Some(options.max_downtime_ms).filter(|&ms| ms > 0),
+            deadline_ms: Some(options.deadline_ms).filter(|&ms| ms > 0),
+            bandwidth_mib_s: Some(options.bandwidth_mib_s).filter(|&cap| cap > 0),
+            streams: Some(options.streams).filter(|&streams| streams > 0),
+            plaintext: options.plaintext,
+            max_throttle_percent: Some(options.max_throttle_percent).filter(|&percent| percent > 0),
         }
     }
 }
@@ -363,6 +373,9 @@ impl Detailed for MigrationView {
                 ("  commit", micros(blackout.commit)),
                 ("  resume", micros(blackout.resume)),
             ]);
+        }
+        if let Some(forecast) = &self.forecast {
+            fields.push(("expected", forecast.line()));
         }
         fields.push(("started", instant(self.created_ms)));
         fields.push(("changed", instant(self.changed_ms)));

@@ -4,10 +4,12 @@
 //! A missing thing is `null`, never an empty string: `migration`, `reason`, `receipt`, `initrd`, `host`.
 
 mod cluster;
+mod forecast;
 mod migration;
 mod vm;
 
 pub use cluster::{ClusterView, EventView, HostView, ImageView};
+pub use forecast::DryRunView;
 pub use migration::MigrationView;
 pub use vm::{VmView, vm_state_word};
 

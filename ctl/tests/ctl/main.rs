@@ -6,4 +6,5 @@
 mod cluster;
 mod console;
 mod dev;
+mod dry_run;
 mod fake;

@@ -169,10 +169,7 @@ pub async fn consoles_are_for_controllers_only() {
             code(other.write_console(write.clone()).await.unwrap_err()),
             Code::Denied
         );
-        assert_eq!(
-            code(other.forecast(dry_run(1)).await.unwrap_err()),
-            Code::Denied
-        );
+        assert_eq!(code(other.forecast(dry_run(1)).await.unwrap_err()), Code::Denied);
     }
 }
 
