@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use drover_proto::{Code, Fault};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore, ServerConfig};
+use rustls::{AlertDescription, CertificateError, CipherSuite, ClientConfig, RootCertStore, ServerConfig};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use tonic::transport::{Certificate, ClientTlsConfig, ServerTlsConfig};
@@ -20,10 +20,15 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Deepest chain of error sources that is searched.
 const SOURCES_MAX: usize = 16;
 
-/// Makes ring the process's rustls provider. May be called any number of times.
+/// Makes ring the process's rustls provider, with AES-128 before AES-256: both are beyond attack, and the guest's memory that goes
+/// through it costs a fifth less. May be called any number of times.
 pub fn install_provider() {
+    let mut provider = rustls::crypto::ring::default_provider();
+    provider
+        .cipher_suites
+        .sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
     // An error only says that a provider was installed before: every part of Drover installs this one.
-    let _ = rustls::crypto::ring::default_provider().install_default();
+    let _ = provider.install_default();
 }
 
 /// A party's certificate and key with its cluster's CA, checked.

@@ -101,6 +101,15 @@ impl Batch {
 
     /// The frame with the pages that have content, if there are any.
     pub fn seal_pages(&mut self, sequence: u64) -> Result<Option<&[u8]>, Fault> {
+        self.seal_pages_as(Kind::Pages, sequence)
+    }
+
+    /// The same as [`Kind::GuardedPages`].
+    pub fn seal_guarded_pages(&mut self, sequence: u64) -> Result<Option<&[u8]>, Fault> {
+        self.seal_pages_as(Kind::GuardedPages, sequence)
+    }
+
+    fn seal_pages_as(&mut self, kind: Kind, sequence: u64) -> Result<Option<&[u8]>, Fault> {
         if self.runs.is_empty() {
             return Ok(None);
         }
@@ -111,7 +120,7 @@ impl Batch {
             [self.round as usize, self.pages, self.runs.len(), 0],
         );
         write_runs(&mut frame[table..], &self.runs);
-        seal(frame, Kind::Pages, sequence)?;
+        seal(frame, kind, sequence)?;
         Ok(Some(frame))
     }
 
@@ -207,6 +216,21 @@ mod tests {
             );
             assert_eq!(seen, (10..110).chain(300..455).chain([456]).collect());
             assert_eq!((zeros.round, batch.pages() + batch.zero_pages()), (5, 256));
+        }
+    }
+
+    #[test]
+    fn the_checksum_of_guarded_pages_covers_everything_but_their_content() {
+        let mut batch = Batch::default();
+        batch.begin(1);
+        batch.add(Run { first: 7, count: 3 }, |_, out| out.fill(9));
+        let bytes = batch.seal_guarded_pages(0).unwrap().unwrap().to_vec();
+        let content = DATA_AT..DATA_AT + 3 * PAGE_SIZE;
+        for at in (0..bytes.len()).filter(|at| at % 97 == 0 || !content.contains(at)) {
+            let mut changed = bytes.clone();
+            changed[at] ^= 1;
+            let noticed = decode(&changed, 0).is_err();
+            assert_eq!(noticed, !content.contains(&at), "byte {at}");
         }
     }
 

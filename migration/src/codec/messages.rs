@@ -294,7 +294,7 @@ impl Message {
             Kind::Cancel => Cancel::decode(payload).map(Self::Cancel),
             Kind::Join => Join::decode(payload).map(Self::Join),
             Kind::StreamEnd => StreamEnd::decode(payload).map(Self::StreamEnd),
-            Kind::Pages | Kind::Zeros => return Err(bad("a page frame is no message")),
+            Kind::Pages | Kind::GuardedPages | Kind::Zeros => return Err(bad("a page frame is no message")),
         };
         decoded.map_err(|error| bad(format!("a {kind:?} frame cannot be read: {error}")))
     }

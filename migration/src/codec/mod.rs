@@ -9,7 +9,7 @@
 //!
 //! All numbers are little-endian. `sequence` counts the frames of one direction from 0, so that a frame that was lost,
 //! repeated or reordered below us is seen. `crc` is CRC-32 (IEEE 802.3, as in zlib) over the header's first 20 bytes
-//! and the payload. The header's form never changes: a version is agreed inside the first frames, and a build that
+//! and the payload; of `GuardedPages` the pages' content is left out, since TLS has checked it already. The header's form never changes: a version is agreed inside the first frames, and a build that
 //! shares no version must still be able to read the refusal.
 //!
 //! Pages travel in a form that is filled and read without a copy ([`Pages`], [`Zeros`]); everything else is a small protobuf
@@ -77,10 +77,12 @@ pub enum Kind {
     Join = 11,
     /// Source: a stream's part of a round is sent.
     StreamEnd = 12,
+    /// Source: pages with content, which the checksum leaves out. Only where the stream itself notices every byte that changed.
+    GuardedPages = 13,
 }
 
 impl Kind {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::Hello,
         Self::HelloAck,
         Self::Pages,
@@ -93,6 +95,7 @@ impl Kind {
         Self::Cancel,
         Self::Join,
         Self::StreamEnd,
+        Self::GuardedPages,
     ];
 
     fn from_wire(byte: u8) -> Option<Self> {
@@ -102,7 +105,7 @@ impl Kind {
     /// The longest payload that a frame of this kind may announce.
     pub const fn payload_max(self) -> usize {
         match self {
-            Self::Pages => pages::PAGES_PAYLOAD_MAX,
+            Self::Pages | Self::GuardedPages => pages::PAGES_PAYLOAD_MAX,
             Self::Zeros => pages::ZEROS_PAYLOAD_MAX,
             Self::State => STATE_BYTES_MAX,
             _ => MESSAGE_BYTES_MAX,
@@ -201,7 +204,7 @@ pub fn decode_payload<'a>(
             payload.len()
         )));
     }
-    let crc = checksum(raw, payload);
+    let crc = checksum(raw, header.kind, payload);
     if crc != header.crc {
         return Err(bad(format!(
             "a {:?} frame's checksum is {crc:08x}, it announces {:08x}",
@@ -209,7 +212,7 @@ pub fn decode_payload<'a>(
         )));
     }
     match header.kind {
-        Kind::Pages => Pages::decode(payload).map(Frame::Pages),
+        Kind::Pages | Kind::GuardedPages => Pages::decode(payload).map(Frame::Pages),
         Kind::Zeros => Zeros::decode(payload).map(Frame::Zeros),
         kind => Message::decode(kind, payload).map(Frame::Message),
     }
@@ -274,15 +277,20 @@ pub(crate) fn seal(frame: &mut [u8], kind: Kind, sequence: u64) -> Result<(), Fa
     header[6..8].fill(0);
     header[8..16].copy_from_slice(&sequence.to_le_bytes());
     header[16..20].copy_from_slice(&length.to_le_bytes());
-    let crc = checksum(header, payload);
+    let crc = checksum(header, kind, payload);
     header[HEADER_CRC_AT..].copy_from_slice(&crc.to_le_bytes());
     Ok(())
 }
 
-fn checksum(header: &[u8; HEADER_BYTES], payload: &[u8]) -> u32 {
+fn checksum(header: &[u8; HEADER_BYTES], kind: Kind, payload: &[u8]) -> u32 {
     let mut crc = crc32fast::Hasher::new();
     crc.update(&header[..HEADER_CRC_AT]);
-    crc.update(payload);
+    let (before, after) = match kind {
+        Kind::GuardedPages => pages::around_data(payload),
+        _ => (payload, &[][..]),
+    };
+    crc.update(before);
+    crc.update(after);
     crc.finalize()
 }
 

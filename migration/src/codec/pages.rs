@@ -139,6 +139,16 @@ impl<'a> Pages<'a> {
     }
 }
 
+/// What stands before the pages' content in a payload, and what after it; all before, if there is not so much content as is announced.
+pub(super) fn around_data(payload: &[u8]) -> (&[u8], &[u8]) {
+    let Some((prefix, rest)) = payload.split_at_checked(PAGES_PREFIX) else {
+        return (payload, &[]);
+    };
+    let data = (u32_at(prefix, 4) as usize).saturating_mul(PAGE_SIZE);
+    rest.split_at_checked(data)
+        .map_or((payload, &[]), |(_, after)| (prefix, after))
+}
+
 /// Pages that are zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Zeros<'a> {

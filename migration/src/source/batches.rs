@@ -63,11 +63,24 @@ impl Pace {
 pub(super) struct Sender<'c, S> {
     pub link: Link<'c, S>,
     batch: Batch,
+    /// Pages may go without a checksum.
+    guarded: bool,
 }
 
 impl<'c, S: Stream> Sender<'c, S> {
-    pub fn new(link: Link<'c, S>) -> Self {
+    /// For the link, where a peer of version 1 reads too.
+    pub fn on_link(link: Link<'c, S>) -> Self {
         Self {
+            link,
+            batch: Batch::default(),
+            guarded: false,
+        }
+    }
+
+    /// For a stream.
+    pub fn on_stream(link: Link<'c, S>) -> Self {
+        Self {
+            guarded: link.is_guarded(),
             link,
             batch: Batch::default(),
         }
@@ -82,7 +95,7 @@ impl<'c, S: Stream> Sender<'c, S> {
         pace: &Pace,
         control: &Control,
     ) -> Result<Sent, Stop> {
-        let Self { link, batch } = self;
+        let Self { link, batch, guarded } = self;
         batch.begin(job.round);
         for run in job.runs.iter().flat_map(|run| regions.split(*run)) {
             // Later rounds hold only pages that were written.
@@ -99,10 +112,10 @@ impl<'c, S: Stream> Sender<'c, S> {
         };
         for content in [true, false] {
             let sequence = link.next_sequence();
-            let frame = if content {
-                batch.seal_pages(sequence)?
-            } else {
-                batch.seal_zeros(sequence)?
+            let frame = match (content, *guarded) {
+                (true, true) => batch.seal_guarded_pages(sequence)?,
+                (true, false) => batch.seal_pages(sequence)?,
+                (false, _) => batch.seal_zeros(sequence)?,
             };
             let Some(frame) = frame else { continue };
             if job.capped {

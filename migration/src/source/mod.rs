@@ -109,7 +109,7 @@ pub fn run<S: Stream>(
     let outcome = thread::scope(|scope| {
         let mut driver = Driver {
             vm,
-            sender: Sender::new(link),
+            sender: Sender::on_link(link),
             dial: &mut dial,
             plaintext: config.hello.plaintext,
             control,
@@ -300,7 +300,7 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
             }))?;
             // A new link on the stream: its frames count from 0 again, as the target's do.
             let link = Link::new(link.into_stream(), self.link_timeout, self.control)?;
-            self.crew.hire(self.scope, Sender::new(link))?;
+            self.crew.hire(self.scope, Sender::on_stream(link))?;
         }
         self.streams = count;
         Ok(())

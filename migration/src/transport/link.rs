@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use drover_proto::{Code, Fault};
 
 use super::{SLICE, Stream, failure, is_slice_over};
-use crate::codec::{self, Frame, HEADER_BYTES, Message, bad};
+use crate::codec::{self, Frame, HEADER_BYTES, Kind, Message, bad};
 use crate::control::Control;
 
 /// How long the frame that says why may take; the peer may be gone.
@@ -104,6 +104,11 @@ impl<'c, S: Stream> Link<'c, S> {
     /// The stream, for another link on it. That one begins with frame 0.
     pub fn into_stream(self) -> S {
         self.stream
+    }
+
+    /// See [`Stream::is_guarded`].
+    pub fn is_guarded(&self) -> bool {
+        self.stream.is_guarded()
     }
 
     /// The number that the next frame to be sent must carry.
@@ -205,6 +210,9 @@ impl<'c, S: Stream> Link<'c, S> {
         self.read(begin, 0, until_it_begins)?;
         self.read(rest, 1, inside)?;
         let header = codec::decode_header(&raw, self.received)?;
+        if header.kind == Kind::GuardedPages && !self.is_guarded() {
+            return Err(bad("pages without a checksum came on a stream without TLS").into());
+        }
         if buffer.len() < header.length {
             buffer.resize(header.length, 0);
         }
@@ -330,6 +338,24 @@ mod tests {
             panic!("no fault")
         };
         assert_eq!(fault.code, Code::LinkLost);
+    }
+
+    #[test]
+    fn pages_without_a_checksum_are_refused_where_nothing_else_guards_them() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let (control, mut batch) = (control(), codec::Batch::default());
+        batch.begin(1);
+        batch.add(codec::Run { first: 0, count: 1 }, |_, out| out.fill(1));
+        let mut sender = Link::new(near, SHORT, &control).unwrap();
+        sender
+            .send_frame(batch.seal_guarded_pages(0).unwrap().unwrap())
+            .unwrap();
+        let mut buffer = Vec::new();
+        let mut receiver = Link::new(far, SHORT, &control).unwrap();
+        let Err(Stop::Failed(fault)) = receiver.receive(&mut buffer) else {
+            panic!("no fault")
+        };
+        assert_eq!(fault.code, Code::BadFrame);
     }
 
     #[test]

@@ -164,6 +164,10 @@ impl Stream for HostStream {
         .get_ref()
         .set_slice(slice)
     }
+
+    fn is_guarded(&self) -> bool {
+        !matches!(self, Self::Plain(_))
+    }
 }
 
 /// Connects to a target VMM and verifies that its certificate carries the DNS name `server_name`
