@@ -211,16 +211,16 @@ fn a_guest_moves_while_it_writes_and_runs_only_after_its_grant() {
     }
 }
 
-/// A guest that rewrites 64 MiB as fast as it can.
+/// A guest that rewrites 24 of its 64 MiB as fast as it can.
 fn flat_out(config: &mut serde_json::Value) {
     config["memory_mib"] = 160.into();
-    config["cmdline"] = "own=64M".into();
+    config["cmdline"] = "own=64M hot=24M".into();
 }
 
-/// A link slower than [`flat_out`] writes.
+/// A link slower than [`flat_out`] writes, even on a busy host.
 fn slow_link(max_throttle_percent: u32) -> Option<MigrationOptions> {
     Some(MigrationOptions {
-        bandwidth_mib_s: 64,
+        bandwidth_mib_s: 16,
         max_throttle_percent,
         ..MigrationOptions::default()
     })
@@ -275,7 +275,7 @@ fn a_guest_that_writes_faster_than_the_link_converges_by_a_throttle_and_is_as_fa
     let text = await_console(target.console(), "lines after the move", has_seconds(seen + 3));
     assert_intact(&text);
     assert!(
-        pace(&text) > before / 3,
+        pace(&text) > before / 6,
         "{} pages a second after the move, {before} before",
         pace(&text)
     );
@@ -295,7 +295,7 @@ fn whoever_ends_a_throttled_migration_lets_the_guest_go() {
         });
         // So little that a throttle alone cannot make it converge soon.
         let mut options = slow_link(60);
-        options.as_mut().unwrap().bandwidth_mib_s = 32;
+        options.as_mut().unwrap().bandwidth_mib_s = 12;
         // The engine of the attempt before may still be winding down.
         let began = Instant::now();
         while let Err(fault) = send_with(&source, migration, listen_addr(&target), "host2", options) {
