@@ -152,6 +152,8 @@ fn run(arguments: &Migration, workloads: &[Workload]) -> Result<Report> {
     let setup = Setup {
         settings: Settings {
             max_downtime_ms: DOWNTIME_MS,
+            // For the workloads that ask for it; the others are encrypted all the same.
+            allow_plaintext: true,
             ..Settings::default()
         },
         binaries: arguments.binaries.clone(),
