@@ -264,9 +264,13 @@ fn vmm_config(
     let socket = folder.join("vmm.sock");
     let incoming = match (key.migration(), &desired.migration) {
         (None, _) => serde_json::Value::Null,
-        (Some(id), Some(migration)) => serde_json::json!({
-            "migration": id, "from_host": migration.from, "listen_ip": config.migration_ip,
-        }),
+        (Some(id), Some(migration)) => {
+            // Planned, so the cluster's policy allows it if it is wanted.
+            let plaintext = migration.options.is_some_and(|options| options.plaintext);
+            serde_json::json!({
+                "migration": id, "from_host": migration.from, "listen_ip": config.migration_ip, "plaintext": plaintext,
+            })
+        }
         (Some(id), None) => {
             return Err(Fault::new(
                 Code::Internal,

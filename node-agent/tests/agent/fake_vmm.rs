@@ -48,6 +48,7 @@ struct Incoming {
     migration: String,
     from_host: String,
     listen_ip: std::net::IpAddr,
+    plaintext: bool,
 }
 
 struct Fake {
