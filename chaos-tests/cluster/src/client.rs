@@ -13,8 +13,8 @@ use drover_proto::v1::controller_client::ControllerClient;
 use drover_proto::v1::{
     CancelMigrationRequest, Cluster as ClusterInfo, CreateVmRequest, DeleteVmRequest, GetClusterRequest,
     GetMigrationRequest, GetVmRequest, Host, ListEventsRequest, ListHostsRequest, ListMigrationsRequest,
-    MigrateVmRequest, Migration, MigrationOptions, MigrationPhase, ReadConsoleRequest, ReadConsoleResponse,
-    StartVmRequest, StopVmRequest, Vm, VmSpec, VmState, WriteConsoleRequest,
+    MigrateVmRequest, Migration, MigrationForecast, MigrationOptions, MigrationPhase, ReadConsoleRequest,
+    ReadConsoleResponse, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState, WriteConsoleRequest,
 };
 use drover_proto::{Code, Fault};
 use tokio::runtime::Runtime;
@@ -211,6 +211,25 @@ impl Client {
         self.call(|mut client| {
             let request = request.clone();
             async move { client.migrate_vm(request).await }
+        })
+    }
+
+    /// What a migration would be like.
+    pub fn forecast(
+        &self,
+        vm: &str,
+        to: &str,
+        options: MigrationOptions,
+    ) -> Result<MigrationForecast, Fault> {
+        let request = MigrateVmRequest {
+            request_id: String::new(),
+            vm: vm.to_owned(),
+            to: to.to_owned(),
+            options: Some(options),
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.forecast_migration(request).await }
         })
     }
 

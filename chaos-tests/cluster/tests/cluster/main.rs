@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod cancel;
+mod dry_run;
 mod harness;
 mod kills;
 mod lifecycle;
