@@ -148,7 +148,9 @@ impl Store {
                 continue; // A crash came before its marker: nothing was executed.
             }
             highest = highest.max(key.epoch);
-            if !folder.join("over").exists() {
+            if folder.join("over").exists() {
+                clear(&folder)?; // A crash may have come between the end's note and this.
+            } else {
                 open.push(key.clone());
             }
             self.markers.insert(key);
@@ -254,13 +256,7 @@ impl Store {
             return Ok(()); // It never got as far as its marker.
         }
         write_synced(&folder.join("over"), b"")?;
-        for name in names_in(&folder)?
-            .iter()
-            .filter(|name| !KEPT.contains(&name.as_str()))
-        {
-            let path = folder.join(name);
-            fs::remove_file(&path).at(&path)?;
-        }
+        clear(&folder)?;
         self.prune(&key.vm)
     }
 
@@ -294,6 +290,18 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// Removes from an ended VMM's folder all but its marker and its log.
+fn clear(folder: &Path) -> Result<(), StoreError> {
+    for name in names_in(folder)?
+        .iter()
+        .filter(|name| !KEPT.contains(&name.as_str()))
+    {
+        let path = folder.join(name);
+        fs::remove_file(&path).at(&path)?;
+    }
+    Ok(())
 }
 
 /// Notes, before its first lease is handed on, that the incoming VMM of `folder` may run.
@@ -468,6 +476,22 @@ mod tests {
                 "epoch {epoch} could be started again"
             );
         }
+    }
+
+    #[test]
+    fn what_a_crash_in_the_middle_of_an_end_left_is_removed_at_the_next_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = Key::start("vm1", 1);
+        let (mut store, _) = open(dir.path());
+        let folder = store.begin(&key).unwrap();
+        for name in ["config.json", "vmm.sock", "vmm.log"] {
+            fs::write(folder.join(name), b"x").unwrap();
+        }
+        write_synced(&folder.join("over"), b"").unwrap();
+        drop(store);
+        let (_store, found) = open(dir.path());
+        assert_eq!(found, []);
+        assert_eq!(names_in(&folder).unwrap(), ["over", "started", "vmm.log"]);
     }
 
     #[test]
