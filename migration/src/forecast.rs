@@ -23,6 +23,7 @@ use drover_proto::{Fault, v1};
 use crate::bandwidth::{rate, time};
 use crate::convergence::{self, Costs, Decision, Intent, ROUNDS_MAX, Sample, THROTTLE_MAX, Trend};
 use crate::meter::Meter;
+use crate::vm::PAGE_SIZE;
 
 /// Taken for the bandwidth of a link that no migration has measured, bytes a second: that of 1 Gbit/s Ethernet, less what
 /// its frames cost.
@@ -33,6 +34,8 @@ const ROUND_TRIP: Duration = Duration::from_micros(500);
 const MAX_DOWNTIME_MOST: Duration = Duration::from_secs(600);
 /// The fastest link that is looked at for one that would do, MiB a second.
 const BANDWIDTH_MOST_MIB: u64 = 100 << 10;
+/// Bytes of a page.
+const PAGE: u64 = PAGE_SIZE as u64;
 /// Suggested blackouts are full so many milliseconds.
 const SUGGESTION_STEP_MS: u64 = 10;
 
@@ -184,7 +187,8 @@ pub fn rehearse(facts: &Facts, intent: &Intent) -> Course {
     loop {
         let took = rehearsal.send(content);
         let running = took.saturating_mul(100 - rehearsal.throttle) / 100;
-        let dirty = facts.writes.within(running);
+        // Whole pages, as the source counts them: at the edge of a rule a part of one would decide.
+        let dirty = facts.writes.within(running) / PAGE * PAGE;
         let sample = rehearsal.sample(carried, dirty, took);
         if let Some(fault) = convergence::past_deadline(rehearsal.elapsed, intent) {
             rehearsal.cut_at_deadline();
