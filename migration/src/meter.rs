@@ -2,7 +2,7 @@
 //!
 //! A round counts from its first byte until the target's acknowledgement, reading and scanning included, since the last
 //! pages will take all of that too. So no socket's buffer can make a short round look fast; its round trip makes it look
-//! slow, which errs to the safe side. Below [`SAMPLE_BYTES_MIN`] it would be nothing but round trip, and is left out.
+//! slow, which errs to the safe side. Below `SAMPLE_BYTES_MIN` it would be nothing but round trip, and is left out.
 
 use std::collections::VecDeque;
 use std::time::Duration;

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Every rule that is broken is a panic that says what was seen. Three look all the time: the witness (nobody executes
-//! twice, nor beyond the lease), the console (no page lost, nothing goes back), and [`Looks`] while a migration ends. What
+//! twice, nor beyond the lease), the console (no page lost, nothing goes back), and what it looks at while a migration ends. What
 //! may come of a blow is in [`crate::verdicts`].
 //!
 //! It does not choose what to try: [`plan`] does, from a seed.
