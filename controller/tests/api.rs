@@ -248,6 +248,7 @@ async fn a_vm_is_created_run_and_handed_over_through_any_controller() {
         migration: "m1".into(),
         vm: "vm1".into(),
         epoch: 2,
+        post_copy: false,
     };
     let stale = v1::CommitHandoverRequest {
         epoch: 1,

@@ -368,6 +368,8 @@ pub fn forecast(facts: &Facts, intent: &Intent) -> v1::Forecast {
         throttle_percent_needed: remedies.throttle.unwrap_or(0),
         bandwidth_source: String::new(),
         made_ms: 0,
+        post_copy: false,
+        post_copy_ms: 0,
     }
 }
 

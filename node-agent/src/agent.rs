@@ -180,5 +180,6 @@ fn host_spec(config: &Config, addr: SocketAddr) -> Result<HostSpec, AgentError> 
         device_model: DEVICE_MODEL,
         images: Vec::new(),
         boot_id: inventory::boot_id().map_err(AgentError::Measure)?,
+        post_copy: String::new(),
     })
 }

@@ -225,7 +225,7 @@ fn matches(key: &Key, wanted: &VmDesired) -> bool {
             .migration
             .as_ref()
             .is_some_and(|migration| migration.id == *id),
-        (VmRole::Incoming, Kind::Start) | (VmRole::Unspecified, _) => false,
+        (VmRole::Incoming, Kind::Start) | (VmRole::Serving | VmRole::Unspecified, _) => false,
     }
 }
 
@@ -417,7 +417,7 @@ fn for_wanted(observed: &Observed, wanted: &VmDesired) -> Option<Action> {
     match wanted.role() {
         VmRole::Run => for_wanted_run(observed, wanted),
         VmRole::Incoming => Some(for_wanted_incoming(observed, wanted)),
-        VmRole::Unspecified => None,
+        VmRole::Serving | VmRole::Unspecified => None,
     }
 }
 

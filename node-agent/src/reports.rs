@@ -229,6 +229,7 @@ mod tests {
             progress: Some(progress),
             failure: Some(failure.clone()),
             receipt: None,
+            post_copy: false,
         };
         let info = VmmInfo {
             migration: Some(migration),

@@ -438,6 +438,7 @@ async fn commit(context: &Context, link: &Link, migration: &str) -> (u64, Commit
         migration: migration.to_owned(),
         vm: link.key.vm.clone(),
         epoch: link.key.epoch,
+        post_copy: false,
     };
     loop {
         let answer = context.controllers.call("commit", COMMIT_ATTEMPT, |mut client| {

@@ -121,6 +121,10 @@ codes! {
     TargetDown = "target_down", Aborted;
     /// The source VM failed while it was moved.
     SourceFailed = "source_failed", Aborted;
+    /// A VM that ran at its target before all its pages were there has lost them: source or link is gone.
+    PostCopyLost = "postcopy_lost", Aborted;
+    /// Only post-copy would do, it is allowed, and a host cannot.
+    PostCopyUnavailable = "postcopy_unavailable", Aborted;
 }
 
 impl Code {

@@ -222,6 +222,7 @@ impl Machine {
             progress: migration.progress,
             failure: migration.failure.clone().map(Reason::from),
             receipt: migration.receipt.clone(),
+            post_copy: false,
         });
         let mut next = VmmInfo {
             seq: 0,

@@ -135,6 +135,7 @@ fn phase_word(phase: v1::MigrationPhase) -> &'static str {
         v1::MigrationPhase::Switchover => "switchover",
         v1::MigrationPhase::Ready => "ready",
         v1::MigrationPhase::Committed => "committed",
+        v1::MigrationPhase::PostCopy => "post-copy",
         v1::MigrationPhase::Done => "done",
         v1::MigrationPhase::Aborted => "aborted",
     }

@@ -66,6 +66,7 @@ pub async fn a_target_prepares_commits_and_runs_by_the_commits_lease() {
         migration: "m1".into(),
         vm: "vm1".into(),
         epoch: 2,
+        post_copy: false,
     };
     assert_eq!(commit, expected);
     world.happen(TARGET, "receipt").await;

@@ -384,6 +384,7 @@ fn phase_name(phase: MigrationPhase) -> &'static str {
         MigrationPhase::Switchover => "switchover",
         MigrationPhase::Ready => "ready",
         MigrationPhase::Committed => "committed",
+        MigrationPhase::PostCopy => "post-copy",
         MigrationPhase::Done => "done",
         MigrationPhase::Aborted => "aborted",
     }

@@ -214,6 +214,7 @@ pub fn commit(id: &str, host: &str, vm: &str, epoch: u64) -> Kind {
         migration: id.into(),
         vm: vm.into(),
         epoch,
+        post_copy: false,
     })
 }
 
