@@ -42,6 +42,14 @@ pub struct Config {
     /// CPUs; counted when absent.
     #[serde(default)]
     pub cpus: Option<u32>,
+    /// Whether guests' memory is to be of huge pages where this host's kernel allows it.
+    #[serde(default = "yes")]
+    pub huge_pages: bool,
+}
+
+/// What a setting is by default that is to be switched off.
+fn yes() -> bool {
+    true
 }
 
 /// A configuration that cannot be used.

@@ -290,7 +290,7 @@ fn vmm_config(
     };
     Ok(serde_json::json!({
         "cluster_id": config.cluster_id, "host": config.name, "vm": key.vm, "epoch": key.epoch,
-        "vcpus": spec.vcpus, "memory_mib": spec.memory_mib, "kernel": image("kernel", &spec.kernel)?,
+        "vcpus": spec.vcpus, "memory_mib": spec.memory_mib, "huge_pages": config.huge_pages, "kernel": image("kernel", &spec.kernel)?,
         "initrd": initrd, "cmdline": spec.cmdline, "cpu_profile": cpu_profile, "socket": socket,
         "tls": config.tls, "incoming": incoming,
     }))

@@ -74,9 +74,14 @@ impl TargetVm for Bare {
     }
 }
 
+/// Whether memory is to be of huge pages: unless the environment says `SMALL_PAGES`.
+fn huge_pages() -> bool {
+    env::var_os("SMALL_PAGES").is_none()
+}
+
 /// Pages of xorshift noise.
 fn random(mib: u64) -> Result<Memory, Fault> {
-    let memory = Memory::new(mib << 20)?;
+    let memory = Memory::new(mib << 20, huge_pages())?;
     let (mut state, mut chunk) = (0x9e37_79b9_7f4a_7c15_u64, vec![0; 1 << 20]);
     for first in (0..memory.pages()).step_by((1 << 20) / PAGE_SIZE) {
         for word in chunk.chunks_exact_mut(8) {
@@ -116,7 +121,7 @@ fn credentials(dir: &Path, host: &str) -> Result<Credentials, Failure> {
 
 /// The process that receives; it prints its address, and in the end what it used.
 fn receive(kind: &str, mib: u64, dir: &Path) -> Result<(), Failure> {
-    let memory = Memory::new(mib << 20)?;
+    let memory = Memory::new(mib << 20, huge_pages())?;
     if kind == "copy" {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         println!("{}", listener.local_addr()?);

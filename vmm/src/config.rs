@@ -39,6 +39,9 @@ pub struct Config {
     pub vcpus: u32,
     /// Guest memory, MiB, 16..=1048576.
     pub memory_mib: u64,
+    /// Whether it is to be of huge pages, if the host allows it.
+    #[serde(default = "yes")]
+    pub huge_pages: bool,
     /// The kernel image; not read by an incoming VMM.
     pub kernel: PathBuf,
     /// The initial RAM disk.
@@ -68,6 +71,11 @@ pub struct Incoming {
     /// Whether pages may come unencrypted, which the cluster's policy decides.
     #[serde(default)]
     pub plaintext: bool,
+}
+
+/// What a setting is by default that is to be switched off.
+fn yes() -> bool {
+    true
 }
 
 fn invalid(field: &str, message: String) -> Fault {
@@ -167,6 +175,7 @@ mod tests {
         assert_eq!(config.socket, dir.path().join("vmm.sock"));
         assert_eq!(config.tls.key, dir.path().join("h.key"));
         assert_eq!(config.incoming.unwrap().from_host, "host2");
+        assert!(config.huge_pages, "unless it is said otherwise");
     }
 
     #[test]

@@ -16,6 +16,7 @@
 //! never the end of the process.
 
 pub mod abi;
+pub mod backing;
 pub mod boot;
 pub mod caps;
 pub mod config;

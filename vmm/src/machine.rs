@@ -76,6 +76,7 @@ fn shape(config: &Config) -> Shape {
     Shape {
         vcpus: config.vcpus,
         memory_bytes: config.memory_bytes(),
+        huge_pages: config.huge_pages,
         profile: config.cpu_profile,
     }
 }

@@ -1,31 +1,30 @@
-//! Guest memory: one shared memfd, mapped in at most two regions around the 32-bit hole.
+//! Guest memory: one shared file ([`backing`]), mapped in at most two regions around the 32-bit hole.
 //!
 //! ```text
 //!   0 ............ 3 GiB | hole: PCI, I/O APIC, local APIC | 4 GiB ............
 //!   region 0              no memory                        region 1
 //! ```
 //!
-//! Shared and in a memfd, so that another process can map the same pages. Every write that the VMM makes through
+//! Shared and in a file, so that another process can map the same pages. Every write that the VMM makes through
 //! `vm-memory` marks its page in a bitmap, because KVM's dirty log knows only of what vCPUs and the kernel write.
-//! A page that was never written is a hole of the memfd: reading it costs a fault but gives zeroes, and making it
-//! zero again punches the hole.
+//! A page that was never written is a hole of the file, unless a neighbour was written and both lie in one huge page: then it is zero.
+//! Reading a hole through the mapping fills it, with zeroes; making a page zero again punches a hole.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
 use drover_migration::vm::{Layout, PAGE_SIZE, PageSet, Region};
 use drover_proto::{Code, Fault};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
     MemoryRegionAddress,
 };
+
+use crate::backing;
 
 /// Where the memory below 4 GiB ends and the hole begins.
 pub const HOLE_START: u64 = 3 << 30;
@@ -92,16 +91,13 @@ fn broken(what: &str, error: impl std::fmt::Display) -> Fault {
 }
 
 impl Memory {
-    /// Maps `bytes` of zeroes, a multiple of 1 MiB.
-    pub fn new(bytes: u64) -> Result<Self, Fault> {
+    /// Maps `bytes` of zeroes, a multiple of 1 MiB; `huge_pages`: in huge pages, if the host allows it.
+    pub fn new(bytes: u64, huge_pages: bool) -> Result<Self, Fault> {
         assert!(
             bytes > 0 && bytes.is_multiple_of(1 << 20),
             "guest memory is whole MiB"
         );
-        let fd: OwnedFd = memfd_create(c"drover-guest", MFdFlags::MFD_CLOEXEC)
-            .map_err(|error| broken("memfd_create", error))?;
-        let file = File::from(fd);
-        file.set_len(bytes).map_err(|error| broken("size", error))?;
+        let file = backing::create(bytes, huge_pages)?;
         let layout = layout(bytes);
         let mut ranges = Vec::with_capacity(layout.len());
         let mut offset = 0;
@@ -112,6 +108,9 @@ impl Memory {
             offset += region.len;
         }
         let mapped = Mapped::from_ranges_with_files(&ranges).map_err(|error| broken("map", error))?;
+        if huge_pages {
+            mapped.iter().for_each(backing::advise);
+        }
         Ok(Self {
             mapped,
             layout,
@@ -165,7 +164,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Writes whole pages from `first` on. A page that the VMM never wrote is written through the memfd: the kernel then takes a
+    /// Writes whole pages from `first` on. A page that the VMM never wrote is written through the file: the kernel then takes a
     /// page without clearing it first and without a fault. One that is written again (hot, most likely) goes through the
     /// mapping, so that the guest finds it mapped.
     pub fn write_pages(&self, first: u64, data: &[u8]) -> Result<(), Fault> {
@@ -189,15 +188,15 @@ impl Memory {
         Ok(())
     }
 
-    /// How many pages from `first` on, at most `count`, were never written: a hole of the memfd (lseek(2), `SEEK_DATA`).
+    /// How many pages from `first` on, at most `count`, were never written: a hole of the file (lseek(2), `SEEK_DATA`).
     /// Reading them through the mapping would fill it with zeroes.
     pub fn hole_ahead(&self, first: u64, count: u64) -> u64 {
         let file = self
             .region(0)
             .file_offset()
-            .expect("every region is a piece of the memfd")
+            .expect("every region is a piece of the file")
             .file();
-        // Pages are numbered as they stand in the memfd.
+        // Pages are numbered as they stand in the file.
         let Some(at) = first.checked_mul(PAGE).and_then(|at| i64::try_from(at).ok()) else {
             return 0;
         };
@@ -226,9 +225,7 @@ impl Memory {
     }
 
     fn punch(&self, region: &GuestRegionMmap<AtomicBitmap>, offset: u64, len: u64) -> Result<(), Fault> {
-        let file = region
-            .file_offset()
-            .expect("every region is a piece of the memfd");
+        let file = region.file_offset().expect("every region is a piece of the file");
         let signed = |value: u64| i64::try_from(value).map_err(|error| broken("punch", error));
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(file.file(), mode, signed(file.start() + offset)?, signed(len)?)
@@ -282,11 +279,9 @@ fn run_of(region: &GuestRegionMmap<AtomicBitmap>, at: u64, end: u64) -> Run {
     }
 }
 
-/// Writes to the memfd behind `region`.
+/// Writes to the file behind `region`.
 fn fill(region: &GuestRegionMmap<AtomicBitmap>, at: u64, data: &[u8]) -> io::Result<()> {
-    let behind = region
-        .file_offset()
-        .expect("every region is a piece of the memfd");
+    let behind = region.file_offset().expect("every region is a piece of the file");
     let offset = usize::try_from(at).map_err(io::Error::other)?;
     behind.file().write_all_at(data, behind.start() + at)?;
     (**region).bitmap().mark_dirty(offset, data.len());
@@ -296,6 +291,9 @@ fn fill(region: &GuestRegionMmap<AtomicBitmap>, at: u64, data: &[u8]) -> io::Res
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Pages of 4 KiB in a huge one.
+    const HUGE_PAGES: u64 = (2 << 20) / PAGE;
 
     #[test]
     fn memory_beyond_three_gibibytes_continues_after_the_hole() {
@@ -320,7 +318,7 @@ mod tests {
 
     #[test]
     fn pages_are_numbered_densely_across_the_hole() {
-        let memory = Memory::new((3 << 30) + (1 << 20)).unwrap();
+        let memory = Memory::new((3 << 30) + (1 << 20), true).unwrap();
         let edge = (3 << 30) / PAGE;
         let data: Vec<u8> = (0..2 * PAGE_SIZE)
             .map(|i| if i < PAGE_SIZE { 1 } else { 2 })
@@ -340,7 +338,7 @@ mod tests {
 
     #[test]
     fn holes_end_where_something_was_written() {
-        let memory = Memory::new((3 << 30) + (1 << 20)).unwrap();
+        let memory = Memory::new((3 << 30) + (1 << 20), false).unwrap();
         let edge = (3 << 30) / PAGE;
         memory.write_pages(edge + 5, &[7; PAGE_SIZE]).unwrap();
         assert_eq!(memory.hole_ahead(0, edge), edge);
@@ -352,7 +350,7 @@ mod tests {
 
     #[test]
     fn pages_outside_the_guest_are_refused() {
-        let memory = Memory::new(1 << 20).unwrap();
+        let memory = Memory::new(1 << 20, true).unwrap();
         for first in [256, u64::MAX, u64::MAX / PAGE] {
             assert_eq!(
                 memory.write_pages(first, &[0; PAGE_SIZE]).unwrap_err().code,
@@ -366,28 +364,54 @@ mod tests {
 
     #[test]
     fn pages_written_for_the_first_time_and_again_read_back_and_count_as_written() {
-        let memory = Memory::new(1 << 20).unwrap();
-        memory.write_pages(4, &[1; 2 * PAGE_SIZE]).unwrap();
-        memory.write_pages(3, &[2; 4 * PAGE_SIZE]).unwrap();
-        memory.write_pages(5, &[3; PAGE_SIZE]).unwrap();
-        let mut back = vec![9; 6 * PAGE_SIZE];
-        memory.read_pages(2, &mut back).unwrap();
-        let bytes: Vec<u8> = back.iter().step_by(PAGE_SIZE).copied().collect();
-        assert_eq!(bytes, [0, 2, 2, 3, 2, 0]);
-        let mut written = PageSet::empty(memory.pages());
-        memory.take_written(&mut written);
-        // Page 7 was read through the mapping, which took a page for it.
-        assert_eq!((written.count(), memory.hole_ahead(8, 100)), (4, 100));
+        for huge_pages in [false, true] {
+            let memory = Memory::new(4 << 20, huge_pages).unwrap();
+            memory.write_pages(4, &[1; 2 * PAGE_SIZE]).unwrap();
+            memory.write_pages(3, &[2; 4 * PAGE_SIZE]).unwrap();
+            memory.write_pages(5, &[3; PAGE_SIZE]).unwrap();
+            let mut back = vec![9; 6 * PAGE_SIZE];
+            memory.read_pages(2, &mut back).unwrap();
+            let bytes: Vec<u8> = back.iter().step_by(PAGE_SIZE).copied().collect();
+            assert_eq!(bytes, [0, 2, 2, 3, 2, 0]);
+            let mut written = PageSet::empty(memory.pages());
+            memory.take_written(&mut written);
+            assert_eq!(written.count(), 4);
+            if !huge_pages {
+                // Page 7 was read through the mapping, which took a page for it.
+                assert_eq!(memory.hole_ahead(8, 100), 100);
+            }
+            assert_eq!(memory.hole_ahead(HUGE_PAGES, 100), 100, "the huge page after it");
+        }
     }
 
     #[test]
     fn a_written_page_reads_as_zero_after_it_was_zeroed() {
-        let memory = Memory::new(1 << 20).unwrap();
-        memory.write_pages(3, &[7; 3 * PAGE_SIZE]).unwrap();
-        memory.zero_pages(0, 5).unwrap();
-        let mut back = vec![0; 3 * PAGE_SIZE];
-        memory.read_pages(3, &mut back).unwrap();
-        assert!(back[..2 * PAGE_SIZE].iter().all(|&byte| byte == 0));
-        assert!(back[2 * PAGE_SIZE..].iter().all(|&byte| byte == 7));
+        for huge_pages in [false, true] {
+            let memory = Memory::new(4 << 20, huge_pages).unwrap();
+            memory.write_pages(3, &[7; 3 * PAGE_SIZE]).unwrap();
+            memory.zero_pages(0, 5).unwrap();
+            let mut back = vec![0; 3 * PAGE_SIZE];
+            memory.read_pages(3, &mut back).unwrap();
+            assert!(back[..2 * PAGE_SIZE].iter().all(|&byte| byte == 0));
+            assert!(back[2 * PAGE_SIZE..].iter().all(|&byte| byte == 7));
+        }
+    }
+
+    #[test]
+    fn what_shares_a_huge_page_with_a_written_page_is_zero_and_the_next_huge_page_stays_a_hole() {
+        let memory = Memory::new(8 << 20, true).unwrap();
+        // Through the mapping, as a guest writes: the fault takes as much as it can get.
+        let address = GuestAddress((HUGE_PAGES + 7) * PAGE);
+        memory.mapped().write_obj(0x55_u8, address).unwrap();
+        assert!(memory.hole_ahead(0, 2 * HUGE_PAGES) >= HUGE_PAGES);
+        assert_eq!(memory.hole_ahead(HUGE_PAGES + 7, 1), 0);
+        assert_eq!(memory.hole_ahead(2 * HUGE_PAGES, HUGE_PAGES), HUGE_PAGES);
+        memory.zero_pages(HUGE_PAGES, HUGE_PAGES - 1).unwrap();
+        memory.write_pages(2 * HUGE_PAGES - 1, &[9; PAGE_SIZE]).unwrap();
+        let mut back = vec![1; usize::try_from(2 * HUGE_PAGES * PAGE).unwrap()];
+        memory.read_pages(HUGE_PAGES, &mut back).unwrap();
+        let set: Vec<usize> = (0..back.len()).filter(|&at| back[at] != 0).collect();
+        let last = usize::try_from((HUGE_PAGES - 1) * PAGE).unwrap();
+        assert_eq!(set, (last..last + PAGE_SIZE).collect::<Vec<_>>());
     }
 }

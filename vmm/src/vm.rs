@@ -51,6 +51,8 @@ pub struct Shape {
     pub vcpus: u32,
     /// Guest memory, bytes, whole MiB.
     pub memory_bytes: u64,
+    /// Whether the memory is to be of huge pages, if the host allows it.
+    pub huge_pages: bool,
     /// What the guest sees of the CPU.
     pub profile: Profile,
 }
@@ -93,7 +95,7 @@ impl Vm {
                 .map_err(|error| start_failed("identity map", error))?;
         }
         irqchip::create(&fd)?;
-        let memory = Arc::new(Memory::new(shape.memory_bytes)?);
+        let memory = Arc::new(Memory::new(shape.memory_bytes, shape.huge_pages)?);
         set_slots(&fd, &memory, false)?;
         let eventfd = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         let line = eventfd().map_err(|error| start_failed("eventfd", error))?;

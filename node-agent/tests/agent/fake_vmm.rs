@@ -32,6 +32,7 @@ struct Config {
     epoch: u64,
     vcpus: u32,
     memory_mib: u64,
+    huge_pages: bool,
     kernel: PathBuf,
     initrd: Option<PathBuf>,
     cmdline: String,

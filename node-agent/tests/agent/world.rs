@@ -60,6 +60,7 @@ impl World {
             tls,
             memory_mib: Some(4096),
             cpus: Some(2),
+            huge_pages: true,
         };
         Self {
             dir,

@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn an_initial_ram_disk_lies_at_the_top_on_a_page_of_its_own() {
-        let memory = Memory::new(16 << 20).expect("memory is there");
+        let memory = Memory::new(16 << 20, true).expect("memory is there");
         let kernel = elf::tests::build(0x20_0000, &CODE, true);
         let initrd: Vec<u8> = (0..10_000u32).map(|i| u8::try_from(i % 251).unwrap()).collect();
         let entry = load_bytes(&memory, &kernel, Some(&initrd), "quiet", 1).unwrap();
@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_the_guest_is_refused_with_its_field() {
-        let memory = Memory::new(16 << 20).expect("memory is there");
+        let memory = Memory::new(16 << 20, true).expect("memory is there");
         let fault = |kernel: &[u8], initrd: Option<&[u8]>| {
             load_bytes(&memory, kernel, initrd, "", 1).unwrap_err().field
         };

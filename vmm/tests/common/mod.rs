@@ -72,6 +72,7 @@ pub fn empty_vm(vcpus: u32) -> Vm {
     Vm::build(Shape {
         vcpus,
         memory_bytes,
+        huge_pages: true,
         profile: Profile::Baseline,
     })
     .unwrap()

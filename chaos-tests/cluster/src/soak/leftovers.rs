@@ -17,8 +17,8 @@ use crate::cluster::{PARTIES, host_ip, host_name};
 use crate::process::find;
 use crate::vmms::folders;
 
-/// How the VMM names guest memory (memfd_create(2)).
-const GUEST_MEMORY: &str = "/memfd:drover-guest";
+/// How the VMM names guest memory, in a tmpfs of its own or as a memfd.
+const GUEST_MEMORY: [&str; 2] = ["/drover-guest", "/memfd:drover-guest"];
 
 /// Descriptors that any daemon or VMM may have open. They use a few dozen; one that keeps some of each migration goes beyond.
 const DESCRIPTORS_MAX: usize = 200;
@@ -49,13 +49,14 @@ pub fn find_leftovers(cluster: &Cluster, vm: &str, vmms: usize) -> Vec<String> {
             left.push(format!("process {pid} has {} descriptors open", open.len()));
         }
         memories.extend(open.into_iter().filter_map(|(file, target)| {
-            let guest = target.to_string_lossy().starts_with(GUEST_MEMORY);
-            guest.then(|| fs::metadata(file).ok().map(|file| file.ino()))?
+            let target = target.to_string_lossy();
+            let guest = GUEST_MEMORY.iter().any(|name| target.starts_with(name));
+            guest.then(|| fs::metadata(file).ok().map(|file| (file.dev(), file.ino())))?
         }));
     }
     if memories.len() != vmms {
         left.push(format!(
-            "{} guest memories, {vmms} wanted: inodes {memories:?}",
+            "{} guest memories, {vmms} wanted: devices and inodes {memories:?}",
             memories.len()
         ));
     }
