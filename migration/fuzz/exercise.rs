@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use drover_migration::codec::{self, Frame, HEADER_BYTES, Hello};
 use drover_migration::convergence::{Costs, Intent};
-use drover_migration::handshake::{Expected, TOKEN_BYTES, VERSIONS, regions};
+use drover_migration::handshake::{Expected, TOKEN_BYTES, VERSIONS, feature, regions};
 use drover_migration::source;
 use drover_migration::target;
 use drover_migration::vm::{PAGE_SIZE, PageSet, Region};
@@ -44,6 +44,7 @@ pub fn hello() -> Hello {
         cpu_profile: "baseline".into(),
         streams: 0,
         plaintext: false,
+        features: feature::ALL,
     }
 }
 
@@ -123,6 +124,7 @@ fn new_source() -> source::Machine {
         costs: Costs::NONE,
         tracker: "bitmap".into(),
         skip_final_pass: false,
+        forget_put_off: false,
     });
     let greeting = source.handle(Duration::ZERO, source::Event::Connected);
     assert_eq!(greeting.last(), Some(&source::Action::Receive));

@@ -17,6 +17,15 @@ pub const STREAMS_MAX: u32 = 16;
 /// Length of the token that binds a stream to its migration, bytes.
 pub const TOKEN_BYTES: usize = 32;
 
+/// What two sides of one version may or may not be able to do, a bit each. The source offers, the target keeps what it knows; a bit that
+/// is not agreed on is not used.
+pub mod feature {
+    /// A page may come for the first time in a later round than the first: the target counts them at the end.
+    pub const LATE_PAGES: u32 = 1;
+    /// All that this build can do.
+    pub const ALL: u32 = LATE_PAGES;
+}
+
 /// The highest version that both speak.
 pub fn negotiate(ours: RangeInclusive<u32>, theirs: RangeInclusive<u32>) -> Result<u32, Fault> {
     let version = *ours.end().min(theirs.end());
@@ -74,6 +83,8 @@ pub struct Agreed {
     pub streams: u32,
     /// Whether those streams go without TLS.
     pub plaintext: bool,
+    /// See [`feature`].
+    pub features: u32,
 }
 
 /// Judges the source's hello; gives what to go on with.
@@ -124,9 +135,11 @@ pub fn check(hello: &Hello, expected: &Expected) -> Result<Agreed, Fault> {
         &hello.cpu_profile,
         &expected.cpu_profile,
     )?;
+    let features = hello.features & feature::ALL;
     if version < VERSION_STREAMS || hello.streams == 0 {
         return Ok(Agreed {
             version,
+            features,
             ..Agreed::default()
         });
     }
@@ -141,6 +154,7 @@ pub fn check(hello: &Hello, expected: &Expected) -> Result<Agreed, Fault> {
         version,
         streams: hello.streams.min(STREAMS_MAX),
         plaintext: hello.plaintext,
+        features,
     })
 }
 
@@ -210,10 +224,17 @@ pub fn check_choice(ack: &HelloAck, hello: &Hello) -> Result<Agreed, Fault> {
             ack.token.len()
         )));
     }
+    if ack.features & !hello.features != 0 {
+        return Err(bad(format!(
+            "the target agreed to features {:#x}, {:#x} were offered",
+            ack.features, hello.features
+        )));
+    }
     Ok(Agreed {
         version: ack.version,
         streams: ack.streams,
         plaintext: ack.streams > 0 && hello.plaintext,
+        features: ack.features,
     })
 }
 
@@ -312,6 +333,7 @@ mod tests {
             regions: regions(&expected().layout),
             device_model: 1,
             cpu_profile: "baseline".into(),
+            features: u32::MAX,
         }
     }
 
@@ -321,10 +343,12 @@ mod tests {
             version: 2,
             streams: STREAMS_MAX,
             plaintext: false,
+            features: feature::ALL,
         };
         assert_eq!(check(&hello(), &expected()), Ok(agreed));
         let old = Hello {
             version_max: 1,
+            features: 0,
             ..hello()
         };
         let alone = Agreed {
@@ -356,6 +380,7 @@ mod tests {
             version,
             streams,
             token: vec![1; token],
+            features: 0,
         };
         assert_eq!(
             check_choice(&ack(2, 3, TOKEN_BYTES), &hello()).unwrap().streams,
@@ -376,6 +401,15 @@ mod tests {
                 "{wrong:?}"
             );
         }
+        let unasked = HelloAck {
+            features: 1 << 31,
+            ..ack(1, 0, 0)
+        };
+        let offer = Hello {
+            features: feature::ALL,
+            ..hello()
+        };
+        assert_eq!(check_choice(&unasked, &offer).unwrap_err().code, Code::BadFrame);
     }
 
     #[test]

@@ -133,7 +133,7 @@ impl PageSet {
 }
 
 /// The VM as the source of a migration. `read_pages` and `zero_ahead` are called from several threads at once, never while
-/// the engine's own thread is in another call.
+/// the engine's own thread is in another call than `look_dirty`.
 pub trait SourceVm: Sync {
     /// The guest's memory.
     fn layout(&self) -> Layout;
@@ -144,6 +144,12 @@ pub trait SourceVm: Sync {
     /// Adds to `into` the pages written since the last call, by the guest's vCPUs and by the VMM itself, and re-arms
     /// tracking for them. Pages are re-armed *before* they are read by `read_page`, so no write is missed.
     fn take_dirty(&self, into: &mut PageSet) -> Result<(), Fault>;
+    /// Adds to `into` pages written since the last call of `take_dirty`, as many as are found at little cost, so that they are not sent
+    /// now and again later. The next `take_dirty` may leave them out or not. A VM that cannot finds none.
+    fn look_dirty(&self, into: &mut PageSet) -> Result<(), Fault> {
+        let _ = into;
+        Ok(())
+    }
     /// Copies pages `first..` into `out` (whole pages, all of one region). The guest may be writing meanwhile: a torn page
     /// is dirty again.
     fn read_pages(&self, first: u64, out: &mut [u8]);

@@ -39,6 +39,7 @@ fn go(facts: &Facts, intent: Intent) -> Went {
         costs: facts.costs,
         tracker: "bitmap".to_owned(),
         skip_final_pass: false,
+        forget_put_off: false,
     });
     let (mut now, mut taken_at) = (Duration::ZERO, Duration::ZERO);
     // Of the round: batches are sent without a break, so that none is rounded by itself.
@@ -92,6 +93,8 @@ fn go(facts: &Facts, intent: Intent) -> Went {
                     });
                     next = Some(Event::DirtyTaken(dirty));
                 }
+                // The forecast knows nothing of pages that are put off: this guest's VM does not see them.
+                Action::LookDirty => next = Some(Event::DirtySeen(PageSet::empty(pages))),
                 Action::Pause => {
                     return Went {
                         ended: Ok(()),

@@ -8,10 +8,10 @@ mod common;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use common::{FakeVm, Flaw, Rng, layout};
+use common::{FakeVm, Flaw, Look, Rng, layout};
 use drover_migration::codec::{self, Batch, Frame, Hello, Message, Run};
 use drover_migration::convergence::{Costs, Intent, fits};
-use drover_migration::handshake::{Expected, TOKEN_BYTES, VERSIONS, regions};
+use drover_migration::handshake::{Expected, TOKEN_BYTES, VERSIONS, feature, regions};
 use drover_migration::source::{self, Outcome};
 use drover_migration::target;
 use drover_migration::vm::{PAGE_SIZE, PageSet, SourceVm, TargetVm};
@@ -20,8 +20,9 @@ use proptest::prelude::*;
 
 /// A run that takes more steps has lost its end.
 const STEPS_MAX: usize = 200_000;
-/// What the simulated link carries.
+/// What the simulated link carries: so much, or so little that pages are written again before their turn.
 const LINK_BYTES_PER_S: u64 = 100 << 20;
+const SLOW_LINK_BYTES_PER_S: u64 = 5 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Trouble {
@@ -74,6 +75,11 @@ struct Plan {
     /// Steps before the trouble.
     at: usize,
     skip_final_pass: bool,
+    forget_put_off: bool,
+    link_bytes_per_s: u64,
+    look: Look,
+    /// What the target knows.
+    features: u32,
 }
 
 impl Plan {
@@ -96,9 +102,24 @@ fn plans() -> impl Strategy<Value = Plan> {
         prop::sample::select(vec![0_u32, 50, 99]),
         prop::sample::select(TROUBLES.to_vec()),
         0_usize..120,
+        prop::sample::select(vec![LINK_BYTES_PER_S, SLOW_LINK_BYTES_PER_S]),
+        prop::sample::select(vec![Look::Nothing, Look::All, Look::AllTaken]),
+        prop::sample::select(vec![0, feature::LATE_PAGES]),
     )
         .prop_map(
-            |(seed, pages, hot, eagerness, max_downtime_ms, max_throttle, trouble, at)| Plan {
+            |(
+                seed,
+                pages,
+                hot,
+                eagerness,
+                max_downtime_ms,
+                max_throttle,
+                trouble,
+                at,
+                link,
+                look,
+                features,
+            )| Plan {
                 seed,
                 pages,
                 hot: hot.min(pages),
@@ -108,6 +129,10 @@ fn plans() -> impl Strategy<Value = Plan> {
                 trouble,
                 at,
                 skip_final_pass: false,
+                forget_put_off: false,
+                link_bytes_per_s: link,
+                look,
+                features,
             },
         )
 }
@@ -178,6 +203,7 @@ impl World {
                 source_vm.guest_writes(page, rng.byte());
             }
         }
+        source_vm.lock().look = plan.look;
         let target_vm = FakeVm::new(plan.pages);
         match plan.trouble {
             Trouble::Source(flaw) => source_vm.lock().flaw = Some(flaw),
@@ -198,6 +224,8 @@ impl World {
             cpu_profile: "baseline".into(),
             streams: 0,
             plaintext: false,
+            // As if the target left out what it does not know.
+            features: plan.features,
         };
         let source_machine = source::Machine::new(source::Config {
             hello,
@@ -206,6 +234,7 @@ impl World {
             costs: Costs::NONE,
             tracker: "bitmap".into(),
             skip_final_pass: plan.skip_final_pass,
+            forget_put_off: plan.forget_put_off,
         });
         let target_machine = target::Machine::new(Expected {
             versions: VERSIONS,
@@ -267,9 +296,7 @@ impl World {
                 self.struck = self.strike();
             }
             if self.rng.below(1600) < self.plan.eagerness * (100 - self.throttle as usize) {
-                let page = self.hot_from + self.rng.below(usize::try_from(self.plan.hot).unwrap());
-                let value = self.rng.byte() & 3;
-                self.source_vm.guest_writes(page, value);
+                self.guest_writes();
                 continue;
             }
             let moved = match self.rng.below(2) {
@@ -282,6 +309,12 @@ impl World {
             }
         }
         panic!("the migration did not end in {STEPS_MAX} steps");
+    }
+
+    fn guest_writes(&mut self) {
+        let page = self.hot_from + self.rng.below(usize::try_from(self.plan.hot).unwrap());
+        let value = self.rng.byte() & 3;
+        self.source_vm.guest_writes(page, value);
     }
 
     /// Brings the trouble about, if there is something to hit.
@@ -404,6 +437,12 @@ impl World {
                     .take_dirty(&mut dirty)
                     .map(|()| Event::DirtyTaken(dirty))
             }
+            Action::LookDirty => {
+                let mut seen = PageSet::empty(self.plan.pages);
+                self.source_vm
+                    .look_dirty(&mut seen)
+                    .map(|()| Event::DirtySeen(seen))
+            }
             Action::Pause => {
                 let sample = self.source_machine.sample(self.now);
                 assert!(
@@ -470,7 +509,15 @@ impl World {
                 self.to_target.push(frame.to_vec());
             }
         }
-        self.now += Duration::from_nanos(sent.bytes * 1_000_000_000 / LINK_BYTES_PER_S);
+        let took = Duration::from_nanos(sent.bytes * 1_000_000_000 / self.plan.link_bytes_per_s);
+        self.now += took;
+        if self.plan.link_bytes_per_s == SLOW_LINK_BYTES_PER_S {
+            // The guest does not wait for a slow link.
+            let writes = usize::try_from(took.as_millis()).unwrap() * self.plan.eagerness / 16;
+            for _ in 0..writes * (100 - self.throttle as usize) / 100 {
+                self.guest_writes();
+            }
+        }
         source::Event::BatchSent(sent)
     }
 
@@ -613,6 +660,10 @@ fn swept(trouble: Trouble, seeds: u64) -> impl Iterator<Item = Plan> {
         trouble,
         at: usize::try_from(seed).unwrap(),
         skip_final_pass: false,
+        forget_put_off: false,
+        link_bytes_per_s: LINK_BYTES_PER_S,
+        look: Look::All,
+        features: feature::ALL,
     })
 }
 
@@ -749,6 +800,63 @@ fn without_the_final_pass_the_harness_sees_lost_pages() {
             })
         })
         .filter(|world| world.memory_differed)
+        .count();
+    assert!(differed > 0, "the seeded bug went unnoticed");
+}
+
+/// Plans of a guest that writes its pages again before a slow link comes to them.
+fn rewriting(seeds: u64) -> impl Iterator<Item = Plan> {
+    swept(Trouble::None, seeds).map(|plan| Plan {
+        pages: 650,
+        hot: 350,
+        link_bytes_per_s: SLOW_LINK_BYTES_PER_S,
+        ..plan
+    })
+}
+
+#[test]
+fn pages_written_again_before_their_turn_are_not_sent_twice() {
+    let sent = |plan: Plan| {
+        let world = play(plan);
+        assert!(!world.memory_differed);
+        let Some(Ok(done)) = &world.target_end else {
+            panic!("{:?} {:?}", world.outcome, world.target_end)
+        };
+        done.receipt.pages + done.receipt.zero_pages
+    };
+    let [mut never, mut later, mut always] = [0; 3];
+    for plan in rewriting(30) {
+        never += sent(Plan {
+            look: Look::Nothing,
+            ..plan.clone()
+        });
+        // A target of before insists on all pages in the first round.
+        later += sent(Plan {
+            features: 0,
+            ..plan.clone()
+        });
+        always += sent(plan);
+    }
+    assert!(
+        always < later && later <= never,
+        "{always} pages with all rounds, {later} without the first, {never} without looking"
+    );
+}
+
+#[test]
+fn pages_that_are_put_off_and_forgotten_are_seen_by_the_harness() {
+    let differed = rewriting(50)
+        .map(|plan| {
+            play(Plan {
+                forget_put_off: true,
+                look: Look::AllTaken,
+                ..plan
+            })
+        })
+        .filter(|world| {
+            world.memory_differed
+                || matches!(&world.target_end, Some(Err(fault)) if fault.code == Code::DigestMismatch)
+        })
         .count();
     assert!(differed > 0, "the seeded bug went unnoticed");
 }

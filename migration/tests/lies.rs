@@ -9,7 +9,7 @@ mod exercise;
 use std::time::Duration;
 
 use drover_migration::codec::{
-    self, Batch, Frame, HelloAck, Message, Ready, Refusal, RoundAck, RoundEnd, Run, StateFrame,
+    self, Batch, Frame, Hello, HelloAck, Message, Ready, Refusal, RoundAck, RoundEnd, Run, StateFrame,
 };
 use drover_migration::convergence::{Costs, Intent};
 use drover_migration::digest::{Totals, digest};
@@ -187,9 +187,25 @@ fn a_target_refuses_counts_that_differ_from_what_came() {
     }
     let mut hole = Target::greeted();
     hole.zeros(1, 1, PAGES - 1).unwrap();
+    hole.tell(round_end(1, 0, PAGES - 1, false)).unwrap();
+    hole.zeros(2, 1, 5).unwrap();
     assert_eq!(
-        code(hole.tell(round_end(1, 0, PAGES - 1, false))),
-        Code::DigestMismatch
+        code(hole.tell(round_end(2, 0, 5, true))),
+        Code::DigestMismatch,
+        "page 0 never came"
+    );
+    let mut older = Target::new();
+    older
+        .tell(Message::Hello(Hello {
+            features: 0,
+            ..hello()
+        }))
+        .unwrap();
+    older.zeros(1, 1, PAGES - 1).unwrap();
+    assert_eq!(
+        code(older.tell(round_end(1, 0, PAGES - 1, false))),
+        Code::DigestMismatch,
+        "a source that never said so may not leave a page for later"
     );
     let mut skipped = Target::greeted();
     skipped.zeros(1, 0, PAGES).unwrap();
@@ -226,6 +242,7 @@ fn source_config() -> source::Config {
         costs: Costs::NONE,
         tracker: "bitmap".into(),
         skip_final_pass: false,
+        forget_put_off: false,
     }
 }
 

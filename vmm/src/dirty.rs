@@ -6,7 +6,7 @@
 //!
 //! A page is protected again *before* it is read for sending, so a write during the read is found in the next round.
 
-use drover_migration::vm::PageSet;
+use drover_migration::vm::{PageSet, Region};
 use drover_proto::{Code, Fault};
 use kvm_ioctls::VmFd;
 
@@ -24,6 +24,11 @@ pub trait DirtyTracker: Send {
     fn stop(&mut self, vm: &VmFd, memory: &Memory) -> Result<(), Fault>;
     /// Adds to `into` the pages written since the last call, and protects them again.
     fn take(&mut self, vm: &VmFd, memory: &Memory, into: &mut PageSet) -> Result<(), Fault>;
+    /// Adds to `into` pages written since the last `take`. Unless a tracker can do better, that takes them, which is allowed: whoever
+    /// looks keeps them in mind.
+    fn look(&mut self, vm: &VmFd, memory: &Memory, into: &mut PageSet) -> Result<(), Fault> {
+        self.take(vm, memory, into)
+    }
 }
 
 /// The dirty bitmap of every memory slot.
@@ -45,6 +50,12 @@ fn log_fault(what: &str, error: impl std::fmt::Display) -> Fault {
     Fault::new(Code::GuestKvmFailure, format!("dirty log: {what}: {error}"))
 }
 
+fn log_of(vm: &VmFd, slot: u32, region: &Region) -> Result<Vec<u64>, Fault> {
+    let len = usize::try_from(region.len).expect("a mapped region fits the address space");
+    vm.get_dirty_log(slot, len)
+        .map_err(|error| log_fault("read", error))
+}
+
 impl DirtyTracker for Bitmap {
     fn name(&self) -> &'static str {
         "bitmap"
@@ -63,10 +74,7 @@ impl DirtyTracker for Bitmap {
         let mut first = 0;
         for (slot, region) in (0u32..).zip(memory.layout()) {
             let pages = region.len / PAGE;
-            let len = usize::try_from(region.len).expect("a mapped region fits the address space");
-            let words = vm
-                .get_dirty_log(slot, len)
-                .map_err(|error| log_fault("read", error))?;
+            let words = log_of(vm, slot, region)?;
             if self.manual_protect && words.iter().any(|&word| word != 0) {
                 clear::clear_dirty_log(vm, slot, pages, &words)
                     .map_err(|error| log_fault("protect", error))?;
@@ -75,6 +83,17 @@ impl DirtyTracker for Bitmap {
             first += pages;
         }
         memory.take_written(into);
+        Ok(())
+    }
+
+    /// With manual protection the log is only read: the pages stay in it, and the guest writes on without a fault.
+    fn look(&mut self, vm: &VmFd, memory: &Memory, into: &mut PageSet) -> Result<(), Fault> {
+        let mut first = 0;
+        for (slot, region) in (0u32..).zip(memory.layout()) {
+            let pages = region.len / PAGE;
+            merge_at(&mut into.words, first, &log_of(vm, slot, region)?, pages);
+            first += pages;
+        }
         Ok(())
     }
 }

@@ -42,6 +42,10 @@ impl SourceVm for Source<'_> {
         self.machine.built().take_dirty(into)
     }
 
+    fn look_dirty(&self, into: &mut PageSet) -> Result<(), Fault> {
+        self.machine.built().look_dirty(into)
+    }
+
     fn read_pages(&self, first: u64, out: &mut [u8]) {
         debug_assert!(
             out.len().is_multiple_of(vm::PAGE_SIZE),

@@ -316,6 +316,11 @@ impl Vm {
     pub fn take_dirty(&self, into: &mut PageSet) -> Result<(), Fault> {
         self.tracker().take(&self.fd, &self.memory, into)
     }
+
+    /// Adds to `into` pages that the guest wrote since the last call of [`Self::take_dirty`], which may or may not name them again.
+    pub fn look_dirty(&self, into: &mut PageSet) -> Result<(), Fault> {
+        self.tracker().look(&self.fd, &self.memory, into)
+    }
 }
 
 impl Drop for Vm {

@@ -204,12 +204,17 @@ fn the_dirty_log_finds_what_the_guest_and_the_vmm_write() {
     vm.memory().read_pages(0, &mut pages).unwrap();
     let seen = seconds(&common::text(vm.console()), "t").len();
     await_console(vm.console(), "next line", has_seconds(seen + 1));
+    let mut dirty = PageSet::empty(vm.memory().pages());
+    vm.look_dirty(&mut dirty).unwrap();
+    let looked_at = dirty.clone();
+    assert!(dirty.count() > 0, "the guest writes, and a look saw nothing");
     vm.pause();
     let own = vm.memory().pages() - 1;
     vm.memory().write_pages(own, &[0xa5; 4096]).unwrap();
-    let mut dirty = PageSet::empty(vm.memory().pages());
+    // What was only looked at must be in one of the two.
     vm.take_dirty(&mut dirty).unwrap();
     vm.stop_dirty_log().unwrap();
+    assert!(dirty.count() >= looked_at.count());
     let is_dirty = |page: usize| dirty.words[page / 64] >> (page % 64) & 1 == 1;
     assert!(is_dirty(own as usize), "the VMM's own write was missed");
     let mut now = vec![0; pages.len()];

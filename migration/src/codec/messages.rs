@@ -59,6 +59,9 @@ pub struct Hello {
     /// Whether those streams are to go without TLS.
     #[prost(bool, tag = "13")]
     pub plaintext: bool,
+    /// What else the source can do, as bits: see [`crate::handshake::feature`].
+    #[prost(uint32, tag = "20")]
+    pub features: u32,
 }
 
 /// The target agrees.
@@ -73,6 +76,9 @@ pub struct HelloAck {
     /// What each of them has to show.
     #[prost(bytes = "vec", tag = "3")]
     pub token: Vec<u8>,
+    /// Those of the hello's features that are agreed on.
+    #[prost(uint32, tag = "20")]
+    pub features: u32,
 }
 
 /// The first frame of a stream that carries pages: proves that it belongs to this migration.

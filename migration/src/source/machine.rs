@@ -8,10 +8,10 @@
 //!  any ─▶ Ended{FailedRunning} before the pause, Ended{FailedPaused} after it                                 Ended{AwaitOutcome}
 //! ```
 //!
-//! **Why no write of the guest is lost.** `pending` holds what the target does not have. Every page starts in it. A page
+//! **Why no write of the guest is lost.** [`Order`] holds what the target does not have. Every page starts in it. A page
 //! leaves it only into a batch, and comes back when the dirty log says that it was written after the log was last
 //! taken; the log is re-armed before pages are read, so a write that the read missed is in the next log. After the pause
-//! the log is taken once more (`Sweeping`) and merged with what is still pending: from then on nothing writes, so when
+//! the log is taken once more (`Sweeping`) and merged with what is still owed: from then on nothing writes, so when
 //! this last set is sent the target's memory is the guest's. Taking the log clears it. If an attempt fails, what it took
 //! and did not send is gone from the log, and therefore no attempt inherits anything: each begins with all pages.
 //!
@@ -27,13 +27,20 @@ use crate::bandwidth;
 use crate::codec::{BATCH_PAGES, Cancel, Hello, Message, RoundEnd, Run, StateFrame, bad};
 use crate::convergence::{self, Costs, Decision, Intent, Sample, Trend};
 use crate::digest::{Totals, digest};
-use crate::handshake::{self, Agreed};
+use crate::handshake::{self, Agreed, feature};
 use crate::meter::Meter;
 use crate::source::Outcome;
+use crate::source::order::Order;
 use crate::vm::{PAGE_SIZE, PageSet};
 
 /// Progress is reported so often inside a round.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
+/// From so long after a round's begin on it is looked which of its pages were written again. Not before, so that a guest that writes
+/// without pause does not make rounds too short to measure anything by.
+const LOOK_AFTER: Duration = Duration::from_millis(50);
+/// Looks are so far apart, and at least [`LOOK_SHARE`] times as long as one takes.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+const LOOK_SHARE: u32 = 8;
 
 /// What the machine is told once.
 #[derive(Clone, Debug)]
@@ -50,6 +57,8 @@ pub struct Config {
     pub tracker: String,
     /// A deliberate mistake for tests of the tests: leave out the pass after the pause.
     pub skip_final_pass: bool,
+    /// Another: forget the pages that were put off because they were written again.
+    pub forget_put_off: bool,
 }
 
 /// What happened.
@@ -69,6 +78,8 @@ pub enum Event {
     StreamsEnded(Sent),
     /// The pages that were written since the last time.
     DirtyTaken(PageSet),
+    /// Pages that were written since the last time, some of them at least.
+    DirtySeen(PageSet),
     /// No vCPU executes any more.
     Paused {
         /// How long it took to stop them.
@@ -150,6 +161,8 @@ pub enum Action {
     },
     /// → `DirtyTaken`.
     TakeDirty,
+    /// While batches may be on their way → `DirtySeen`.
+    LookDirty,
     /// → `Paused`.
     Pause,
     /// → `Saved`.
@@ -165,6 +178,7 @@ enum State {
     Opening,
     Starting,
     Sending,
+    Looking,
     Ending,
     Acking,
     Measuring,
@@ -183,10 +197,12 @@ pub struct Machine {
     /// Streams beside the link that pages travel on.
     streams: u32,
     connected_at: Duration,
-    /// What the target does not have, and where in it to go on.
-    pending: PageSet,
-    pending_pages: u64,
-    cursor: usize,
+    /// What the target does not have.
+    order: Order,
+    /// A page may be put off in the first round as well.
+    late_pages: bool,
+    looked_at: Duration,
+    look_every: Duration,
     round: u32,
     round_began: Duration,
     round_sent: Sent,
@@ -220,13 +236,14 @@ impl Machine {
     /// A machine that waits for `Connected`.
     pub fn new(config: Config) -> Self {
         Self {
-            pending: PageSet::full(config.total_pages),
-            pending_pages: config.total_pages,
+            order: Order::full(config.total_pages, config.forget_put_off),
+            late_pages: false,
+            looked_at: Duration::ZERO,
+            look_every: LOOK_EVERY,
             config,
             state: State::New,
             streams: 0,
             connected_at: Duration::ZERO,
-            cursor: 0,
             round: 0,
             round_began: Duration::ZERO,
             round_sent: Sent::default(),
@@ -274,6 +291,7 @@ impl Machine {
                 self.begin_round(now)
             }
             (State::Sending, Event::BatchSent(sent)) => self.after_batch(now, sent),
+            (State::Looking, Event::DirtySeen(seen)) => self.after_look(now, &seen),
             (State::Ending, Event::StreamsEnded(sent)) => {
                 self.count(sent);
                 let mut actions = Vec::new();
@@ -286,7 +304,7 @@ impl Machine {
             (State::Measuring, Event::DirtyTaken(dirty)) => self.decide(now, dirty),
             (State::Pausing, Event::Paused { took }) => self.paused(now, took),
             (State::Sweeping, Event::DirtyTaken(dirty)) => {
-                self.add_dirty(&dirty);
+                self.order.next_round(&dirty);
                 self.begin_round(now)
             }
             (State::Saving, Event::Saved { state, took }) => self.saved(state, took),
@@ -312,8 +330,10 @@ impl Machine {
         Sample {
             round: self.round,
             elapsed: now.saturating_sub(self.connected_at),
-            carried: (self.round_sent.pages + self.round_sent.zero_pages).saturating_mul(PAGE_SIZE as u64),
-            remaining: self.pending_pages.saturating_mul(PAGE_SIZE as u64),
+            // What was put off was in the round as well: it was dirty before its turn instead of after it.
+            carried: (self.round_sent.pages + self.round_sent.zero_pages + self.order.put_off())
+                .saturating_mul(PAGE_SIZE as u64),
+            remaining: self.order.remaining().saturating_mul(PAGE_SIZE as u64),
             dirty_rate: self.dirty_rate,
             bandwidth: self.meter.estimate(self.config.intent.bandwidth),
             round_trip: self.round_trip.unwrap_or_default(),
@@ -337,6 +357,7 @@ impl Machine {
 
     fn agreed(&mut self, agreed: Agreed, token: Vec<u8>) -> Vec<Action> {
         self.streams = agreed.streams;
+        self.late_pages = agreed.features & feature::LATE_PAGES != 0;
         match agreed.streams {
             0 => self.start(),
             count => self.go(State::Opening, [Action::OpenStreams { count, token }]),
@@ -354,7 +375,6 @@ impl Machine {
         self.round += 1;
         self.round_began = now;
         self.round_sent = Sent::default();
-        self.cursor = 0;
         let mut actions = Vec::new();
         if !self.has_paused() {
             actions.push(self.report(now, MigrationPhase::PreCopy));
@@ -365,9 +385,9 @@ impl Machine {
 
     /// The next batch of the round, or its end, after which an acknowledgement is to be received.
     fn next_batch(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let runs = self.pending.take_runs(&mut self.cursor, BATCH_PAGES as u64);
+        let runs = self.order.take(BATCH_PAGES as u64);
         if runs.is_empty() {
-            debug_assert_eq!(self.pending_pages, 0, "a round ends when the set is empty");
+            debug_assert_eq!(self.order.due(), 0, "a round ends when nothing is due");
             if self.streams == 0 {
                 return self.end_round(now, actions);
             }
@@ -378,7 +398,6 @@ impl Machine {
             });
             return;
         }
-        self.pending_pages -= runs.iter().map(|run| run.count).sum::<u64>();
         self.state = State::Sending;
         actions.push(Action::SendBatch {
             round: self.round,
@@ -415,7 +434,33 @@ impl Machine {
             if now.saturating_sub(self.reported_at) >= REPORT_EVERY {
                 actions.push(self.report(now, MigrationPhase::PreCopy));
             }
+            if self.is_time_to_look(now) {
+                self.state = State::Looking;
+                self.looked_at = now;
+                actions.push(Action::LookDirty);
+                return actions;
+            }
         }
+        self.next_batch(now, &mut actions);
+        actions
+    }
+
+    /// Whether to look which pages of the round were written again. In the first round only where the target does not insist on
+    /// every page.
+    fn is_time_to_look(&self, now: Duration) -> bool {
+        (self.round > 1 || self.late_pages)
+            && self.order.puts_off()
+            && self.order.due() > 0
+            && now.saturating_sub(self.round_began) >= LOOK_AFTER
+            && now.saturating_sub(self.looked_at) >= self.look_every
+    }
+
+    fn after_look(&mut self, now: Duration, seen: &PageSet) -> Vec<Action> {
+        let took = now.saturating_sub(self.looked_at);
+        self.look_every = LOOK_EVERY.max(took * LOOK_SHARE);
+        self.looked_at = now;
+        self.order.keep_seen(seen);
+        let mut actions = Vec::new();
         self.next_batch(now, &mut actions);
         actions
     }
@@ -446,17 +491,16 @@ impl Machine {
         )
     }
 
-    fn add_dirty(&mut self, dirty: &PageSet) {
-        self.pending.merge(dirty);
-        self.pending_pages = self.pending.count();
-    }
-
     fn decide(&mut self, now: Duration, dirty: PageSet) -> Vec<Action> {
         let period = now.saturating_sub(self.log_taken_at);
-        self.dirty_rate = bandwidth::rate(dirty.count().saturating_mul(PAGE_SIZE as u64), period);
+        let carried = self.sample(now).carried;
+        let written = self.order.next_round(&dirty);
+        self.dirty_rate = bandwidth::rate(written.saturating_mul(PAGE_SIZE as u64), period);
         self.log_taken_at = now;
-        self.add_dirty(&dirty);
-        let sample = self.sample(now);
+        let sample = Sample {
+            carried,
+            ..self.sample(now)
+        };
         self.trend = self.trend.after(&sample);
         match convergence::decide(&sample, &self.trend, &self.config.intent) {
             Decision::NextRound => {

@@ -6,6 +6,7 @@
 
 mod batches;
 mod machine;
+mod order;
 mod streams;
 
 use std::collections::VecDeque;
@@ -25,7 +26,7 @@ use streams::Crew;
 use crate::codec::{Frame, Hello, Join, Message, bad};
 use crate::control::Control;
 use crate::convergence::{Costs, Intent};
-use crate::handshake::{self, STREAMS_MAX, VERSIONS};
+use crate::handshake::{self, STREAMS_MAX, VERSIONS, feature};
 use crate::transport::{Link, Stop, Stream};
 use crate::vm::{PAGE_SIZE, PageSet, RegionEnds, SourceVm};
 
@@ -162,12 +163,14 @@ impl Params {
                 cpu_profile: self.cpu_profile.clone(),
                 streams: streams(&self.options),
                 plaintext: self.options.plaintext,
+                features: feature::ALL,
             },
             total_pages,
             intent: Intent::of(&self.options),
             costs: costs.with_commit(self.options.commit_us),
             tracker: self.tracker.to_owned(),
             skip_final_pass: seeded_bug("no-final-dirty-pass"),
+            forget_put_off: false,
         }
     }
 }
@@ -263,6 +266,11 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                 let mut dirty = PageSet::empty(self.total_pages);
                 self.vm.take_dirty(&mut dirty)?;
                 Event::DirtyTaken(dirty)
+            }
+            Action::LookDirty => {
+                let mut seen = PageSet::empty(self.total_pages);
+                self.vm.look_dirty(&mut seen)?;
+                Event::DirtySeen(seen)
             }
             Action::Pause => {
                 self.vm.pause()?;

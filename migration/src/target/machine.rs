@@ -10,7 +10,7 @@
 //! overtaken by its older content, whichever stream either takes.
 //!
 //! It trusts no frame: a page beyond memory, a round that is not the one under way, more pages in a round than memory
-//! has, counts that differ from what came, a first round that left a page out, pages after the last round, a digest that
+//! has, counts that differ from what came, a page that never came, pages after the last round, a digest that
 //! differs, each ends the attempt. Ready is said only when all of it held and the VM took the state.
 
 use std::fmt;
@@ -25,7 +25,7 @@ use crate::codec::{
 };
 use crate::convergence::{self, THROTTLE_MAX};
 use crate::digest::{Totals, digest};
-use crate::handshake::{self, Agreed, Expected, TOKEN_BYTES};
+use crate::handshake::{self, Agreed, Expected, TOKEN_BYTES, feature};
 use crate::vm::{PAGE_SIZE, PageSet};
 
 /// Progress is reported so often inside a round.
@@ -143,7 +143,7 @@ pub struct Machine {
     agreed: Agreed,
     /// Streams whose part of the round is over, a bit each.
     streams_ended: u32,
-    /// Pages that came at least once; dropped when the first round has ended and none was left out.
+    /// Pages that came at least once; dropped when the round has ended that must leave none out.
     covered: Option<PageSet>,
     round: u32,
     round_pages: u64,
@@ -233,12 +233,14 @@ impl Machine {
             version,
             streams,
             plaintext,
+            features,
         } = self.agreed;
         let token = self.expected.token;
         let mut actions = vec![Action::Send(Message::HelloAck(HelloAck {
             version,
             streams,
             token: if streams > 0 { token.to_vec() } else { Vec::new() },
+            features,
         }))];
         if streams > 0 {
             actions.push(Action::Admit(Admission {
@@ -353,15 +355,20 @@ impl Machine {
                 ),
             ));
         }
-        if let Some(missing) = self
-            .covered
-            .take()
-            .map(|covered| self.total_pages - covered.count())
+        let may_be_late = self.agreed.features & feature::LATE_PAGES != 0 && !end.last;
+        if !may_be_late
+            && let Some(missing) = self
+                .covered
+                .take()
+                .map(|covered| self.total_pages - covered.count())
             && missing > 0
         {
             return Err(Fault::new(
                 Code::DigestMismatch,
-                format!("the first round left out {missing} of {} pages", self.total_pages),
+                format!(
+                    "{missing} of {} pages had not come when round {} ended",
+                    self.total_pages, end.round
+                ),
             ));
         }
         self.totals.rounds = end.round;

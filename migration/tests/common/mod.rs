@@ -26,6 +26,17 @@ pub struct Inner {
     pub pauses: u32,
     pub restored: Option<Vec<u8>>,
     pub flaw: Option<Flaw>,
+    pub look: Look,
+}
+
+/// What the VM finds when it only looks which pages were written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    Nothing,
+    /// All of them, and they stay in the log.
+    All,
+    /// All of them, out of the log.
+    AllTaken,
 }
 
 /// A handle on the VM; the guest's writer has another.
@@ -67,6 +78,7 @@ impl FakeVm {
             pauses: 0,
             restored: None,
             flaw: None,
+            look: Look::Nothing,
         };
         Self {
             inner: Arc::new(Mutex::new(inner)),
@@ -135,6 +147,19 @@ impl SourceVm for FakeVm {
         let dirty = inner.dirty.as_mut().expect("the log is on");
         into.merge(dirty);
         dirty.words.fill(0);
+        Ok(())
+    }
+
+    fn look_dirty(&self, into: &mut PageSet) -> Result<(), Fault> {
+        let mut inner = self.lock();
+        let look = inner.look;
+        let dirty = inner.dirty.as_mut().expect("the log is on");
+        if look != Look::Nothing {
+            into.merge(dirty);
+        }
+        if look == Look::AllTaken {
+            dirty.words.fill(0);
+        }
         Ok(())
     }
 
