@@ -123,7 +123,7 @@ async fn follow(dir: &Path, shared: &Shared, mut take: impl FnMut(&VmmInfo) -> b
 async fn progress(begun: Instant, source: &Path, shared: &Shared) {
     follow(source, shared, |info| {
         let migration = info.migration.as_ref().filter(|migration| migration.outgoing);
-        if let Some(progress) = migration.and_then(|migration| migration.progress) {
+        if let Some(progress) = migration.and_then(|migration| migration.progress.clone()) {
             let mut samples = shared.samples.lock().expect("no one panics with the lock");
             if samples.len() < SAMPLES_MAX {
                 samples.push(Sample {

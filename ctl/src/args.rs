@@ -310,7 +310,7 @@ pub struct MigrateArgs {
     /// Move nothing: watch the guest for a second, and show what speaks against the migration and how it would go
     #[arg(long, conflicts_with = "detach")]
     pub dry_run: bool,
-    /// Return as soon as it is planned; `ctl migration show` tells the rest
+    /// Return as soon as it is planned; `ctl migration show --follow` tells the rest
     #[arg(long)]
     pub detach: bool,
 }
@@ -323,11 +323,20 @@ pub enum MigrationCommand {
         /// Only this VM's
         #[arg(long)]
         vm: Option<String>,
+        /// Only those from or to this host
+        #[arg(long)]
+        host: Option<String>,
+        /// Only those that are, or have ended, so
+        #[arg(long, value_enum)]
+        state: Option<MigrationState>,
     },
     /// Show one migration and its receipt
     Show {
         /// Its id, as m1
         id: String,
+        /// Show how it goes on, stream by stream, until it ends, and end with its exit code; Ctrl-C only stops following
+        #[arg(short, long)]
+        follow: bool,
     },
     /// Cancel a migration and wait for its end; the VM runs on where it was
     Cancel {
@@ -340,6 +349,19 @@ pub enum MigrationCommand {
         #[arg(long, value_parser = parse_duration, default_value = WAIT_DEFAULT, value_name = "LENGTH")]
         timeout: Duration,
     },
+}
+
+/// How far a migration has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MigrationState {
+    /// Under way
+    Active,
+    /// Done or aborted
+    Ended,
+    /// Done: the VM runs on the target
+    Done,
+    /// Aborted: the VM stayed where it was
+    Aborted,
 }
 
 /// `ctl events …`

@@ -328,6 +328,40 @@ impl Client {
             .await
     }
 
+    /// Waits up to `wait` for a migration to become other than what `seen` names, 0 for nothing. A controller that knows no such
+    /// call answers at once, and names nothing.
+    pub async fn watch_migration(
+        &self,
+        id: &str,
+        seen: u64,
+        wait: Duration,
+    ) -> Result<v1::WatchMigrationResponse> {
+        let request = v1::WatchMigrationRequest {
+            id: id.to_owned(),
+            seen,
+            wait_ms: wait_ms(wait),
+        };
+        let plain = v1::GetMigrationRequest {
+            id: id.to_owned(),
+            allow_stale: false,
+        };
+        self.call(
+            Patience::default(),
+            CALL_TIMEOUT + wait,
+            async |mut grpc| match grpc.watch_migration(request.clone()).await {
+                Err(status) if status.code() == Grpc::Unimplemented => {
+                    let answer = grpc.get_migration(plain.clone()).await?;
+                    Ok(answer.map(|migration| v1::WatchMigrationResponse {
+                        migration: Some(migration),
+                        seen: 0,
+                    }))
+                }
+                answer => answer,
+            },
+        )
+        .await
+    }
+
     /// Asks for a migration's abort.
     pub async fn cancel_migration(&self, id: &str) -> Result<v1::Migration> {
         let request = v1::CancelMigrationRequest {

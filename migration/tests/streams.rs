@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, Weak, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use drover_migration::source::{self, Outcome, Way};
 use drover_migration::target::{self, Admission, Received};
 use drover_migration::transport::{HostStream, LINK_TIMEOUT, Link, Listener, connect, connect_plain};
 use drover_pki::{ClusterCa, Credentials, Role, host_dns};
-use drover_proto::v1::MigrationOptions;
+use drover_proto::v1::{MigrationOptions, MigrationPhase, Progress};
 use drover_proto::{Code, Fault};
 
 const PAGES: u64 = 4096;
@@ -278,7 +278,7 @@ fn migrate_with_trouble(
     vms: (&FakeVm, &FakeVm),
     trouble: Option<Trouble>,
     control: &Control,
-    link_timeout: Duration,
+    params: &source::Params,
 ) -> (Outcome, Result<Received, Fault>) {
     let (give, take) = mpsc::channel();
     let (end, ended) = mpsc::channel();
@@ -300,11 +300,11 @@ fn migrate_with_trouble(
             }
             Ok(streams)
         };
-        let params = target::Params {
-            link_timeout,
+        let target_params = target::Params {
+            link_timeout: params.link_timeout,
             ..target_params(true)
         };
-        let target = scope.spawn(move || target::run(vms.1, far_link, admit, &params, &quiet()));
+        let target = scope.spawn(move || target::run(vms.1, far_link, admit, &target_params, &quiet()));
         let mut ended = Some(ended);
         let dial = |way| {
             if way == Way::Link {
@@ -322,11 +322,7 @@ fn migrate_with_trouble(
             give.send(mid).unwrap();
             Ok(near)
         };
-        let params = source::Params {
-            link_timeout,
-            ..source_params(3, true)
-        };
-        let outcome = with_guest(vms.0, || source::run(vms.0, dial, &params, control));
+        let outcome = with_guest(vms.0, || source::run(vms.0, dial, params, control));
         let received = target.join().unwrap();
         drop(end);
         (outcome, received)
@@ -344,8 +340,12 @@ fn a_stream_that_breaks_ends_the_attempt_on_both_sides_and_the_guest_runs_on() {
         (Trouble::CorruptAt(70), &[Code::BadFrame]),
     ] {
         let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
+        let params = source::Params {
+            link_timeout: SHORT,
+            ..source_params(3, true)
+        };
         let (outcome, received) =
-            migrate_with_trouble((&source_vm, &target_vm), Some(trouble), &quiet(), SHORT);
+            migrate_with_trouble((&source_vm, &target_vm), Some(trouble), &quiet(), &params);
         let Outcome::FailedRunning(fault) = outcome else {
             panic!("{trouble:?}: {outcome:?}")
         };
@@ -363,7 +363,8 @@ fn a_stream_that_breaks_ends_the_attempt_on_both_sides_and_the_guest_runs_on() {
 fn a_target_that_cannot_write_is_heard_over_its_closing_streams() {
     let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
     target_vm.lock().flaw = Some(Flaw::Write);
-    let (outcome, received) = migrate_with_trouble((&source_vm, &target_vm), None, &quiet(), LINK_TIMEOUT);
+    let (outcome, received) =
+        migrate_with_trouble((&source_vm, &target_vm), None, &quiet(), &source_params(3, true));
     let Outcome::FailedRunning(fault) = outcome else {
         panic!("{outcome:?}")
     };
@@ -377,15 +378,9 @@ fn a_target_that_cannot_write_is_heard_over_its_closing_streams() {
 #[test]
 fn a_cancel_with_streams_open_reaches_the_target_as_a_cancel() {
     let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
-    let control = std::sync::Arc::new_cyclic(|weak: &std::sync::Weak<Control>| {
-        let weak = weak.clone();
-        Control::new(move |progress| {
-            if let Some(control) = weak.upgrade().filter(|_| progress.round > 0) {
-                control.cancel();
-            }
-        })
-    });
-    let (outcome, received) = migrate_with_trouble((&source_vm, &target_vm), None, &control, LINK_TIMEOUT);
+    let (control, _) = reports_until(|progress| progress.round > 0);
+    let (outcome, received) =
+        migrate_with_trouble((&source_vm, &target_vm), None, &control, &source_params(3, true));
     let Outcome::FailedRunning(fault) = outcome else {
         panic!("{outcome:?}")
     };
@@ -394,4 +389,81 @@ fn a_cancel_with_streams_open_reaches_the_target_as_a_cancel() {
         (Code::Cancelled, Code::Cancelled)
     );
     assert!(!source_vm.lock().paused);
+}
+
+/// A control that keeps every report, and cancels at the first that `enough` says so of.
+fn reports_until(
+    enough: impl Fn(&Progress) -> bool + Send + Sync + 'static,
+) -> (Arc<Control>, Arc<Mutex<Vec<Progress>>>) {
+    let reports = Arc::new(Mutex::new(Vec::new()));
+    let kept = reports.clone();
+    let control = Arc::new_cyclic(|weak: &Weak<Control>| {
+        let weak = weak.clone();
+        Control::new(move |progress| {
+            if let Some(control) = weak.upgrade().filter(|_| enough(&progress)) {
+                control.cancel();
+            }
+            kept.lock().unwrap().push(progress);
+        })
+    });
+    (control, reports)
+}
+
+#[test]
+fn every_stream_is_reported_until_the_pause_and_none_after_it() {
+    let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
+    let (control, reports) = reports_until(|_| false);
+    let mut params = source_params(3, true);
+    // Slow enough for reports in the middle of a round.
+    params.options.bandwidth_mib_s = 40;
+    let (outcome, received) = migrate_with_trouble((&source_vm, &target_vm), None, &control, &params);
+    assert_eq!(outcome, Outcome::AwaitOutcome);
+    let (reports, receipt) = (reports.lock().unwrap(), received.unwrap().receipt);
+    let mut before = [0; 3];
+    for report in reports.iter() {
+        if report.phase() != MigrationPhase::PreCopy {
+            assert_eq!(report.by_stream, [], "{report:?}");
+            continue;
+        }
+        let numbers: Vec<_> = report.by_stream.iter().map(|stream| stream.number).collect();
+        assert_eq!(numbers, [0, 1, 2]);
+        let bytes: Vec<_> = report.by_stream.iter().map(|stream| stream.bytes).collect();
+        assert!(
+            bytes.iter().zip(&before).all(|(now, before)| now >= before),
+            "{report:?}"
+        );
+        assert!(report.bytes_sent >= bytes.iter().sum() && report.bytes_sent <= receipt.bytes);
+        before.copy_from_slice(&bytes);
+    }
+    let (sent, all) = (before.iter().sum::<u64>(), 3 * PAGES / 4 * 4096);
+    assert!(sent > all / 4, "{before:?}");
+}
+
+#[test]
+fn a_stream_that_stalls_is_reported_while_the_engine_waits_for_it() {
+    let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
+    let stalled = |progress: &Progress| progress.by_stream.iter().any(|stream| stream.stalled_ms > 0);
+    let (control, reports) = reports_until(stalled);
+    let trouble = Some(Trouble::StallAfter(300 << 10));
+    let (outcome, _) = migrate_with_trouble(
+        (&source_vm, &target_vm),
+        trouble,
+        &control,
+        &source_params(3, true),
+    );
+    let Outcome::FailedRunning(fault) = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert_eq!(
+        fault.code,
+        Code::Cancelled,
+        "the stall was reported before the link counted as lost"
+    );
+    let reports = reports.lock().unwrap();
+    let last = &reports.iter().rfind(|report| stalled(report)).unwrap().by_stream;
+    assert_eq!((last[0].stalled_ms, last[2].stalled_ms), (0, 0), "{last:?}");
+    assert!(
+        last[1].stalled_ms >= 1_000 && last[1].pages_queued > 0,
+        "{last:?}"
+    );
 }

@@ -73,6 +73,7 @@ impl Reported {
         {
             let phase = migration
                 .progress
+                .as_ref()
                 .map_or(MigrationPhase::Unspecified, |progress| progress.phase());
             return Some(Report::Abort {
                 migration: migration.id.clone(),

@@ -582,7 +582,7 @@ async fn report_progress(context: &Context, link: &Link) {
     let newest = |info: &VmmInfo| {
         info.migration
             .as_ref()
-            .and_then(|m| Some((m.id.clone(), m.progress?)))
+            .and_then(|m| Some((m.id.clone(), m.progress.clone()?)))
     };
     loop {
         let info = until(link, |info| {
@@ -595,14 +595,14 @@ async fn report_progress(context: &Context, link: &Link) {
         let sent = Instant::now();
         let request = ReportMigrationRequest {
             migration: migration.clone(),
-            progress: Some(progress),
+            progress: Some(progress.clone()),
             ..ReportMigrationRequest::default()
         };
         // Lost progress is followed by newer progress.
         let _ = report_migration(context, request, PROGRESS_ATTEMPT).await;
-        last = Some((migration, progress));
         // A new phase is told at once, figures of the same phase at their pace.
         let phase = progress.phase;
+        last = Some((migration, progress));
         let other_phase = until(link, |info| {
             newest(info).is_some_and(|(_, now)| now.phase != phase)
         });

@@ -220,7 +220,7 @@ impl Machine {
         let migration = core.migration.as_ref().map(|migration| VmmMigration {
             id: migration.id.clone(),
             outgoing: migration.outgoing,
-            progress: migration.progress,
+            progress: migration.progress.clone(),
             failure: migration.failure.clone().map(Reason::from),
             receipt: migration.receipt.clone(),
             post_copy: false,

@@ -234,7 +234,10 @@ fn pace(text: &str) -> u64 {
 }
 
 fn throttle_of(info: &VmmInfo) -> u32 {
-    let progress = info.migration.as_ref().and_then(|migration| migration.progress);
+    let progress = info
+        .migration
+        .as_ref()
+        .and_then(|migration| migration.progress.clone());
     progress.map_or(0, |progress| progress.throttle_percent)
 }
 

@@ -13,7 +13,8 @@ use drover_proto::v1::{
     ListEventsRequest, ListEventsResponse, ListHostsRequest, ListHostsResponse, ListMigrationsRequest,
     ListMigrationsResponse, ListVmsRequest, ListVmsResponse, MigrateVmRequest, Migration, MigrationForecast,
     PlanMigration, ReadConsoleRequest, ReadConsoleResponse, Reason, StartVm, StartVmRequest, StopVm,
-    StopVmRequest, Vm, WriteConsoleRequest, WriteConsoleResponse,
+    StopVmRequest, Vm, WatchMigrationRequest, WatchMigrationResponse, WriteConsoleRequest,
+    WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use drover_state::{State, Usage};
@@ -304,19 +305,43 @@ impl Controller for Api {
             "/drover.v1.Controller/GetMigration",
             request,
             stale,
-            |api, message| {
-                let migration = api.consensus.read(|state| state.migration(&message.id).cloned());
-                let migration = migration.ok_or_else(|| {
-                    not_found(
-                        Code::MigrationNotFound,
-                        "id",
-                        &message.id,
-                        "no migration has this id, or it ended long ago",
-                    )
-                })?;
-                Ok(api.memory.progress.merge(migration))
-            },
+            |api, message| known_migration(api, &message.id),
         )
+        .await
+    }
+
+    async fn watch_migration(
+        &self,
+        request: Request<WatchMigrationRequest>,
+    ) -> Answer<WatchMigrationResponse> {
+        let wait = wait_of(request.get_ref().wait_ms);
+        let path = "/drover.v1.Controller/WatchMigration";
+        self.call(path, request, wait, |call, message| async move {
+            call.linearize().await?;
+            let mut changed = call.api.consensus.changed();
+            let mut news = call.api.memory.progress.news();
+            let until = Instant::now() + wait_of(message.wait_ms);
+            loop {
+                changed.borrow_and_update();
+                news.borrow_and_update();
+                let migration = known_migration(&call.api, &message.id)?;
+                let seen = name_of_sight(&migration);
+                let over = drover_state::is_ended(&migration) || Instant::now() >= until;
+                if over || seen != message.seen {
+                    let migration = Some(migration);
+                    return Ok(WatchMigrationResponse { migration, seen });
+                }
+                // Whatever ends the wait leads to one more look.
+                let _ = timeout_at(until, async {
+                    tokio::select! {
+                        _ = changed.changed() => {}
+                        _ = news.changed() => {}
+                    }
+                })
+                .await;
+                call.still_leads()?;
+            }
+        })
         .await
     }
 
@@ -382,6 +407,28 @@ impl Controller for Api {
         )
         .await
     }
+}
+
+/// A migration with all that is known of it here.
+fn known_migration(api: &Shared, id: &str) -> Result<Migration, Fault> {
+    let migration = api.consensus.read(|state| state.migration(id).cloned());
+    let migration = migration.ok_or_else(|| {
+        not_found(
+            Code::MigrationNotFound,
+            "id",
+            id,
+            "no migration has this id, or it ended long ago",
+        )
+    })?;
+    Ok(api.memory.progress.merge(migration))
+}
+
+/// A number that two sights of a migration share only when they show the same, on whichever controller: a hash of what is shown.
+fn name_of_sight(migration: &Migration) -> u64 {
+    let hash = blake3::hash(&migration.encode_to_vec());
+    let mut first = [0; 8];
+    first.copy_from_slice(&hash.as_bytes()[..8]);
+    u64::from_le_bytes(first).max(1)
 }
 
 fn events(state: &State, request: &ListEventsRequest) -> ListEventsResponse {

@@ -7,13 +7,15 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use drover_proto::v1::{Migration, MigrationPhase, Progress};
-use drover_state::limits::VMS_MAX;
+use drover_proto::v1::{Migration, MigrationPhase, Progress, StreamProgress};
+use drover_state::limits::{STREAMS_MAX, VMS_MAX};
+use tokio::sync::watch;
 
 /// Progress of all migrations under way.
 #[derive(Debug, Default)]
 pub struct ProgressTable {
     migrations: Mutex<BTreeMap<String, Entry>>,
+    news: watch::Sender<u64>,
 }
 
 #[derive(Debug)]
@@ -62,20 +64,31 @@ impl ProgressTable {
             Side::Target => &mut entry.target,
         };
         // The order of reports is not certain: one that is behind does not bring the phase back.
-        let mut progress = *progress;
+        let mut progress = progress.clone();
         if let Some(known) = slot {
             progress.set_phase(progress.phase().max(known.phase()));
         }
         if progress.phase() > MigrationPhase::Ready {
             progress.set_phase(MigrationPhase::Ready);
         }
-        if slot.as_ref() != Some(&progress) {
-            *slot = Some(progress);
-            entry.advanced = entry.advanced.max(now);
-        }
+        // What a host tells beyond the possible is dropped.
+        progress.by_stream.truncate(STREAMS_MAX as usize);
         if progress.phase() >= MigrationPhase::Switchover {
             entry.paused_since.get_or_insert(now);
         }
+        if slot.as_ref().map(advance) != Some(advance(&progress)) {
+            entry.advanced = entry.advanced.max(now);
+        }
+        if slot.as_ref() != Some(&progress) {
+            *slot = Some(progress);
+            drop(table);
+            self.news.send_modify(|count| *count = count.wrapping_add(1));
+        }
+    }
+
+    /// Changes with every figure that is new.
+    pub fn news(&self) -> watch::Receiver<u64> {
+        self.news.subscribe()
     }
 
     /// How long the migration has stood where it is. The first look counts as its beginning.
@@ -129,7 +142,7 @@ impl ProgressTable {
         let figures = self
             .lock()
             .get(&migration.id)
-            .and_then(|entry| entry.source.or(entry.target));
+            .and_then(|entry| entry.source.as_ref().or(entry.target.as_ref()).cloned());
         if let Some(mut progress) = figures {
             progress.set_phase(phase);
             migration.progress = Some(progress);
@@ -140,6 +153,19 @@ impl ProgressTable {
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
         self.migrations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What of a report shows that something moved. How long a stream has been stalled changes just because nothing does.
+fn advance(progress: &Progress) -> Progress {
+    let still = |stream: &StreamProgress| StreamProgress {
+        number: stream.number,
+        bytes: stream.bytes,
+        ..StreamProgress::default()
+    };
+    Progress {
+        by_stream: progress.by_stream.iter().map(still).collect(),
+        ..*progress
     }
 }
 
@@ -264,5 +290,50 @@ mod tests {
             table.standing(&copying, at(1_250)).paused,
             Some(Duration::from_millis(250))
         );
+    }
+
+    #[test]
+    fn a_stream_that_tells_how_long_it_has_been_stalled_is_no_progress() {
+        let (table, start) = (ProgressTable::default(), Instant::now());
+        let at = |ms| start + Duration::from_millis(ms);
+        let copying = migration(MigrationPhase::PreCopy);
+        let stalled = |bytes, stalled_ms| Progress {
+            by_stream: vec![StreamProgress {
+                bytes,
+                bytes_per_s: 10_000 - stalled_ms,
+                stalled_ms,
+                ..StreamProgress::default()
+            }],
+            ..progress(MigrationPhase::PreCopy, 1)
+        };
+        for ms in [0, 1_000, 2_000] {
+            table.report(&copying, Side::Source, &stalled(7, ms), at(ms));
+        }
+        let shown = table.merge(copying.clone()).progress.unwrap();
+        assert_eq!(shown.by_stream[0].stalled_ms, 2_000, "it is shown all the same");
+        assert_eq!(
+            table.standing(&copying, at(3_000)).without_progress,
+            Duration::from_millis(3_000)
+        );
+        table.report(&copying, Side::Source, &stalled(8, 0), at(3_000));
+        assert_eq!(
+            table.standing(&copying, at(3_000)).without_progress,
+            Duration::ZERO
+        );
+    }
+
+    #[test]
+    fn whoever_waits_for_news_hears_of_new_figures_only_and_of_no_more_streams_than_there_can_be() {
+        let (table, now) = (ProgressTable::default(), Instant::now());
+        let mut news = table.news();
+        let copying = migration(MigrationPhase::PreCopy);
+        let mut told = progress(MigrationPhase::PreCopy, 1);
+        told.by_stream = vec![StreamProgress::default(); 1_000];
+        table.report(&copying, Side::Source, &told, now);
+        assert!(news.has_changed().unwrap());
+        news.mark_unchanged();
+        table.report(&copying, Side::Source, &told, now);
+        assert!(!news.has_changed().unwrap());
+        assert_eq!(table.merge(copying).progress.unwrap().by_stream.len(), 16);
     }
 }

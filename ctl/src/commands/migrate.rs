@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use drover_proto::{Code, v1};
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::follow::{self, Sight, lost_sight};
 use super::progress::Progress;
 use super::{POLL, Session};
-use crate::args::{MigrateArgs, MigrationCommand};
+use crate::args::{MigrateArgs, MigrationCommand, MigrationState};
 use crate::failure::{Exit, Failure, Result};
 use crate::view::MigrationView;
 
@@ -27,7 +28,7 @@ pub async fn migrate(session: &Session, args: &MigrateArgs) -> Result<()> {
     let planned = MigrationView::from(planned);
     if args.detach {
         let sentence = format!(
-            "{}; follow it with `ctl migration show {}`",
+            "{}; follow it with `ctl migration show {} --follow`",
             planned.sentence(),
             planned.id
         );
@@ -66,6 +67,7 @@ async fn watch(session: &Session, planned: MigrationView) -> Result<(MigrationVi
     let mut interrupts =
         signal(SignalKind::interrupt()).map_err(|error| Failure::io("cannot listen for Ctrl-C", &error))?;
     let mut progress = Progress::new(session.out);
+    let mut sight = Sight::of(&planned.id);
     let mut seen = planned;
     let mut cancelled = false;
     let outcome = loop {
@@ -77,8 +79,8 @@ async fn watch(session: &Session, planned: MigrationView) -> Result<(MigrationVi
             if cancelled {
                 ask_cancel(session, &seen.id).await?;
             }
-            tokio::time::sleep(POLL).await;
-            look(session, &seen.id).await
+            let next = sight.next(session).await;
+            next.map_err(|failure| lost_sight(&seen.id, failure))
         };
         tokio::select! {
             looked = step => match looked {
@@ -114,13 +116,7 @@ async fn look(session: &Session, id: &str) -> Result<MigrationView> {
         .migration(id)
         .await
         .map(MigrationView::from)
-        .map_err(|mut failure| {
-            failure.message = format!(
-                "lost sight of {id}, which goes on without us: {}",
-                failure.message
-            );
-            failure
-        })
+        .map_err(|failure| lost_sight(id, failure))
 }
 
 fn receipt(session: &Session, ended: &MigrationView) -> Result<()> {
@@ -130,7 +126,8 @@ fn receipt(session: &Session, ended: &MigrationView) -> Result<()> {
     session.out.show(ended)
 }
 
-fn aborted(ended: &MigrationView, cancelled: bool) -> Failure {
+/// The failure of a migration that ended aborted. `cancelled`: this process had asked for it.
+pub fn aborted(ended: &MigrationView, cancelled: bool) -> Failure {
     let code = ended
         .reason
         .as_ref()
@@ -162,22 +159,36 @@ fn aborted(ended: &MigrationView, cancelled: bool) -> Failure {
 /// `ctl migration …`
 pub async fn run(session: &Session, command: &MigrationCommand) -> Result<()> {
     match command {
-        MigrationCommand::List { vm } => {
+        MigrationCommand::List { vm, host, state } => {
             let migrations = session
                 .client
                 .migrations(vm.as_deref().unwrap_or_default())
                 .await?;
-            session.out.list(
-                &migrations
-                    .into_iter()
-                    .map(MigrationView::from)
-                    .collect::<Vec<_>>(),
-            )
+            let touches = |view: &MigrationView| {
+                host.as_ref()
+                    .is_none_or(|host| [&view.from, &view.to].contains(&host))
+            };
+            let wanted = |view: &MigrationView| state.is_none_or(|state| state.holds(view));
+            let views = migrations.into_iter().map(MigrationView::from);
+            let views: Vec<_> = views.filter(|view| touches(view) && wanted(view)).collect();
+            session.out.list(&views)
         }
-        MigrationCommand::Show { id } => session
+        MigrationCommand::Show { id, follow: true } => follow::follow(session, id).await,
+        MigrationCommand::Show { id, .. } => session
             .out
             .show(&MigrationView::from(session.client.migration(id).await?)),
         MigrationCommand::Cancel { id, no_wait, timeout } => cancel(session, id, *no_wait, *timeout).await,
+    }
+}
+
+impl MigrationState {
+    fn holds(self, view: &MigrationView) -> bool {
+        match self {
+            Self::Active => !view.ended(),
+            Self::Ended => view.ended(),
+            Self::Done => view.phase == "done",
+            Self::Aborted => view.phase == "aborted",
+        }
     }
 }
 

@@ -4,6 +4,7 @@ pub mod ca;
 pub mod console;
 mod dry_run;
 pub mod events;
+mod follow;
 pub mod migrate;
 pub mod objects;
 mod progress;

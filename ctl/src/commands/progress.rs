@@ -3,81 +3,160 @@
 //! Everything goes to standard error, so that the receipt on standard output can be piped.
 
 use std::io::IsTerminal;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::output::Out;
 use crate::units::{bytes, millis};
-use crate::view::MigrationView;
+use crate::view::{MigrationView, StreamView};
 
 /// The bar's resolution.
 const STEPS: u64 = 1000;
-/// Lines printed at most without a terminal, whatever the number of rounds.
-const LINES_MAX: u32 = 200;
+/// Without a terminal a new phase is told at once, a new round after this,
+const ROUND_EVERY: Duration = Duration::from_secs(1);
+/// and new figures after this.
+const FIGURES_EVERY: Duration = Duration::from_secs(5);
 
 /// What shows a migration's progress.
 pub struct Progress {
-    bar: Option<ProgressBar>,
-    lines: bool,
-    printed: u32,
-    last: String,
+    live: Option<Live>,
+    lines: Option<Pace>,
+}
+
+/// On a terminal: the bar, and a line below it for each stream.
+struct Live {
+    all: MultiProgress,
+    bar: ProgressBar,
+    streams: Vec<ProgressBar>,
+}
+
+/// When a line is due.
+#[derive(Default)]
+struct Pace {
+    last: Option<(Instant, &'static str, u32)>,
 }
 
 impl Progress {
     /// A bar, lines or silence, as fits `out` and standard error.
     pub fn new(out: Out) -> Self {
         let terminal = std::io::stderr().is_terminal();
-        let bar = (out.talkative() && terminal).then(|| {
-            let bar = ProgressBar::with_draw_target(Some(STEPS), ProgressDrawTarget::stderr());
-            // A template of literals; a wrong one would show as the default style.
-            if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:16} {wide_msg}") {
-                bar.set_style(style.progress_chars("━╸─"));
-            }
-            bar.enable_steady_tick(Duration::from_millis(100));
-            bar
-        });
         Self {
-            bar,
-            lines: out.talkative() && !terminal,
-            printed: 0,
-            last: String::new(),
+            live: (out.talkative() && terminal).then(Live::new),
+            lines: (out.talkative() && !terminal).then(Pace::default),
         }
     }
 
     /// Shows where `migration` stands.
     pub fn show(&mut self, migration: &MigrationView) {
-        if let Some(bar) = &self.bar {
-            bar.set_prefix(format!("{} {}", migration.id, migration.phase));
-            bar.set_position(permille(migration));
-            bar.set_message(details(migration));
+        if let Some(live) = &mut self.live {
+            live.show(migration);
         }
-        if self.lines && self.printed < LINES_MAX {
-            let round = migration.progress.as_ref().map_or(0, |progress| progress.round);
-            let change = format!("{} {}", migration.phase, round);
-            if change != self.last {
-                self.last = change;
-                self.printed += 1;
-                eprintln!("{} {} {}", migration.id, migration.phase, details(migration));
-            }
+        if let Some(pace) = &mut self.lines
+            && pace.is_due(Instant::now(), migration)
+        {
+            eprintln!("{} {} {}", migration.id, migration.phase, line(migration));
         }
     }
 
     /// Says something in between.
     pub fn remark(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None if self.lines => eprintln!("{text}"),
+        match &self.live {
+            Some(live) => live.all.suspend(|| eprintln!("{text}")),
+            None if self.lines.is_some() => eprintln!("{text}"),
             None => {}
         }
     }
 
     /// Takes the bar away.
     pub fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
+        if let Some(live) = &self.live {
+            live.streams.iter().for_each(ProgressBar::finish_and_clear);
+            live.bar.finish_and_clear();
         }
     }
+}
+
+impl Live {
+    fn new() -> Self {
+        let all = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
+        let bar = all.add(ProgressBar::new(STEPS));
+        // Templates of literals; a wrong one would show as the default style.
+        if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:16} {wide_msg}") {
+            bar.set_style(style.progress_chars("━╸─"));
+        }
+        bar.enable_steady_tick(Duration::from_millis(100));
+        Self {
+            all,
+            bar,
+            streams: Vec::new(),
+        }
+    }
+
+    fn show(&mut self, migration: &MigrationView) {
+        self.bar
+            .set_prefix(format!("{} {}", migration.id, migration.phase));
+        self.bar.set_position(permille(migration));
+        self.bar.set_message(details(migration));
+        let streams = by_stream(migration);
+        while self.streams.len() < streams.len() {
+            let line = self.all.add(ProgressBar::new_spinner());
+            if let Ok(style) = ProgressStyle::with_template("  {wide_msg}") {
+                line.set_style(style);
+            }
+            self.streams.push(line);
+        }
+        // After pre-copy nothing is told of the streams any more: their lines stay as they were.
+        for (line, stream) in self.streams.iter().zip(streams) {
+            line.set_message(format!("stream {:2}  {}", stream.number, stream.line()));
+        }
+    }
+}
+
+impl Pace {
+    fn is_due(&mut self, now: Instant, migration: &MigrationView) -> bool {
+        let round = migration.progress.as_ref().map_or(0, |progress| progress.round);
+        let due = match self.last {
+            None => true,
+            Some((_, phase, _)) if phase != migration.phase => true,
+            Some((at, _, known)) => {
+                let wait = if known == round {
+                    FIGURES_EVERY
+                } else {
+                    ROUND_EVERY
+                };
+                now.saturating_duration_since(at) >= wait
+            }
+        };
+        if due {
+            self.last = Some((now, migration.phase, round));
+        }
+        due
+    }
+}
+
+fn by_stream(migration: &MigrationView) -> &[StreamView] {
+    migration
+        .progress
+        .as_ref()
+        .map_or(&[], |progress| &progress.by_stream)
+}
+
+/// Everything in one line: the details, and how much of it each stream does.
+fn line(migration: &MigrationView) -> String {
+    let streams = by_stream(migration);
+    let details = details(migration);
+    if streams.is_empty() {
+        return details;
+    }
+    let each: Vec<_> = streams
+        .iter()
+        .map(|stream| match stream.stalled_ms {
+            Some(ms) => format!("stalled for {}", millis(ms)),
+            None => format!("{}/s", bytes(stream.bytes_per_s)),
+        })
+        .collect();
+    format!("{details}, by stream {}", each.join(" + "))
 }
 
 /// How much of the guest's memory the target has, in thousandths.
@@ -134,6 +213,18 @@ mod tests {
             eta_ms: 2_500,
             dirty_bytes_per_s: 3 << 20,
             throttle_percent: 80,
+            by_stream: vec![
+                v1::StreamProgress {
+                    bytes_per_s: 5 << 20,
+                    pages_queued: 256,
+                    ..Default::default()
+                },
+                v1::StreamProgress {
+                    number: 1,
+                    stalled_ms: 3_500,
+                    ..Default::default()
+                },
+            ],
             ..Default::default()
         };
         let phase = v1::MigrationPhase::PreCopy.into();
@@ -169,5 +260,40 @@ mod tests {
             !text.contains("link"),
             "an unknown rate is not shown as 0: {text}"
         );
+    }
+
+    #[test]
+    fn a_line_tells_what_each_stream_does_and_which_one_is_stalled() {
+        let view = in_pre_copy(1 << 10, 1 << 30);
+        let text = line(&view);
+        assert!(
+            text.ends_with("by stream 5.0 MiB/s + stalled for 3.5 s"),
+            "{text}"
+        );
+        let lines: Vec<_> = by_stream(&view).iter().map(StreamView::line).collect();
+        assert_eq!(
+            lines,
+            [
+                "5.0 MiB/s, 0 B sent, 256 pages queued",
+                "stalled for 3.5 s, 0 pages queued, 0 B sent"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_new_phase_is_told_at_once_a_new_round_soon_and_new_figures_now_and_then() {
+        let (mut pace, start) = (Pace::default(), Instant::now());
+        let mut due = |ms, view: &MigrationView| pace.is_due(start + Duration::from_millis(ms), view);
+        let mut view = in_pre_copy(1, 1);
+        assert!(due(0, &view));
+        assert!(!due(4_000, &view), "only the figures changed");
+        assert!(due(5_000, &view));
+        if let Some(progress) = &mut view.progress {
+            progress.round = 4;
+        }
+        assert!(!due(5_900, &view), "rounds may be very short");
+        assert!(due(6_000, &view));
+        view.phase = "switchover";
+        assert!(due(6_001, &view));
     }
 }

@@ -106,6 +106,23 @@ pub struct ProgressView {
     pub throttle_percent: u32,
     /// TCP streams in use.
     pub streams: u32,
+    /// What each of them does, in pre-copy.
+    pub by_stream: Vec<StreamView>,
+}
+
+/// One TCP stream of a migration under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct StreamView {
+    /// From 0 on.
+    pub number: u32,
+    /// On the wire so far.
+    pub bytes: u64,
+    /// Of late.
+    pub bytes_per_s: u64,
+    /// Pages taken on and not written yet.
+    pub pages_queued: u64,
+    /// So long nothing went out although there was something to write; null: it is not stalled.
+    pub stalled_ms: Option<u64>,
 }
 
 /// What was asked of a migration.
@@ -217,6 +234,31 @@ impl From<v1::Progress> for ProgressView {
             eta_ms: Some(progress.eta_ms).filter(|&ms| ms > 0),
             throttle_percent: progress.throttle_percent,
             streams: progress.streams,
+            by_stream: progress.by_stream.into_iter().map(StreamView::from).collect(),
+        }
+    }
+}
+
+impl From<v1::StreamProgress> for StreamView {
+    fn from(stream: v1::StreamProgress) -> Self {
+        Self {
+            number: stream.number,
+            bytes: stream.bytes,
+            bytes_per_s: stream.bytes_per_s,
+            pages_queued: stream.pages_queued,
+            stalled_ms: Some(stream.stalled_ms).filter(|&ms| ms > 0),
+        }
+    }
+}
+
+impl StreamView {
+    /// What it does, for people.
+    pub fn line(&self) -> String {
+        let sent = format!("{} sent", bytes(self.bytes));
+        match (self.stalled_ms, self.pages_queued) {
+            (Some(ms), pages) => format!("stalled for {}, {pages} pages queued, {sent}", millis(ms)),
+            (None, 0) => format!("{}/s, {sent}", bytes(self.bytes_per_s)),
+            (None, pages) => format!("{}/s, {sent}, {pages} pages queued", bytes(self.bytes_per_s)),
         }
     }
 }
@@ -350,7 +392,11 @@ impl Detailed for MigrationView {
                     format!("{}/s", bytes(progress.bandwidth_bytes_per_s)),
                 ),
                 ("throttle", throttle(progress.throttle_percent)),
+                ("ETA", dash(progress.eta_ms.map(millis).as_deref())),
             ]);
+            let streams = progress.by_stream.iter();
+            fields
+                .extend(streams.map(|stream| ("  stream", format!("{}: {}", stream.number, stream.line()))));
         }
         if let Some(receipt) = &self.receipt {
             let blackout = &receipt.blackout_us;

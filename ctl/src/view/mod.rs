@@ -10,7 +10,7 @@ mod vm;
 
 pub use cluster::{ClusterView, EventView, HostView, ImageView};
 pub use forecast::DryRunView;
-pub use migration::MigrationView;
+pub use migration::{MigrationView, StreamView};
 pub use vm::{VmView, vm_state_word};
 
 use drover_proto::v1;

@@ -32,7 +32,7 @@ fn host(name: &str) -> v1::Host {
     }
 }
 
-fn done() -> v1::Migration {
+pub fn done() -> v1::Migration {
     let blackout = v1::Blackout {
         pause: 10,
         last_pages: 20,
@@ -332,7 +332,7 @@ fn a_detached_migration_returns_once_it_is_planned() {
             "streams": 4, "plaintext": true, "max_throttle_percent": 90,
         })
     );
-    assert_eq!(fake.calls("get_migration"), 0);
+    assert_eq!(fake.calls("watch_migration"), 0);
 }
 
 #[test]
@@ -364,7 +364,7 @@ fn ctrl_c_asks_for_the_cancel_and_waits_for_the_end() {
         .spawn()
         .unwrap();
     fake.wait_until("the migration is watched", |state| {
-        state.calls.iter().any(|(call, _)| *call == "get_migration")
+        state.calls.iter().any(|(call, _)| *call == "watch_migration")
     });
     kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), Signal::SIGINT).unwrap();
     let ended = Ended::of(child.wait_with_output().unwrap());
@@ -387,7 +387,7 @@ fn ctrl_c_after_the_commit_changes_nothing() {
         .spawn()
         .unwrap();
     fake.wait_until("the migration is watched", |state| {
-        state.calls.iter().any(|(call, _)| *call == "get_migration")
+        state.calls.iter().any(|(call, _)| *call == "watch_migration")
     });
     kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), Signal::SIGINT).unwrap();
     fake.wait_until("the cancel is refused", |state| {

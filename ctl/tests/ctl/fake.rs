@@ -31,6 +31,8 @@ pub struct State {
     pub hosts: Vec<v1::Host>,
     /// What the next reads of a migration show; the last one stays.
     pub migration: Vec<v1::Migration>,
+    /// As a controller of an earlier version, which cannot hold a look until something changes.
+    pub knows_no_watching: bool,
     /// What a cancelled migration becomes.
     pub cancelled: Option<v1::Migration>,
     /// What a dry run finds.
@@ -47,6 +49,20 @@ pub struct State {
     pub input_at_once: usize,
     /// Calls, by name, with the request id if they have one.
     pub calls: Vec<(&'static str, String)>,
+}
+
+impl State {
+    /// What the next look at the migration shows.
+    fn next_sight(&mut self, id: &str) -> Result<v1::Migration, Fault> {
+        match self.migration.len() {
+            0 => {
+                let message = format!("no migration is named \"{id}\"");
+                Err(Fault::new(Code::MigrationNotFound, message).field("id"))
+            }
+            1 => Ok(self.migration[0].clone()),
+            _ => Ok(self.migration.remove(0)),
+        }
+    }
 }
 
 /// A running fake controller with a context file for it.
@@ -416,15 +432,23 @@ impl Controller for Service {
 
     async fn get_migration(&self, request: Request<v1::GetMigrationRequest>) -> Answer<v1::Migration> {
         let mut state = self.enter("get_migration", "")?;
-        let seen = match state.migration.len() {
-            0 => {
-                let message = format!("no migration is named \"{}\"", request.get_ref().id);
-                return Err(Fault::new(Code::MigrationNotFound, message).field("id").into());
-            }
-            1 => state.migration[0].clone(),
-            _ => state.migration.remove(0),
-        };
-        Ok(Response::new(seen))
+        Ok(Response::new(state.next_sight(&request.get_ref().id)?))
+    }
+
+    async fn watch_migration(
+        &self,
+        request: Request<v1::WatchMigrationRequest>,
+    ) -> Answer<v1::WatchMigrationResponse> {
+        let v1::WatchMigrationRequest { id, seen, .. } = request.into_inner();
+        let mut state = self.enter("watch_migration", "")?;
+        if state.knows_no_watching {
+            return Err(Status::unimplemented("no such call"));
+        }
+        let migration = state.next_sight(&id)?;
+        Ok(Response::new(v1::WatchMigrationResponse {
+            migration: Some(migration),
+            seen: seen + 1,
+        }))
     }
 
     async fn cancel_migration(&self, request: Request<v1::CancelMigrationRequest>) -> Answer<v1::Migration> {

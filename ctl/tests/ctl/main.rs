@@ -8,3 +8,4 @@ mod console;
 mod dev;
 mod dry_run;
 mod fake;
+mod follow;

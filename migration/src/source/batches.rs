@@ -4,6 +4,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Sent;
+use super::lanes::Lane;
 use crate::bandwidth::Cap;
 use crate::codec::{Batch, Run};
 use crate::control::Control;
@@ -62,6 +63,7 @@ impl Pace {
 /// One stream and the buffer for what goes out on it.
 pub(super) struct Sender<'c, S> {
     pub link: Link<'c, S>,
+    lane: &'c Lane<'c>,
     batch: Batch,
     /// Pages may go without a checksum.
     guarded: bool,
@@ -69,19 +71,21 @@ pub(super) struct Sender<'c, S> {
 
 impl<'c, S: Stream> Sender<'c, S> {
     /// For the link, where a peer of version 1 reads too.
-    pub fn on_link(link: Link<'c, S>) -> Self {
+    pub fn on_link(link: Link<'c, S>, lane: &'c Lane<'c>) -> Self {
         Self {
             link,
+            lane,
             batch: Batch::default(),
             guarded: false,
         }
     }
 
     /// For a stream.
-    pub fn on_stream(link: Link<'c, S>) -> Self {
+    pub fn on_stream(link: Link<'c, S>, lane: &'c Lane<'c>) -> Self {
         Self {
             guarded: link.is_guarded(),
             link,
+            lane,
             batch: Batch::default(),
         }
     }
@@ -95,7 +99,13 @@ impl<'c, S: Stream> Sender<'c, S> {
         pace: &Pace,
         control: &Control,
     ) -> Result<Sent, Stop> {
-        let Self { link, batch, guarded } = self;
+        let Self {
+            link,
+            lane,
+            batch,
+            guarded,
+        } = self;
+        lane.take_on(job.runs.iter().map(|run| run.count).sum());
         batch.begin(job.round);
         for run in job.runs.iter().flat_map(|run| regions.split(*run)) {
             // Later rounds hold only pages that were written.
@@ -121,8 +131,11 @@ impl<'c, S: Stream> Sender<'c, S> {
             if job.capped {
                 pace.keep(frame.len(), control)?;
             }
+            lane.begin_frame();
             link.send_frame(frame)?;
-            sent.bytes += frame.len() as u64;
+            let bytes = frame.len() as u64;
+            lane.end_frame(bytes, if content { sent.pages } else { sent.zero_pages });
+            sent.bytes += bytes;
         }
         Ok(sent)
     }

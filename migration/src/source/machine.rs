@@ -644,6 +644,8 @@ impl Machine {
             eta_ms: u64::try_from(eta).unwrap_or(u64::MAX),
             throttle_percent: self.throttle,
             streams: self.streams.max(1),
+            // Filled in by the shell, which has the streams.
+            by_stream: Vec::new(),
         })
     }
 

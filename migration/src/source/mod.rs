@@ -5,6 +5,7 @@
 //! blackout. The rest is measured by the target and the VMM (see [`crate::target`]).
 
 mod batches;
+mod lanes;
 mod machine;
 mod order;
 mod streams;
@@ -21,6 +22,7 @@ use drover_proto::v1::MigrationOptions;
 pub use machine::{Action, Config, Event, Machine, Sent};
 
 use batches::{Job, Pace, Sender};
+use lanes::Lanes;
 use streams::Crew;
 
 use crate::codec::{Frame, Hello, Join, Message, bad};
@@ -106,11 +108,12 @@ pub fn run<S: Stream>(
     let origin = Instant::now();
     let regions = RegionEnds::new(&layout);
     let pace = Pace::new(config.intent.bandwidth, origin);
-    let crew = Crew::new(vm, &regions, &pace, control);
+    let lanes = Lanes::new(control, origin);
+    let crew = Crew::new(vm, &regions, &pace, control, &lanes);
     let outcome = thread::scope(|scope| {
         let mut driver = Driver {
             vm,
-            sender: Sender::on_link(link),
+            sender: Sender::on_link(link, lanes.of(0)),
             dial: &mut dial,
             plaintext: config.hello.plaintext,
             control,
@@ -228,7 +231,7 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
     fn perform(&mut self, action: Action) -> Option<Event> {
         match action {
             Action::Reach(point) => reach(point),
-            Action::Report(progress) => self.control.report(progress),
+            Action::Report(progress) => self.crew.report(progress),
             Action::Throttle(percent) => {
                 self.throttled = percent > 0;
                 self.vm.throttle(percent);
@@ -307,8 +310,9 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                 stream,
             }))?;
             // A new link on the stream: its frames count from 0 again, as the target's do.
-            let link = Link::new(link.into_stream(), self.link_timeout, self.control)?;
-            self.crew.hire(self.scope, Sender::on_stream(link))?;
+            let lane = self.crew.lane(stream);
+            let link = Link::new(link.into_stream(), self.link_timeout, lane)?;
+            self.crew.hire(self.scope, Sender::on_stream(link, lane))?;
         }
         self.streams = count;
         Ok(())

@@ -15,12 +15,14 @@
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, Scope};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use drover_proto::v1::{MigrationPhase, Progress};
 use drover_proto::{Code, Fault};
 
 use super::Sent;
 use super::batches::{Job, Pace, Sender};
+use super::lanes::{Gauge, Lane, Lanes};
 use crate::codec::{Message, StreamEnd};
 use crate::control::Control;
 use crate::transport::{SLICE, Stop, Stream};
@@ -28,6 +30,8 @@ use crate::vm::{RegionEnds, SourceVm};
 
 /// Jobs that wait for a stream, so that it never waits for the engine.
 const QUEUED_PER_STREAM: usize = 2;
+/// How the streams stand is told so often while the engine waits for all of them.
+const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// The workers and what they share with the engine's thread.
 pub(super) struct Crew<'a> {
@@ -35,6 +39,8 @@ pub(super) struct Crew<'a> {
     regions: &'a RegionEnds,
     pace: &'a Pace,
     control: &'a Control,
+    lanes: &'a Lanes<'a>,
+    shown: Mutex<Shown>,
     board: Mutex<Board>,
     /// For workers: there is something to do. For the engine: something was done.
     changed: Condvar,
@@ -52,6 +58,15 @@ struct Board {
     dismissed: bool,
 }
 
+/// What was last told to whoever watches.
+#[derive(Default)]
+struct Shown {
+    /// Only in pre-copy: once the VM is to be paused nothing is told but what the machine reports.
+    progress: Option<Progress>,
+    at: Option<Instant>,
+    gauge: Gauge,
+}
+
 /// What a worker does next.
 enum Task {
     Send(Job),
@@ -60,14 +75,53 @@ enum Task {
 }
 
 impl<'a> Crew<'a> {
-    pub fn new(vm: &'a dyn SourceVm, regions: &'a RegionEnds, pace: &'a Pace, control: &'a Control) -> Self {
+    pub fn new(
+        vm: &'a dyn SourceVm,
+        regions: &'a RegionEnds,
+        pace: &'a Pace,
+        control: &'a Control,
+        lanes: &'a Lanes<'a>,
+    ) -> Self {
         Self {
             vm,
             regions,
             pace,
             control,
+            lanes,
+            shown: Mutex::default(),
             board: Mutex::default(),
             changed: Condvar::new(),
+        }
+    }
+
+    /// The counters of a stream.
+    pub fn lane(&self, stream: u32) -> &'a Lane<'a> {
+        self.lanes.of(stream)
+    }
+
+    /// Tells whoever watches; in pre-copy with how each stream stands. For the engine's thread.
+    pub fn report(&self, mut progress: Progress) {
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        shown.progress = None;
+        if progress.phase() == MigrationPhase::PreCopy {
+            progress.by_stream = shown.gauge.read(self.lanes, progress.streams, self.lanes.now());
+            let sent = progress.by_stream.iter().map(|stream| stream.bytes).sum();
+            progress.bytes_sent = progress.bytes_sent.max(sent);
+            (shown.progress, shown.at) = (Some(progress.clone()), Some(Instant::now()));
+        }
+        drop(shown);
+        self.control.report(progress);
+    }
+
+    /// As long as the engine waits the machine reports nothing: then the streams' figures go on by themselves.
+    fn report_again(&self) {
+        let due = {
+            let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+            let due = shown.at.is_some_and(|at| at.elapsed() >= TELL_EVERY);
+            shown.progress.clone().filter(|_| due)
+        };
+        if let Some(progress) = due {
+            self.report(progress);
         }
     }
 
@@ -136,10 +190,16 @@ impl<'a> Crew<'a> {
     }
 
     /// Waits for a change, for a slice of time at most.
-    fn wait<'b>(&self, board: MutexGuard<'b, Board>) -> Result<MutexGuard<'b, Board>, Stop> {
+    fn wait<'b>(&'b self, board: MutexGuard<'b, Board>) -> Result<MutexGuard<'b, Board>, Stop> {
         self.check(&board)?;
         let waited = self.changed.wait_timeout(board, SLICE);
-        Ok(waited.unwrap_or_else(PoisonError::into_inner).0)
+        let (board, slice) = waited.unwrap_or_else(PoisonError::into_inner);
+        if !slice.timed_out() {
+            return Ok(board);
+        }
+        drop(board);
+        self.report_again();
+        Ok(self.board())
     }
 
     fn work<S: Stream>(&self, mut sender: Sender<'_, S>) {

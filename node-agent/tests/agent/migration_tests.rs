@@ -77,7 +77,7 @@ pub async fn a_target_prepares_commits_and_runs_by_the_commits_lease() {
     assert_eq!(world.fleet.until("the receipt", receipt).await.rounds, 7);
     world.fleet.until_vm(VmState::Running, 2).await;
     let progress = |call: &Call| match call {
-        Call::Migration(report) => report.progress.filter(|progress| progress.round > 0),
+        Call::Migration(report) => report.progress.clone().filter(|progress| progress.round > 0),
         _ => None,
     };
     world.fleet.until("progress", progress).await;
