@@ -143,6 +143,7 @@ fn new_target() -> target::Machine {
         cpu_profile: "baseline".into(),
         plaintext: false,
         token: [7; TOKEN_BYTES],
+        post_copy: Err(drover_migration::post_copy::unavailable()),
     })
     .expect("the layout is sound")
 }

@@ -8,6 +8,7 @@ use drover_proto::v1::Progress;
 /// Shared between the engine's thread and the VMM's control server.
 pub struct Control {
     cancelled: AtomicBool,
+    post_copy: AtomicBool,
     on_progress: Box<dyn Fn(Progress) + Send + Sync>,
 }
 
@@ -17,6 +18,7 @@ impl Control {
     pub fn new(on_progress: impl Fn(Progress) + Send + Sync + 'static) -> Self {
         Self {
             cancelled: AtomicBool::new(false),
+            post_copy: AtomicBool::new(false),
             on_progress: Box::new(on_progress),
         }
     }
@@ -30,6 +32,15 @@ impl Control {
     /// Whether [`Control::cancel`] was called.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Asks the source to switch to post-copy now, where the intent allows it and the target can; else nothing comes of it.
+    pub fn switch_to_post_copy(&self) {
+        self.post_copy.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn wants_post_copy(&self) -> bool {
+        self.post_copy.load(Ordering::Acquire)
     }
 
     pub(crate) fn report(&self, progress: Progress) {

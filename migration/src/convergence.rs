@@ -10,6 +10,8 @@
 //!  worth while         D / B >= 1 ms  and  min(D, w * D / B) <= D / 2,  at most 4 times, and inside the deadline
 //!  throttle            E > T and D above 3/4 of what the round carried:
 //!                      p' = 1 - (B / 2) / (w / (1 - p)), at least 20 % and p + 10 %, at most what is allowed
+//!  post-copy           where it is allowed, instead of an abort; and when, with no throttle left, D is above 3/4 of what the
+//!                      second or a later round carried, or the next round would end after the deadline
 //!  abort rule          the deadline passed; or pause + state + commit are above T already; or, with no throttle left,
 //!                      D has not shrunk by a tenth for 5 rounds that took 3 s; or 60 rounds
 //! ```
@@ -70,6 +72,8 @@ pub struct Intent {
     pub bandwidth: Option<u64>,
     /// Most that each vCPU may be held back, percent of its time; 0: not at all.
     pub max_throttle: u32,
+    /// Whether the VM may run at the target before all its pages are there.
+    pub post_copy: bool,
 }
 
 impl Default for Intent {
@@ -79,6 +83,7 @@ impl Default for Intent {
             deadline: None,
             bandwidth: None,
             max_throttle: 0,
+            post_copy: false,
         }
     }
 }
@@ -94,6 +99,7 @@ impl Intent {
             deadline: (options.deadline_ms > 0).then(|| Duration::from_millis(options.deadline_ms)),
             bandwidth: (options.bandwidth_mib_s > 0).then(|| options.bandwidth_mib_s.saturating_mul(1 << 20)),
             max_throttle: options.max_throttle_percent.min(THROTTLE_MAX),
+            post_copy: options.allow_postcopy,
         }
     }
 }
@@ -185,6 +191,8 @@ pub enum Decision {
     NextRound,
     /// Hold each vCPU back for so many percent of its time, then send another round.
     Throttle(u32),
+    /// Pause, and let the VM run at the target before it has the rest.
+    PostCopy,
     /// Give up.
     Abort(Fault),
 }
@@ -236,8 +244,25 @@ fn throttle(sample: &Sample, intent: &Intent) -> Option<u32> {
     Some(asked.max(least).min(allowed))
 }
 
-/// The stop rule, then the throttle, then the abort rule. `trend` has seen this sample.
+/// The stop rule, the throttle, post-copy where it is allowed, the abort rule. `trend` has seen this sample.
 pub fn decide(sample: &Sample, trend: &Trend, intent: &Intent) -> Decision {
+    match pre_copy(sample, trend, intent) {
+        Decision::Abort(_) if intent.post_copy => Decision::PostCopy,
+        Decision::NextRound if intent.post_copy && is_futile(sample, intent) => Decision::PostCopy,
+        decision => decision,
+    }
+}
+
+/// Whether another round would bring nothing, or would come too late. One that fits already is worth while for itself.
+fn is_futile(sample: &Sample, intent: &Intent) -> bool {
+    let round = time(sample.remaining, sample.bandwidth);
+    let late = |deadline| sample.elapsed.saturating_add(round) >= deadline;
+    let shrinks = sample.remaining <= sample.carried / 4 * 3;
+    !fits(sample, intent) && ((sample.round > 1 && !shrinks) || intent.deadline.is_some_and(late))
+}
+
+/// What pre-copy by itself would do.
+fn pre_copy(sample: &Sample, trend: &Trend, intent: &Intent) -> Decision {
     if fits(sample, intent) {
         return if worth_while(sample, intent) {
             Decision::NextRound

@@ -135,6 +135,8 @@ pub struct Course {
     pub blackout: Duration,
     /// Most that each vCPU would be held back, percent.
     pub throttle: u32,
+    /// It converges only by post-copy: how long the guest would run at the target before all its pages are there.
+    pub post_copy: Option<Duration>,
 }
 
 /// What would make a migration possible that would be given up, each by itself. `None`: nothing that can be had.
@@ -191,7 +193,10 @@ pub fn rehearse(facts: &Facts, intent: &Intent) -> Course {
         let dirty = facts.writes.within(running) / PAGE * PAGE;
         let sample = rehearsal.sample(carried, dirty, took);
         if let Some(fault) = convergence::past_deadline(rehearsal.elapsed, intent) {
-            rehearsal.cut_at_deadline();
+            let unsent = rehearsal.cut_at_deadline();
+            if intent.post_copy {
+                return rehearsal.by_post_copy(&sample, sample.remaining.saturating_add(unsent));
+            }
             return rehearsal.course(Err(fault), &sample);
         }
         rehearsal.trend = rehearsal.trend.after(&sample);
@@ -206,6 +211,7 @@ pub fn rehearse(facts: &Facts, intent: &Intent) -> Course {
                 rehearsal.trend = Trend::default();
             }
             Decision::Abort(fault) => return rehearsal.course(Err(fault), &sample),
+            Decision::PostCopy => return rehearsal.by_post_copy(&sample, sample.remaining),
             Decision::Switchover => return rehearsal.course(Ok(()), &sample),
         }
         debug_assert!(rehearsal.round < ROUNDS_MAX, "the rules end an attempt by then");
@@ -240,15 +246,32 @@ impl Rehearsal<'_> {
         }
     }
 
-    /// The deadline passed in the middle of the round: what came after it is not sent.
-    fn cut_at_deadline(&mut self) {
+    /// The deadline passed in the middle of the round: what came after it is not sent. Gives how many bytes that is.
+    fn cut_at_deadline(&mut self) -> u64 {
         let deadline = self.intent.deadline.unwrap_or_default();
         let over = self.elapsed.saturating_sub(deadline).as_nanos();
         let unsent = u128::from(self.link).saturating_mul(over) / 1_000_000_000;
-        self.bytes = self
-            .bytes
-            .saturating_sub(u64::try_from(unsent).unwrap_or(u64::MAX));
+        let unsent = u64::try_from(unsent).unwrap_or(u64::MAX).min(self.bytes);
+        self.bytes -= unsent;
         self.elapsed = self.elapsed.min(deadline);
+        unsent
+    }
+
+    /// The guest runs at the target before it has the last `remaining` bytes.
+    fn by_post_copy(&self, sample: &Sample, remaining: u64) -> Course {
+        let paused = Sample {
+            remaining: 0,
+            ..*sample
+        };
+        let remaining = remaining.min(self.facts.memory);
+        let phase = time(remaining, self.link);
+        let course = self.course(Ok(()), &paused);
+        Course {
+            total: course.total.saturating_add(phase),
+            bytes: course.bytes.saturating_add(remaining),
+            post_copy: Some(phase),
+            ..course
+        }
     }
 
     fn course(&self, ended: Result<(), Fault>, sample: &Sample) -> Course {
@@ -261,6 +284,7 @@ impl Rehearsal<'_> {
             rounds: self.round,
             blackout,
             throttle: self.throttle,
+            post_copy: None,
         };
         if course.ended.is_ok() {
             course.total = course.total.saturating_add(blackout);
@@ -368,8 +392,8 @@ pub fn forecast(facts: &Facts, intent: &Intent) -> v1::Forecast {
         throttle_percent_needed: remedies.throttle.unwrap_or(0),
         bandwidth_source: String::new(),
         made_ms: 0,
-        post_copy: false,
-        post_copy_ms: 0,
+        post_copy: course.post_copy.is_some(),
+        post_copy_ms: course.post_copy.map_or(0, millis),
     }
 }
 
@@ -521,7 +545,7 @@ mod tests {
             bandwidth in proptest::option::of(1..u64::MAX),
             max_throttle in 0u32..=99,
         ) -> Intent {
-            Intent { max_downtime: ms(max_downtime), deadline: deadline.map(ms), bandwidth, max_throttle }
+            Intent { max_downtime: ms(max_downtime), deadline: deadline.map(ms), bandwidth, max_throttle, post_copy: false }
         }
     }
 

@@ -22,8 +22,10 @@ pub const TOKEN_BYTES: usize = 32;
 pub mod feature {
     /// A page may come for the first time in a later round than the first: the target counts them at the end.
     pub const LATE_PAGES: u32 = 1;
+    /// The source may let the VM run at the target before all its pages are there. Offered only where the intent allows it.
+    pub const POST_COPY: u32 = 2;
     /// All that this build can do.
-    pub const ALL: u32 = LATE_PAGES;
+    pub const ALL: u32 = LATE_PAGES | POST_COPY;
 }
 
 /// The highest version that both speak.
@@ -72,6 +74,8 @@ pub struct Expected {
     pub plaintext: bool,
     /// What streams have to show: random, and of this migration alone.
     pub token: [u8; TOKEN_BYTES],
+    /// Whether the VM could be taken by post-copy, or why not.
+    pub post_copy: Result<(), Fault>,
 }
 
 /// How pages travel.
@@ -135,7 +139,11 @@ pub fn check(hello: &Hello, expected: &Expected) -> Result<Agreed, Fault> {
         &hello.cpu_profile,
         &expected.cpu_profile,
     )?;
-    let features = hello.features & feature::ALL;
+    let known = match expected.post_copy {
+        Ok(()) => feature::ALL,
+        Err(_) => feature::ALL & !feature::POST_COPY,
+    };
+    let features = hello.features & known;
     if version < VERSION_STREAMS || hello.streams == 0 {
         return Ok(Agreed {
             version,
@@ -315,6 +323,7 @@ mod tests {
             cpu_profile: "baseline".into(),
             plaintext: false,
             token: [7; TOKEN_BYTES],
+            post_copy: Ok(()),
         }
     }
 
@@ -381,6 +390,7 @@ mod tests {
             streams,
             token: vec![1; token],
             features: 0,
+            ..HelloAck::default()
         };
         assert_eq!(
             check_choice(&ack(2, 3, TOKEN_BYTES), &hello()).unwrap().streams,
@@ -416,7 +426,7 @@ mod tests {
     fn a_hello_that_differs_anywhere_is_refused_with_the_field() {
         type Change = fn(&mut Hello);
         let cases: [(Change, Code, &str); 10] = [
-            (|h| h.version_min = 3, Code::ProtocolVersion, ""),
+            (|h| h.version_min = 9, Code::ProtocolVersion, ""),
             (|h| h.migration = "m2".into(), Code::Denied, "migration"),
             (|h| h.vm = "vm2".into(), Code::Denied, "vm"),
             (|h| h.from_host = "host3".into(), Code::Denied, "from_host"),
@@ -434,8 +444,8 @@ mod tests {
         for (change, code, field) in cases {
             let mut hello = hello();
             change(&mut hello);
-            if hello.version_min == 3 {
-                hello.version_max = 3;
+            if hello.version_min == 9 {
+                hello.version_max = 9;
             }
             let fault = check(&hello, &expected()).unwrap_err();
             assert_eq!((fault.code, fault.field.as_str()), (code, field), "{fault}");

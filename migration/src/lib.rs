@@ -35,6 +35,7 @@ pub mod digest;
 pub mod forecast;
 pub mod handshake;
 pub mod meter;
+pub mod post_copy;
 pub mod source;
 pub mod target;
 pub mod transport;

@@ -7,6 +7,7 @@ use drover_proto::Fault;
 
 use crate::codec::Run;
 use crate::convergence::Costs;
+use crate::post_copy::{self, PostCopyVm};
 
 /// Size of a page, bytes. Guest memory is a whole number of pages.
 pub const PAGE_SIZE: usize = 4096;
@@ -89,13 +90,55 @@ impl PageSet {
 
     /// Adds the pages of `run`, all of which the set can hold.
     pub fn insert(&mut self, run: Run) {
+        self.in_words(run, |word, bits| *word |= bits);
+    }
+
+    fn in_words(&mut self, run: Run, change: impl Fn(&mut u64, u64)) {
         let mut page = run.first;
         while page < run.end() {
             let count = (64 - page % 64).min(run.end() - page);
             let bits = (u64::MAX >> (64 - count)) << (page % 64);
-            self.words[usize::try_from(page / 64).expect("the set holds the page")] |= bits;
+            change(
+                &mut self.words[usize::try_from(page / 64).expect("the set holds the page")],
+                bits,
+            );
             page += count;
         }
+    }
+
+    /// Takes the pages of `run`, all of which the set can hold, out of it.
+    pub fn remove(&mut self, run: Run) {
+        self.in_words(run, |word, bits| *word &= !bits);
+    }
+
+    /// Whether the page is in the set.
+    pub fn contains(&self, page: u64) -> bool {
+        let word = usize::try_from(page / 64).ok().and_then(|at| self.words.get(at));
+        word.is_some_and(|word| word >> (page % 64) & 1 == 1)
+    }
+
+    /// The runs of the set, ascending.
+    pub fn runs(&self) -> Vec<Run> {
+        let mut rest = self.clone();
+        rest.take_runs(&mut 0, u64::MAX)
+    }
+
+    /// The next pages, at most `max` and ascending, from word `*from` on, which moves behind them, and to the front after the last one.
+    pub fn next_pages(&self, from: &mut usize, max: usize) -> Vec<u64> {
+        let mut pages = Vec::new();
+        while let Some(word) = self.words.get(*from) {
+            if pages.len() + word.count_ones() as usize > max {
+                return pages;
+            }
+            pages.extend(
+                (0..64)
+                    .filter(|bit| word >> bit & 1 == 1)
+                    .map(|bit| *from as u64 * 64 + bit),
+            );
+            *from += 1;
+        }
+        *from = 0;
+        pages
     }
 
     /// Takes the lowest pages out of the set, at most `max` of them, as ascending runs. No page is below word `*from`,
@@ -172,6 +215,8 @@ pub trait SourceVm: Sync {
     fn pause(&self) -> Result<(), Fault>;
     /// The encoded `VmSave` of the paused VM.
     fn save(&self) -> Result<Vec<u8>, Fault>;
+    /// The target is ready, by post-copy: from now on, and after the commit, it needs this VM's pages. Until the engine returns.
+    fn serving(&self) {}
 }
 
 /// The VM as the target of a migration. Memory is written from several threads at once, never the same page by two.
@@ -184,6 +229,10 @@ pub trait TargetVm: Sync {
     fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault>;
     /// Decodes and restores an encoded `VmSave`; refuses whatever it does not know or cannot set.
     fn restore(&self, state: &[u8]) -> Result<(), Fault>;
+    /// This VM as one that can run before all its pages are there, or why it cannot. The answer stays the same.
+    fn post_copy(&self) -> Result<&dyn PostCopyVm, Fault> {
+        Err(post_copy::unavailable())
+    }
 }
 
 #[cfg(test)]

@@ -54,6 +54,7 @@ fn round(round: u32, content: u64, last: bool, from: u64) -> Vec<u8> {
         pages: content,
         zero_pages: PAGES - content,
         last,
+        ..RoundEnd::default()
     };
     out.extend(stream(&[Message::RoundEnd(end)], from + 2));
     out

@@ -247,6 +247,7 @@ impl World {
             cpu_profile: "baseline".into(),
             plaintext: false,
             token: [7; TOKEN_BYTES],
+            post_copy: Err(drover_migration::post_copy::unavailable()),
         })
         .unwrap();
         Self {
@@ -572,6 +573,9 @@ impl World {
         match action {
             Action::Reach(_) | Action::Report(_) => {}
             Action::Admit(_) => panic!("no streams were asked for"),
+            Action::Arm(_) | Action::Place { .. } | Action::PlaceZeros { .. } | Action::Stand(_) => {
+                panic!("no post-copy was asked for")
+            }
             Action::Send(message) => {
                 if matches!(message, Message::Ready(_)) {
                     self.check_ready();

@@ -38,6 +38,7 @@ impl Target {
             cpu_profile: "baseline".into(),
             plaintext: false,
             token: [7; TOKEN_BYTES],
+            post_copy: Err(drover_migration::post_copy::unavailable()),
         });
         Self(machine.unwrap())
     }
@@ -104,6 +105,7 @@ fn round_end(round: u32, pages: u64, zero_pages: u64, last: bool) -> Message {
         pages,
         zero_pages,
         last,
+        ..RoundEnd::default()
     })
 }
 
@@ -345,7 +347,7 @@ fn a_source_refuses_answers_that_do_not_fit_and_tells_whether_it_has_paused() {
         zero_pages: PAGES,
     });
     let newer = Message::HelloAck(HelloAck {
-        version: 3,
+        version: 9,
         ..HelloAck::default()
     });
     for (answers, code, paused) in [

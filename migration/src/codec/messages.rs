@@ -79,6 +79,9 @@ pub struct HelloAck {
     /// Those of the hello's features that are agreed on.
     #[prost(uint32, tag = "20")]
     pub features: u32,
+    /// Post-copy was offered and the target cannot: why, for people.
+    #[prost(string, tag = "21")]
+    pub post_copy_unavailable: String,
 }
 
 /// The first frame of a stream that carries pages: proves that it belongs to this migration.
@@ -118,7 +121,43 @@ pub struct RoundEnd {
     /// Whether this was the pass after the pause: only the state may follow.
     #[prost(bool, tag = "4")]
     pub last: bool,
+    /// Instead of the pages that the target lacks it was told which they are; they follow while it runs. Only with `last`.
+    #[prost(bool, tag = "5")]
+    pub post_copy: bool,
+    /// How many they are.
+    #[prost(uint64, tag = "6")]
+    pub missing: u64,
 }
+
+/// Pages that the target lacks, or has in an older version, as the source stands paused: a piece of the set.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Missing {
+    /// Number of the first page that the bitmap speaks of, a multiple of 64.
+    #[prost(uint64, tag = "1")]
+    pub first: u64,
+    /// A bit a page, the lowest page in the lowest bit of the first byte; at most [`MISSING_BYTES_MAX`] bytes, a multiple of 8.
+    #[prost(bytes = "vec", tag = "2")]
+    pub bitmap: Vec<u8>,
+}
+
+/// Longest bitmap of a [`Missing`]: 256 MiB of guest memory.
+pub const MISSING_BYTES_MAX: usize = 8 << 10;
+
+/// Post-copy: the target asks for pages that its guest waits for. Without any it only says that it lives.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct PageRequest {
+    /// At most [`super::BATCH_PAGES`], ascending.
+    #[prost(uint64, repeated, tag = "1")]
+    pub pages: Vec<u64>,
+}
+
+/// Post-copy: the pages that were asked for last have been sent, all of them.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct PageAnswer {}
+
+/// Post-copy: the target has every page. The source's memory is needed no more.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct Complete {}
 
 /// The target has written the round to its memory.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
@@ -239,7 +278,8 @@ impl Cancel {
     }
 }
 
-fn shortened(text: &str) -> String {
+/// The beginning of a text for the peer, or from it.
+pub(crate) fn shortened(text: &str) -> String {
     let end = (0..=PEER_TEXT_MAX.min(text.len()))
         .rev()
         .find(|at| text.is_char_boundary(*at));
@@ -269,6 +309,14 @@ pub enum Message {
     Join(Join),
     /// Source: a stream's part of a round ends.
     StreamEnd(StreamEnd),
+    /// Source: pages that the target lacks.
+    Missing(Missing),
+    /// Target: pages that its guest waits for.
+    PageRequest(PageRequest),
+    /// Source: they are sent.
+    PageAnswer(PageAnswer),
+    /// Target: it has all pages.
+    Complete(Complete),
 }
 
 impl Message {
@@ -285,6 +333,10 @@ impl Message {
             Self::Cancel(_) => Kind::Cancel,
             Self::Join(_) => Kind::Join,
             Self::StreamEnd(_) => Kind::StreamEnd,
+            Self::Missing(_) => Kind::Missing,
+            Self::PageRequest(_) => Kind::PageRequest,
+            Self::PageAnswer(_) => Kind::PageAnswer,
+            Self::Complete(_) => Kind::Complete,
         }
     }
 
@@ -300,6 +352,10 @@ impl Message {
             Kind::Cancel => Cancel::decode(payload).map(Self::Cancel),
             Kind::Join => Join::decode(payload).map(Self::Join),
             Kind::StreamEnd => StreamEnd::decode(payload).map(Self::StreamEnd),
+            Kind::Missing => Missing::decode(payload).map(Self::Missing),
+            Kind::PageRequest => PageRequest::decode(payload).map(Self::PageRequest),
+            Kind::PageAnswer => PageAnswer::decode(payload).map(Self::PageAnswer),
+            Kind::Complete => Complete::decode(payload).map(Self::Complete),
             Kind::Pages | Kind::GuardedPages | Kind::Zeros => return Err(bad("a page frame is no message")),
         };
         decoded.map_err(|error| bad(format!("a {kind:?} frame cannot be read: {error}")))

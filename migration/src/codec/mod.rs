@@ -24,9 +24,10 @@ use drover_proto::{Code, Fault};
 use prost::Message as _;
 
 pub use batch::Batch;
+pub(crate) use messages::shortened;
 pub use messages::{
-    Cancel, Hello, HelloAck, Join, MemoryRegion, Message, Ready, Refusal, RoundAck, RoundEnd, StateFrame,
-    StreamEnd,
+    Cancel, Complete, Hello, HelloAck, Join, MISSING_BYTES_MAX, MemoryRegion, Message, Missing, PageAnswer,
+    PageRequest, Ready, Refusal, RoundAck, RoundEnd, StateFrame, StreamEnd,
 };
 pub(crate) use pages::push as push_run;
 pub use pages::{Pages, Run, Runs, Zeros};
@@ -79,10 +80,18 @@ pub enum Kind {
     StreamEnd = 12,
     /// Source: pages with content, which the checksum leaves out. Only where the stream itself notices every byte that changed.
     GuardedPages = 13,
+    /// Source: pages that the target lacks as the source stands paused.
+    Missing = 14,
+    /// Target: pages that its guest waits for.
+    PageRequest = 15,
+    /// Source: those are sent.
+    PageAnswer = 16,
+    /// Target: it has all pages.
+    Complete = 17,
 }
 
 impl Kind {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 17] = [
         Self::Hello,
         Self::HelloAck,
         Self::Pages,
@@ -96,6 +105,10 @@ impl Kind {
         Self::Join,
         Self::StreamEnd,
         Self::GuardedPages,
+        Self::Missing,
+        Self::PageRequest,
+        Self::PageAnswer,
+        Self::Complete,
     ];
 
     fn from_wire(byte: u8) -> Option<Self> {
@@ -254,6 +267,10 @@ pub fn encode(message: &Message, sequence: u64, out: &mut Vec<u8>) -> Result<(),
         Message::Cancel(body) => body.encode(out).expect(full),
         Message::Join(body) => body.encode(out).expect(full),
         Message::StreamEnd(body) => body.encode(out).expect(full),
+        Message::Missing(body) => body.encode(out).expect(full),
+        Message::PageRequest(body) => body.encode(out).expect(full),
+        Message::PageAnswer(body) => body.encode(out).expect(full),
+        Message::Complete(body) => body.encode(out).expect(full),
     }
     seal(out, message.kind(), sequence)
 }
@@ -304,6 +321,8 @@ mod tests {
             pages: 70,
             zero_pages: 9,
             last: false,
+            post_copy: false,
+            missing: 0,
         })
     }
 

@@ -6,7 +6,14 @@
 //!                                    ▲                    │ next round                     (last)     (last)              │
 //!                                    └────────────────────┘                                                               ▼
 //!  any ─▶ Ended{FailedRunning} before the pause, Ended{FailedPaused} after it                                 Ended{AwaitOutcome}
+//!
+//!  post-copy: … ─▶ Pausing ─▶ Sweeping ─▶ Declaring ─▶ Acking ─▶ Saving ─▶ Judging ─▶ Serving ──Complete──▶ Ended{AwaitOutcome}
+//!                                                                            └────┬────┘ answers page requests
 //! ```
+//!
+//! Post-copy ([`crate::post_copy`]) is entered where the rules or a person say so, also in the middle of a round: what was not sent by
+//! then is still in the order, what was sent and then written comes back by the sweep, and together they are what the target is told
+//! that it lacks. That nothing was left out is checked by the target over both.
 //!
 //! **Why no write of the guest is lost.** [`Order`] holds what the target does not have. Every page starts in it. A page
 //! leaves it only into a batch, and comes back when the dirty log says that it was written after the log was last
@@ -24,11 +31,14 @@ use drover_proto::v1::{MigrationPhase, Progress};
 use drover_proto::{Code, Fault};
 
 use crate::bandwidth;
-use crate::codec::{BATCH_PAGES, Cancel, Hello, Message, RoundEnd, Run, StateFrame, bad};
+use crate::codec::{
+    BATCH_PAGES, Cancel, Hello, HelloAck, Message, PageAnswer, RoundEnd, Run, StateFrame, bad,
+};
 use crate::convergence::{self, Costs, Decision, Intent, Sample, Trend};
 use crate::digest::{Totals, digest};
 use crate::handshake::{self, Agreed, feature};
 use crate::meter::Meter;
+use crate::post_copy;
 use crate::source::Outcome;
 use crate::source::order::Order;
 use crate::vm::{PAGE_SIZE, PageSet};
@@ -167,6 +177,20 @@ pub enum Action {
     Pause,
     /// → `Saved`.
     Save,
+    /// Post-copy: send these pages over the link, before all others, and do not send them again in the background.
+    Answer {
+        /// The round.
+        round: u32,
+        /// At most [`BATCH_PAGES`] pages, ascending.
+        runs: Vec<Run>,
+    },
+    /// Post-copy: send these pages in the background. The VM serves from now on.
+    Push {
+        /// The round.
+        round: u32,
+        /// All that the target lacks.
+        pages: PageSet,
+    },
     /// It is over.
     End(Outcome),
 }
@@ -184,8 +208,10 @@ enum State {
     Measuring,
     Pausing,
     Sweeping,
+    Declaring,
     Saving,
     Judging,
+    Serving,
     Ended,
 }
 
@@ -220,6 +246,15 @@ pub struct Machine {
     reported_at: Duration,
     blackout: Option<Blackout>,
     digest: [u8; 32],
+    /// A person wants post-copy now.
+    post_copy_wanted: bool,
+    /// Why the target cannot, where it would be allowed.
+    post_copy_unavailable: Option<String>,
+    post_copy: bool,
+    /// In a post-copy: what the target lacks.
+    missing: PageSet,
+    /// Pages were given out in this round that the target has not acknowledged.
+    in_round: bool,
 }
 
 /// The source's part of the blackout so far.
@@ -260,7 +295,17 @@ impl Machine {
             reported_at: Duration::ZERO,
             blackout: None,
             digest: [0; 32],
+            post_copy_wanted: false,
+            post_copy_unavailable: None,
+            post_copy: false,
+            missing: PageSet::default(),
+            in_round: false,
         }
+    }
+
+    /// A person wants post-copy now: heeded at the next batch, where it is allowed and the target can.
+    pub fn want_post_copy(&mut self) {
+        self.post_copy_wanted = true;
     }
 
     /// One step. `now`: time since any fixed instant; it never goes back. After the end nothing is done any more.
@@ -281,7 +326,7 @@ impl Machine {
                 self.answered(now);
                 let hopeless = convergence::hopeless(&self.config.costs, &self.config.intent);
                 match (handshake::check_choice(&ack, &self.config.hello), hopeless) {
-                    (Ok(agreed), None) => self.agreed(agreed, ack.token),
+                    (Ok(agreed), None) => self.agreed(agreed, ack),
                     (Err(fault), _) | (_, Some(fault)) => self.give_up(fault),
                 }
             }
@@ -305,10 +350,24 @@ impl Machine {
             (State::Pausing, Event::Paused { took }) => self.paused(now, took),
             (State::Sweeping, Event::DirtyTaken(dirty)) => {
                 self.order.next_round(&dirty);
-                self.begin_round(now)
+                self.last_pass(now)
+            }
+            (State::Declaring, Event::StreamsEnded(sent)) => {
+                self.count(sent);
+                let mut actions = Vec::new();
+                self.end_round(now, &mut actions);
+                actions
             }
             (State::Saving, Event::Saved { state, took }) => self.saved(state, took),
             (State::Judging, Event::Received(Message::Ready(ready))) => self.judge(now, &ready.digest),
+            (State::Judging | State::Serving, Event::Received(Message::PageRequest(request)))
+                if self.post_copy =>
+            {
+                self.answer(&request.pages)
+            }
+            (State::Serving, Event::Received(Message::Complete(_))) => {
+                self.go(State::Ended, [Action::End(Outcome::AwaitOutcome)])
+            }
             (state, Event::Received(message)) => self.give_up(bad(format!(
                 "the target sent {:?} while the source was {state:?}",
                 message.kind()
@@ -355,12 +414,30 @@ impl Machine {
         self.go(State::Greeting, [Action::Send(hello), Action::Receive])
     }
 
-    fn agreed(&mut self, agreed: Agreed, token: Vec<u8>) -> Vec<Action> {
+    fn agreed(&mut self, agreed: Agreed, ack: HelloAck) -> Vec<Action> {
         self.streams = agreed.streams;
         self.late_pages = agreed.features & feature::LATE_PAGES != 0;
+        let can_post_copy = agreed.features & feature::POST_COPY != 0 && agreed.streams > 0;
+        if self.config.intent.post_copy && !can_post_copy {
+            let why = match (agreed.streams, ack.post_copy_unavailable) {
+                (0, _) => "the target takes no streams beside the link".to_owned(),
+                (_, said) if said.is_empty() => {
+                    "the target's VMM does not know it: upgrade its host".to_owned()
+                }
+                (_, said) => said,
+            };
+            self.post_copy_unavailable = Some(why);
+        }
+        self.config.intent.post_copy &= can_post_copy;
         match agreed.streams {
             0 => self.start(),
-            count => self.go(State::Opening, [Action::OpenStreams { count, token }]),
+            count => self.go(
+                State::Opening,
+                [Action::OpenStreams {
+                    count,
+                    token: ack.token,
+                }],
+            ),
         }
     }
 
@@ -371,10 +448,15 @@ impl Machine {
         )
     }
 
-    fn begin_round(&mut self, now: Duration) -> Vec<Action> {
+    fn open_round(&mut self, now: Duration) {
         self.round += 1;
         self.round_began = now;
         self.round_sent = Sent::default();
+        self.in_round = true;
+    }
+
+    fn begin_round(&mut self, now: Duration) -> Vec<Action> {
+        self.open_round(now);
         let mut actions = Vec::new();
         if !self.has_paused() {
             actions.push(self.report(now, MigrationPhase::PreCopy));
@@ -406,6 +488,40 @@ impl Machine {
         });
     }
 
+    /// The pages after the pause: all that are pending, or in a post-copy only which they are.
+    fn last_pass(&mut self, now: Duration) -> Vec<Action> {
+        if !self.post_copy {
+            return self.begin_round(now);
+        }
+        if !self.in_round {
+            self.open_round(now);
+        }
+        self.state = State::Declaring;
+        self.missing = self.order.take_all();
+        let declared = post_copy::declare(&self.missing).map(Message::Missing);
+        let mut actions: Vec<Action> = declared.map(Action::Send).collect();
+        actions.push(Action::EndStreams {
+            round: self.round,
+            last: false,
+        });
+        actions
+    }
+
+    fn answer(&mut self, pages: &[u64]) -> Vec<Action> {
+        let runs = match post_copy::requested(pages, self.config.total_pages) {
+            Ok(runs) => runs,
+            Err(fault) => return self.give_up(fault),
+        };
+        let mut actions = Vec::new();
+        if !runs.is_empty() {
+            let round = self.round + 1;
+            actions.push(Action::Answer { round, runs });
+        }
+        actions.push(Action::Send(Message::PageAnswer(PageAnswer {})));
+        actions.push(Action::Receive);
+        actions
+    }
+
     fn end_round(&mut self, now: Duration, actions: &mut Vec<Action>) {
         self.state = State::Acking;
         self.asked_at = now;
@@ -414,6 +530,8 @@ impl Machine {
             pages: self.round_sent.pages,
             zero_pages: self.round_sent.zero_pages,
             last: self.has_paused(),
+            post_copy: self.post_copy,
+            missing: self.missing.count(),
         })));
         actions.push(Action::Receive);
     }
@@ -428,8 +546,12 @@ impl Machine {
         let mut actions = Vec::new();
         if !self.has_paused() {
             let elapsed = now.saturating_sub(self.connected_at);
-            if let Some(fault) = convergence::past_deadline(elapsed, &self.config.intent) {
-                return self.give_up(fault);
+            let late = convergence::past_deadline(elapsed, &self.config.intent);
+            if self.config.intent.post_copy && (late.is_some() || self.post_copy_wanted) {
+                return self.switch(now, true);
+            }
+            if let Some(fault) = late {
+                return self.abort(fault);
             }
             if now.saturating_sub(self.reported_at) >= REPORT_EVERY {
                 actions.push(self.report(now, MigrationPhase::PreCopy));
@@ -473,6 +595,7 @@ impl Machine {
 
     fn after_round(&mut self, now: Duration) -> Vec<Action> {
         self.answered(now);
+        self.in_round = false;
         if let Some(blackout) = &mut self.blackout {
             blackout.last_pages = now.saturating_sub(blackout.paused_at);
             blackout.last_pages_at = now;
@@ -502,7 +625,12 @@ impl Machine {
             ..self.sample(now)
         };
         self.trend = self.trend.after(&sample);
-        match convergence::decide(&sample, &self.trend, &self.config.intent) {
+        let decision = match convergence::decide(&sample, &self.trend, &self.config.intent) {
+            Decision::Switchover => Decision::Switchover,
+            _ if self.config.intent.post_copy && self.post_copy_wanted => Decision::PostCopy,
+            decision => decision,
+        };
+        match decision {
             Decision::NextRound => {
                 self.polished += u32::from(convergence::fits(&sample, &self.config.intent));
                 self.begin_round(now)
@@ -515,20 +643,38 @@ impl Machine {
                 actions.extend(self.begin_round(now));
                 actions
             }
-            Decision::Abort(fault) => self.give_up(fault),
-            Decision::Switchover => {
-                let report = self.report(now, MigrationPhase::Switchover);
-                let before = now.saturating_sub(self.connected_at);
-                self.blackout = Some(Blackout {
-                    before,
-                    ..Blackout::default()
-                });
-                self.go(
-                    State::Pausing,
-                    [report, Action::Reach("source.before_pause"), Action::Pause],
-                )
-            }
+            Decision::Abort(fault) => self.abort(fault),
+            Decision::PostCopy => self.switch(now, true),
+            Decision::Switchover => self.switch(now, false),
         }
+    }
+
+    /// Begins the switchover.
+    fn switch(&mut self, now: Duration, post_copy: bool) -> Vec<Action> {
+        self.post_copy = post_copy;
+        let report = self.report(now, MigrationPhase::Switchover);
+        let before = now.saturating_sub(self.connected_at);
+        self.blackout = Some(Blackout {
+            before,
+            ..Blackout::default()
+        });
+        self.go(
+            State::Pausing,
+            [report, Action::Reach("source.before_pause"), Action::Pause],
+        )
+    }
+
+    /// Gives up because of a rule. Where only the target stands in the way of a post-copy that is allowed, that is the reason.
+    fn abort(&mut self, fault: Fault) -> Vec<Action> {
+        let fault = match &self.post_copy_unavailable {
+            Some(why) => Fault::new(
+                Code::PostCopyUnavailable,
+                format!("post-copy is allowed, but {why}; without it: {}", fault.message),
+            )
+            .field("allow_postcopy"),
+            None => fault,
+        };
+        self.give_up(fault)
     }
 
     fn paused(&mut self, now: Duration, took: Duration) -> Vec<Action> {
@@ -540,7 +686,7 @@ impl Machine {
         let mut actions = self.let_go();
         actions.push(Action::Reach("source.after_pause"));
         if self.config.skip_final_pass {
-            actions.extend(self.begin_round(now));
+            actions.extend(self.last_pass(now));
         } else {
             self.state = State::Sweeping;
             actions.push(Action::TakeDirty);
@@ -587,6 +733,21 @@ impl Machine {
             ));
         }
         let report = self.report(now, MigrationPhase::Ready);
+        if self.post_copy {
+            let push = Action::Push {
+                round: self.round + 1,
+                pages: std::mem::take(&mut self.missing),
+            };
+            return self.go(
+                State::Serving,
+                [
+                    Action::Reach("source.ready_received"),
+                    report,
+                    push,
+                    Action::Receive,
+                ],
+            );
+        }
         let end = Action::End(Outcome::AwaitOutcome);
         self.go(
             State::Ended,

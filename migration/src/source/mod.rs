@@ -12,12 +12,13 @@ mod streams;
 
 use std::collections::VecDeque;
 use std::num::NonZero;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
 use drover_points::{reach, seeded_bug};
-use drover_proto::Fault;
 use drover_proto::v1::MigrationOptions;
+use drover_proto::{Code, Fault};
 
 pub use machine::{Action, Config, Event, Machine, Sent};
 
@@ -29,6 +30,7 @@ use crate::codec::{Frame, Hello, Join, Message, bad};
 use crate::control::Control;
 use crate::convergence::{Costs, Intent};
 use crate::handshake::{self, STREAMS_MAX, VERSIONS, feature};
+use crate::post_copy::{self, Outgoing};
 use crate::transport::{Link, Stop, Stream};
 use crate::vm::{PAGE_SIZE, PageSet, RegionEnds, SourceVm};
 
@@ -110,6 +112,7 @@ pub fn run<S: Stream>(
     let pace = Pace::new(config.intent.bandwidth, origin);
     let lanes = Lanes::new(control, origin);
     let crew = Crew::new(vm, &regions, &pace, control, &lanes);
+    let outgoing = Mutex::default();
     let outcome = thread::scope(|scope| {
         let mut driver = Driver {
             vm,
@@ -119,6 +122,7 @@ pub fn run<S: Stream>(
             control,
             scope,
             crew: &crew,
+            outgoing: &outgoing,
             link_timeout: params.link_timeout,
             streams: 0,
             total_pages,
@@ -166,7 +170,11 @@ impl Params {
                 cpu_profile: self.cpu_profile.clone(),
                 streams: streams(&self.options),
                 plaintext: self.options.plaintext,
-                features: feature::ALL,
+                features: if self.options.allow_postcopy {
+                    feature::ALL
+                } else {
+                    feature::ALL & !feature::POST_COPY
+                },
             },
             total_pages,
             intent: Intent::of(&self.options),
@@ -187,7 +195,8 @@ fn streams(options: &MigrationOptions) -> u32 {
         }
         streams => streams.min(STREAMS_MAX),
     };
-    if wanted == 1 && !options.plaintext {
+    // Post-copy keeps the link for the pages that the guest waits for.
+    if wanted == 1 && !options.plaintext && !options.allow_postcopy {
         0
     } else {
         wanted
@@ -203,6 +212,7 @@ struct Driver<'scope, 'env, S, D> {
     control: &'env Control,
     scope: &'scope Scope<'scope, 'env>,
     crew: &'env Crew<'env>,
+    outgoing: &'env Mutex<Outgoing>,
     link_timeout: Duration,
     streams: u32,
     total_pages: u64,
@@ -223,6 +233,9 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                 return outcome;
             }
             if let Some(event) = self.perform(action) {
+                if self.control.wants_post_copy() {
+                    machine.want_post_copy();
+                }
                 actions = machine.handle(self.origin.elapsed(), event).into();
             }
         }
@@ -247,6 +260,24 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
             Action::SendBatch { round, runs, capped } => {
                 let sent = self.send_batch(Job { round, runs, capped });
                 return Some(sent.map_or_else(|stop| self.lost(stop), Event::BatchSent));
+            }
+            Action::Answer { round, runs } => {
+                self.outgoing().asked(&runs);
+                let job = Job {
+                    round,
+                    runs,
+                    capped: false,
+                };
+                let sent = self.crew.send_with(&mut self.sender, &job);
+                return sent.err().map(Event::from);
+            }
+            Action::Push { round, pages } => {
+                self.sender
+                    .link
+                    .set_timeout(self.link_timeout * post_copy::PATIENCE);
+                *self.outgoing() = Outgoing::new(pages);
+                self.vm.serving();
+                return self.push(round).err().map(Event::LinkFailed);
             }
             Action::EndStreams { round, last } => {
                 let sent = self.crew.end_round(round, last);
@@ -323,6 +354,37 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
             0 => self.crew.send_with(&mut self.sender, &job),
             _ => self.crew.give(job),
         }
+    }
+
+    fn outgoing(&self) -> MutexGuard<'env, Outgoing> {
+        self.outgoing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends in the background what nobody asked for yet. Where it cannot go on, the target asks for the rest over the link.
+    fn push(&self, round: u32) -> Result<(), Fault> {
+        let (crew, outgoing) = (self.crew, self.outgoing);
+        let push = move || {
+            loop {
+                let runs = outgoing.lock().unwrap_or_else(PoisonError::into_inner).take();
+                if runs.is_empty() {
+                    return crew.end_round(round, true);
+                }
+                crew.give(Job {
+                    round,
+                    runs,
+                    capped: true,
+                })?;
+            }
+        };
+        let log = move || match push() {
+            Ok(sent) => tracing::info!(?sent, "all pages are sent"),
+            Err(stop) => tracing::info!(?stop, "the target gets the rest as it asks for it"),
+        };
+        let thread = thread::Builder::new().name("push".to_owned());
+        let spawned = thread.spawn_scoped(self.scope, log);
+        spawned
+            .map(drop)
+            .map_err(|error| Fault::new(Code::Internal, format!("no thread for the background: {error}")))
     }
 
     /// Sending failed. A target that refuses closes its streams, and says why on the link.

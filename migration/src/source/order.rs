@@ -60,6 +60,18 @@ impl Order {
         self.seen.words.len() == self.pending.words.len()
     }
 
+    /// Every page that is still to be sent; none is afterwards.
+    pub fn take_all(&mut self) -> PageSet {
+        let puts_off = self.puts_off();
+        let [mut all, hot, seen] = [&mut self.pending, &mut self.hot, &mut self.seen].map(std::mem::take);
+        if puts_off {
+            all.merge(&hot);
+            all.merge(&seen);
+        }
+        (self.pending_pages, self.hot_pages, self.seen_pages) = (0, 0, 0);
+        all
+    }
+
     /// Pages that the target lacks, as far as is known.
     pub fn remaining(&self) -> u64 {
         self.due() + self.seen_pages

@@ -183,7 +183,7 @@ impl<'a> Crew<'a> {
     }
 
     fn check(&self, board: &Board) -> Result<(), Stop> {
-        if self.control.is_cancelled() {
+        if self.control.is_cancelled() || board.dismissed {
             return Err(Stop::Cancelled);
         }
         board.failed.clone().map_or(Ok(()), Err)

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  Waiting ──Hello──▶ Receiving ──RoundEnd{last}──▶ Swept ──State──▶ Restoring ──Restored──▶ Answering ──Ready went out──▶ Ended{Done}
+//!  post-copy: Receiving ──RoundEnd{post_copy}──▶ Arming ──Armed──▶ Swept ─▶ Restoring ─▶ Answering ─▶ Lacking ──nothing lacking──▶ Ended{Done}
 //!  any ──a frame out of place, a count that differs, the link, the VM──▶ Ended{Failed}
 //! ```
 //!
@@ -16,16 +17,18 @@
 use std::fmt;
 use std::time::Duration;
 
-use drover_proto::v1::{Blackout, MigrationPhase, Progress, Receipt};
+use drover_proto::v1::{Blackout, MigrationPhase, PostCopyReceipt, Progress, Receipt};
 use drover_proto::{Code, Fault};
 
 use crate::bandwidth;
 use crate::codec::{
-    Frame, HelloAck, Join, Message, Pages, Ready, Refusal, RoundAck, RoundEnd, Runs, StateFrame, Zeros, bad,
+    Complete, Frame, HelloAck, Join, Message, PageRequest, Pages, Ready, Refusal, RoundAck, RoundEnd, Runs,
+    StateFrame, Zeros, bad, shortened,
 };
 use crate::convergence::{self, THROTTLE_MAX};
 use crate::digest::{Totals, digest};
 use crate::handshake::{self, Agreed, Expected, TOKEN_BYTES, feature};
+use crate::post_copy::{self, Lacking, OnFault};
 use crate::vm::{PAGE_SIZE, PageSet};
 
 /// Progress is reported so often inside a round.
@@ -42,6 +45,12 @@ pub enum Event<'a> {
     Received(Frame<'a>, usize),
     /// The VM took the state.
     Restored,
+    /// Whoever touches a page that is missing waits from now on.
+    Armed,
+    /// These pages, which were missing, are in memory.
+    Placed(Runs<'a>),
+    /// The VM may be granted to run.
+    Stood,
     /// The stream broke or stalled, or a frame could not be read.
     LinkFailed(Fault),
     /// The VM could not do what an action asked.
@@ -73,8 +82,25 @@ pub enum Action<'a> {
         /// Which pages.
         runs: Runs<'a>,
     },
-    /// Restore the VM from this encoded `VmSave` → `Restored`.
+    /// Restore the VM from this encoded `VmSave` → `Restored`. In a post-copy it may touch pages that are missing: frames go on
+    /// being read meanwhile, and faults being told.
     Restore(Vec<u8>),
+    /// Post-copy: discard these pages, and let whoever touches one wait → `Armed`.
+    Arm(PageSet),
+    /// Post-copy: give the pages this content where they have none → `Placed`.
+    Place {
+        /// Which pages.
+        runs: Runs<'a>,
+        /// Their content.
+        data: &'a [u8],
+    },
+    /// Post-copy: make these pages zero where they have no content → `Placed`.
+    PlaceZeros {
+        /// Which pages.
+        runs: Runs<'a>,
+    },
+    /// Post-copy: Ready was said, from now on the VM may be granted to run → `Stood`.
+    Stand(Done),
     /// It is over. Comes with or after the frame that says so to the source.
     End(Result<Done, Fault>),
 }
@@ -127,10 +153,14 @@ pub struct Done {
 enum State {
     Waiting,
     Receiving,
+    /// What is missing is being discarded.
+    Arming,
     Swept,
     Restoring,
     /// The list that says Ready and ends is being done; it may still fail.
     Answering,
+    /// It may run, and lacks pages.
+    Lacking,
     Ended,
 }
 
@@ -155,6 +185,16 @@ pub struct Machine {
     swept_at: Duration,
     done: Option<Done>,
     digest: [u8; 32],
+    /// What the source declared missing so far.
+    missing: Option<PageSet>,
+    /// Since they are all known and discarded: what of them is still missing.
+    lacking: Option<Lacking>,
+    /// The VM was told that it may be granted to run.
+    stood: bool,
+    /// Streams that broke, a bit each: in a post-copy that is no end.
+    broken: u32,
+    /// Post-copy was asked for and is not possible: why.
+    unavailable: String,
 }
 
 impl Machine {
@@ -178,6 +218,11 @@ impl Machine {
             swept_at: Duration::ZERO,
             done: None,
             digest: [0; 32],
+            missing: None,
+            lacking: None,
+            stood: false,
+            broken: 0,
+            unavailable: String::new(),
         })
     }
 
@@ -197,6 +242,21 @@ impl Machine {
                 Code::Internal,
                 "the VM was restored without being asked to",
             )),
+            Event::Armed if self.state == State::Arming => Ok(self.armed(now)),
+            Event::Armed => Err(Fault::new(
+                Code::Internal,
+                "the VM was armed without being asked to",
+            )),
+            Event::Stood => {
+                self.stood = true;
+                Ok(Vec::new())
+            }
+            Event::Placed(runs) => {
+                if let Some(lacking) = &mut self.lacking {
+                    lacking.placed(now, runs);
+                }
+                Ok(self.lacking_report(now))
+            }
             Event::LinkFailed(fault) if fault.code == Code::LinkLost => return self.fail(fault),
             Event::LinkFailed(fault) | Event::VmFailed(fault) => Err(fault),
             Event::Cancelled => Err(Fault::new(Code::Cancelled, "the target's VMM was asked to end")),
@@ -213,19 +273,43 @@ impl Machine {
             (_, Frame::Message(Message::Cancel(cancel))) => Ok(self.fail(cancel.fault())),
             (State::Waiting, Frame::Message(Message::Hello(hello))) => {
                 self.agreed = handshake::check(&hello, &self.expected)?;
+                if let (true, Err(why)) = (hello.features & feature::POST_COPY != 0, &self.expected.post_copy)
+                {
+                    self.unavailable = shortened(&why.message);
+                }
                 self.state = State::Receiving;
                 self.began_at = now;
                 Ok(self.welcome(now))
             }
             (State::Receiving, Frame::Pages(pages)) if self.agreed.streams == 0 => self.pages(now, pages),
             (State::Receiving, Frame::Zeros(zeros)) if self.agreed.streams == 0 => self.zeros(now, zeros),
+            (State::Receiving, Frame::Message(Message::Missing(missing)))
+                if self.agrees_to(feature::POST_COPY) =>
+            {
+                let (total, set) = (self.total_pages, &mut self.missing);
+                let set = set.get_or_insert_with(|| PageSet::empty(total));
+                post_copy::declared(&missing, total, set)?;
+                Ok(Vec::new())
+            }
             (State::Receiving, Frame::Message(Message::RoundEnd(end))) => self.end_round(now, end),
+            (State::Restoring | State::Lacking, frame @ (Frame::Pages(_) | Frame::Zeros(_))) => {
+                self.came(frame)
+            }
+            (State::Restoring | State::Lacking, Frame::Message(Message::PageAnswer(_)))
+                if self.lacking.is_some() =>
+            {
+                Ok(Vec::new())
+            }
             (State::Swept, Frame::Message(Message::State(frame))) => self.judge(frame),
             (state, frame) => Err(bad(format!(
                 "the source sent {:?} while the target was {state:?}",
                 frame.kind()
             ))),
         }
+    }
+
+    fn agrees_to(&self, feature: u32) -> bool {
+        self.agreed.features & feature != 0
     }
 
     fn welcome<'a>(&mut self, now: Duration) -> Vec<Action<'a>> {
@@ -241,6 +325,7 @@ impl Machine {
             streams,
             token: if streams > 0 { token.to_vec() } else { Vec::new() },
             features,
+            post_copy_unavailable: self.unavailable.clone(),
         }))];
         if streams > 0 {
             actions.push(Action::Admit(Admission {
@@ -267,6 +352,13 @@ impl Machine {
         let bit = 1_u32.checked_shl(stream).unwrap_or(0);
         let goes_on = stream < self.agreed.streams && self.streams_ended & bit == 0;
         match (self.state, frame) {
+            (State::Lacking, frame @ (Frame::Pages(_) | Frame::Zeros(_))) if goes_on => self.came(frame),
+            (State::Lacking, Frame::Message(Message::StreamEnd(end)))
+                if goes_on && end.last && end.round == self.round + 1 =>
+            {
+                self.streams_ended |= bit;
+                Ok(Vec::new())
+            }
             (State::Receiving, Frame::Pages(pages)) if goes_on => self.pages(now, pages),
             (State::Receiving, Frame::Zeros(zeros)) if goes_on => self.zeros(now, zeros),
             (State::Receiving, Frame::Message(Message::StreamEnd(end)))
@@ -281,6 +373,106 @@ impl Machine {
                 self.round
             ))),
         }
+    }
+
+    /// A stream is of no more use. Whether that is no reason to end: in a post-copy the rest is asked for over the link.
+    pub fn bears_broken_stream(&mut self, stream: u32) -> bool {
+        let bears = self.state == State::Lacking;
+        if bears {
+            self.broken |= 1_u32.checked_shl(stream).unwrap_or(0);
+        }
+        bears
+    }
+
+    /// In a post-copy, from when pages are missing: what is.
+    pub fn lacking(&self) -> Option<&Lacking> {
+        self.lacking.as_ref()
+    }
+
+    /// After the end: what was still missing, if there was a post-copy.
+    pub fn take_lacking(&mut self) -> Option<PageSet> {
+        self.lacking.take().map(|lacking| lacking.missing().clone())
+    }
+
+    /// Post-copy: somebody waits for a page. Gives whether it is to be made zero, because it is one that was never missing.
+    pub fn fault(&mut self, now: Duration, page: u64) -> OnFault {
+        let lacking = self.lacking.as_mut();
+        lacking.map_or(OnFault::Wait, |lacking| lacking.fault(now, page))
+    }
+
+    /// Post-copy: what to ask the source for now, if anything.
+    pub fn next_request(&mut self, now: Duration) -> Option<PageRequest> {
+        let over = self.streams_ended | self.broken;
+        let alone = self.state == State::Lacking && over.count_ones() == self.agreed.streams;
+        let pages = self.lacking.as_mut()?.next_request(now, alone)?;
+        Some(PageRequest { pages })
+    }
+
+    /// Post-copy: ends it if nothing is missing any more.
+    pub fn complete<'a>(&mut self, now: Duration) -> Option<Vec<Action<'a>>> {
+        let whole = self.lacking.as_ref().is_some_and(|lacking| lacking.left() == 0);
+        if self.state != State::Lacking || !whole {
+            return None;
+        }
+        let mut done = self.done.take()?;
+        let lacking = self.lacking.as_ref()?;
+        done.receipt.bytes = self.bytes;
+        done.receipt.pages = self.totals.pages;
+        done.receipt.zero_pages = self.totals.zero_pages;
+        done.receipt.post_copy = Some(PostCopyReceipt {
+            duration_us: u64::try_from(now.saturating_sub(done.ready_at).as_micros()).unwrap_or(u64::MAX),
+            ..lacking.receipt()
+        });
+        self.state = State::Ended;
+        let complete = Action::Send(Message::Complete(Complete {}));
+        Some(vec![
+            Action::Reach("target.before_complete"),
+            complete,
+            Action::End(Ok(done)),
+        ])
+    }
+
+    /// Pages that were missing.
+    fn came<'a>(&mut self, frame: Frame<'a>) -> Result<Vec<Action<'a>>, Fault> {
+        let (round, runs) = match &frame {
+            Frame::Pages(pages) => (pages.round, pages.runs),
+            Frame::Zeros(zeros) => (zeros.round, zeros.runs),
+            Frame::Message(message) => return Err(bad(format!("{:?} is no page", message.kind()))),
+        };
+        let Some(lacking) = self.lacking.as_ref().filter(|_| round == self.round + 1) else {
+            return Err(bad(format!("pages of round {round} came after the state")));
+        };
+        lacking.check(runs)?;
+        Ok(vec![match frame {
+            Frame::Pages(pages) => {
+                self.totals.pages = self.totals.pages.saturating_add(runs.pages());
+                Action::Place {
+                    runs,
+                    data: pages.data,
+                }
+            }
+            _ => {
+                self.totals.zero_pages = self.totals.zero_pages.saturating_add(runs.pages());
+                Action::PlaceZeros { runs }
+            }
+        }])
+    }
+
+    fn armed<'a>(&mut self, now: Duration) -> Vec<Action<'a>> {
+        let missing = self.missing.take().unwrap_or_default();
+        self.lacking = Some(Lacking::new(now, missing));
+        self.state = State::Swept;
+        self.streams_ended = 0;
+        self.swept_at = now;
+        let ack = Action::Send(Message::RoundAck(RoundAck { round: self.round }));
+        vec![ack, Action::Reach("target.after_last_pages")]
+    }
+
+    fn lacking_report<'a>(&mut self, now: Duration) -> Vec<Action<'a>> {
+        if self.state != State::Lacking || now.saturating_sub(self.reported_at) < REPORT_EVERY {
+            return Vec::new();
+        }
+        vec![self.report(now, MigrationPhase::PostCopy)]
     }
 
     /// Whether every stream has said that its part of the round is over. Until then the end of the round must not be told.
@@ -355,7 +547,21 @@ impl Machine {
                 ),
             ));
         }
-        let may_be_late = self.agreed.features & feature::LATE_PAGES != 0 && !end.last;
+        let post_copy = end.last && end.post_copy && self.agrees_to(feature::POST_COPY);
+        let declared = self.missing.as_ref().map_or(0, PageSet::count);
+        if end.post_copy != post_copy || end.missing != declared {
+            return Err(Fault::new(
+                Code::DigestMismatch,
+                format!(
+                    "the source says that {} pages are missing, it named {declared}",
+                    end.missing
+                ),
+            ));
+        }
+        if let (Some(covered), Some(missing)) = (&mut self.covered, &self.missing) {
+            covered.merge(missing);
+        }
+        let may_be_late = self.agrees_to(feature::LATE_PAGES) && !end.last;
         if !may_be_late
             && let Some(missing) = self
                 .covered
@@ -374,6 +580,12 @@ impl Machine {
         self.totals.rounds = end.round;
         self.totals.pages += end.pages;
         self.totals.zero_pages += end.zero_pages;
+        if post_copy {
+            let total = self.total_pages;
+            let missing = self.missing.get_or_insert_with(|| PageSet::empty(total));
+            self.state = State::Arming;
+            return Ok(vec![Action::Arm(missing.clone())]);
+        }
         let ack = Action::Send(Message::RoundAck(RoundAck { round: end.round }));
         if end.last {
             self.state = State::Swept;
@@ -424,6 +636,7 @@ impl Machine {
                 streams: self.agreed.streams.max(1),
                 plaintext: self.agreed.plaintext,
                 throttle_percent: frame.throttle_percent.min(THROTTLE_MAX),
+                post_copy_unavailable: self.unavailable.clone(),
                 blackout_us: Some(Blackout {
                     pause: frame.pause_us,
                     last_pages: frame.last_pages_us,
@@ -460,12 +673,26 @@ impl Machine {
         });
         let report = self.report(now, MigrationPhase::Ready);
         let mut actions = vec![Action::Reach("target.before_ready"), Action::Send(ready), report];
+        if self.lacking.is_some() {
+            self.done = Some(done.clone());
+            actions.extend([Action::Reach("target.after_ready"), Action::Stand(done)]);
+            self.state = State::Lacking;
+            return actions;
+        }
         actions.extend([Action::Reach("target.after_ready"), Action::End(Ok(done))]);
         self.state = State::Answering;
         actions
     }
 
     fn fail<'a>(&mut self, fault: Fault) -> Vec<Action<'a>> {
+        let left = self.lacking.as_ref().map_or(0, Lacking::left);
+        let fault = match self.state {
+            State::Lacking if self.stood => Fault::new(
+                Code::PostCopyLost,
+                format!("{left} pages were missing, which only the source had: {fault}"),
+            ),
+            _ => fault,
+        };
         self.state = State::Ended;
         vec![Action::End(Err(fault))]
     }
@@ -480,6 +707,7 @@ impl Machine {
 
     fn report<'a>(&mut self, now: Duration, phase: MigrationPhase) -> Action<'a> {
         self.reported_at = now;
+        let left = self.lacking.as_ref().map_or(0, Lacking::left);
         Action::Report(Progress {
             phase: phase.into(),
             round: self.round,
@@ -487,6 +715,7 @@ impl Machine {
             bytes_total: self.total_pages.saturating_mul(PAGE_SIZE as u64),
             bandwidth_bytes_per_s: bandwidth::rate(self.bytes, now.saturating_sub(self.began_at)),
             streams: self.agreed.streams.max(1),
+            bytes_remaining: left.saturating_mul(PAGE_SIZE as u64),
             ..Progress::default()
         })
     }

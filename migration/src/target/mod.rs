@@ -14,6 +14,7 @@
 //! is never too small.
 
 mod machine;
+mod post_copy;
 mod streams;
 
 use std::collections::VecDeque;
@@ -30,8 +31,9 @@ use streams::{LinkWatch, Streams};
 use crate::codec::{Frame, Message};
 use crate::control::Control;
 use crate::handshake::{Expected, TOKEN_BYTES, VERSIONS};
+use crate::post_copy::OnFault;
 use crate::transport::{Link, Stop, Stream};
-use crate::vm::{RegionEnds, TargetVm};
+use crate::vm::{PageSet, RegionEnds, TargetVm};
 
 /// How long the target listens for the source's cancel when a stream was closed.
 const CANCEL_WAIT: Duration = Duration::from_millis(500);
@@ -112,6 +114,7 @@ pub fn run<S: Stream>(
         cpu_profile: params.cpu_profile.clone(),
         plaintext: params.plaintext,
         token: token()?,
+        post_copy: vm.post_copy().map(drop),
     })?;
     let origin = Instant::now();
     let streams = Streams::new(vm, &regions, machine, control, origin, params.link_timeout);
@@ -124,8 +127,11 @@ pub fn run<S: Stream>(
             streams: &streams,
             admit: Some(admit),
             refused: false,
+            lacks: false,
+            link_timeout: params.link_timeout,
         };
         let result = driver.drive();
+        streams.end_post_copy(result.is_ok());
         streams.close();
         if driver.refused {
             driver.link.drain();
@@ -138,16 +144,21 @@ pub fn run<S: Stream>(
                 migration = params.migration,
                 "everything is verified and restored"
             );
-            let ready_at = origin + done.ready_at;
-            Ok(Received {
-                receipt: done.receipt,
-                ready_at,
-                before_blackout: done.before_blackout,
-            })
+            Ok(done.received(origin))
         }
         Err(fault) => {
             tracing::warn!(migration = params.migration, %fault, "the incoming migration failed");
             Err(fault)
+        }
+    }
+}
+
+impl Done {
+    fn received(self, origin: Instant) -> Received {
+        Received {
+            receipt: self.receipt,
+            ready_at: origin + self.ready_at,
+            before_blackout: self.before_blackout,
         }
     }
 }
@@ -168,6 +179,9 @@ struct Driver<'scope, 'env, S, A> {
     streams: &'env Streams<'env>,
     admit: Option<A>,
     refused: bool,
+    /// A post-copy has begun: from now on this side speaks first.
+    lacks: bool,
+    link_timeout: Duration,
 }
 
 impl<'env, S, A> Driver<'_, 'env, S, A>
@@ -178,6 +192,9 @@ where
     fn drive(&mut self) -> Result<Done, Fault> {
         let mut buffer = Vec::new();
         loop {
+            if self.lacks {
+                return self.fill();
+            }
             let event = match self.link.receive(&mut buffer) {
                 Ok((frame, bytes)) => match self.complete(&frame) {
                     Ok(()) => Event::Received(frame, bytes),
@@ -185,16 +202,25 @@ where
                 },
                 Err(stop) => self.stopped(stop),
             };
-            let mut actions = VecDeque::from(self.streams.handle(event));
-            while let Some(action) = actions.pop_front() {
-                if let Action::End(result) = action {
-                    return result;
-                }
-                if let Some(event) = self.perform(action) {
-                    actions = self.streams.handle(event).into();
-                }
+            let actions = self.streams.handle(event);
+            if let Some(result) = self.carry_out(actions) {
+                return result;
             }
         }
+    }
+
+    /// Does all of a list, or what comes in its stead; gives the end, if that is what it came to.
+    fn carry_out(&mut self, actions: Vec<Action<'_>>) -> Option<Result<Done, Fault>> {
+        let mut actions = VecDeque::from(actions);
+        while let Some(action) = actions.pop_front() {
+            if let Action::End(result) = action {
+                return Some(result);
+            }
+            if let Some(event) = self.perform(action) {
+                actions = self.streams.handle(event).into();
+            }
+        }
+        None
     }
 
     /// Before a round's end is told the machine, all its pages are written.
@@ -219,7 +245,7 @@ where
         }
     }
 
-    fn perform(&mut self, action: Action<'_>) -> Option<Event<'static>> {
+    fn perform<'a>(&mut self, action: Action<'a>) -> Option<Event<'a>> {
         let done = match action {
             Action::Reach(point) => {
                 reach(point);
@@ -232,6 +258,11 @@ where
             Action::Send(message @ Message::Refusal(_)) => {
                 self.link.last_word(&message);
                 self.refused = true;
+                Ok(())
+            }
+            // Whether it is heard or not, nothing is missing any more.
+            Action::Send(message @ Message::Complete(_)) => {
+                self.link.last_word(&message);
                 Ok(())
             }
             Action::Send(message) => {
@@ -247,6 +278,22 @@ where
                     Err(fault) => Some(Event::LinkFailed(fault)),
                 };
             }
+            Action::Arm(missing) => {
+                return Some(self.arm(&missing).map_or_else(Event::VmFailed, |()| Event::Armed));
+            }
+            Action::Place { runs, data } => {
+                let placed = self.streams.place(runs, Some(data));
+                return Some(placed.map_or_else(Event::VmFailed, |()| Event::Placed(runs)));
+            }
+            Action::PlaceZeros { runs } => {
+                let placed = self.streams.place(runs, None);
+                return Some(placed.map_or_else(Event::VmFailed, |()| Event::Placed(runs)));
+            }
+            Action::Stand(done) => {
+                let stands = self.streams.stand(done);
+                return Some(stands.map_or_else(Event::VmFailed, |()| Event::Stood));
+            }
+            Action::Restore(state) if self.lacks_soon() => self.restore_aside(state),
             Action::Write { runs, data } => self.streams.write(runs, data),
             Action::Zero { runs } => self.streams.zero(runs),
             Action::Restore(state) => match self.streams.vm().restore(&state) {

@@ -23,16 +23,18 @@ use crate::vm::{PAGE_SIZE, RegionEnds, TargetVm};
 /// What the threads share.
 pub(super) struct Streams<'a> {
     vm: &'a dyn TargetVm,
-    regions: &'a RegionEnds,
+    pub(super) regions: &'a RegionEnds,
     machine: Mutex<Machine>,
-    /// A stream has ended its part of the round, or failed.
-    changed: Condvar,
+    /// A stream has ended its part of the round, or failed. In a post-copy: somebody waits for a page, or one came.
+    pub(super) changed: Condvar,
     control: &'a Control,
-    origin: Instant,
+    pub(super) origin: Instant,
     timeout: Duration,
     moved: AtomicU64,
     closed: AtomicBool,
     failed: Mutex<Option<Fault>>,
+    /// What came of a restore that was done beside the link's thread.
+    pub(super) restored: Mutex<Option<Result<(), Fault>>>,
 }
 
 impl<'a> Streams<'a> {
@@ -55,6 +57,7 @@ impl<'a> Streams<'a> {
             moved: AtomicU64::new(0),
             closed: AtomicBool::new(false),
             failed: Mutex::default(),
+            restored: Mutex::default(),
         }
     }
 
@@ -90,6 +93,10 @@ impl<'a> Streams<'a> {
     /// Ends the threads.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
     }
 
     /// Waits until every stream has ended its part of the round.
@@ -146,7 +153,15 @@ impl<'a> Streams<'a> {
         let mut link = Link::new(stream, self.timeout, &watch)?;
         let mut buffer = Vec::new();
         loop {
-            let (frame, bytes) = link.receive_in_time(&mut buffer)?;
+            let (frame, bytes) = match link.receive_in_time(&mut buffer) {
+                Ok(received) => received,
+                Err(Stop::Failed(fault)) if self.machine().bears_broken_stream(index) => {
+                    tracing::info!(index, %fault, "a stream is gone: what it lacks comes over the link");
+                    self.changed.notify_all();
+                    return Ok(());
+                }
+                Err(stop) => return Err(stop),
+            };
             let ended = match &frame {
                 Frame::Message(Message::StreamEnd(end)) => Some(*end),
                 _ => None,
@@ -158,6 +173,8 @@ impl<'a> Streams<'a> {
                 match action {
                     Action::Write { runs, data } => self.write(runs, data)?,
                     Action::Zero { runs } => self.zero(runs)?,
+                    Action::Place { runs, data } => self.placed(runs, Some(data))?,
+                    Action::PlaceZeros { runs } => self.placed(runs, None)?,
                     Action::Report(progress) => self.control.report(progress),
                     _ => {}
                 }
@@ -174,17 +191,29 @@ impl<'a> Streams<'a> {
         }
     }
 
-    fn fail(&self, fault: Fault) {
+    /// Places pages and says so.
+    fn placed(&self, runs: Runs<'_>, data: Option<&[u8]>) -> Result<(), Fault> {
+        self.place(runs, data)?;
+        for action in self.handle(Event::Placed(runs)) {
+            if let Action::Report(progress) = action {
+                self.control.report(progress);
+            }
+        }
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    pub(super) fn fail(&self, fault: Fault) {
         self.failed().get_or_insert(fault);
         self.changed.notify_all();
     }
 
-    fn stop(&self) -> Option<Stop> {
+    pub(super) fn stop(&self) -> Option<Stop> {
         let cancelled = self.control.is_cancelled().then_some(Stop::Cancelled);
         cancelled.or_else(|| self.failed().clone().map(Stop::Failed))
     }
 
-    fn machine(&self) -> MutexGuard<'_, Machine> {
+    pub(super) fn machine(&self) -> MutexGuard<'_, Machine> {
         self.machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -106,6 +106,11 @@ impl<'c, S: Stream> Link<'c, S> {
         self.stream
     }
 
+    /// From now on it counts as lost after `timeout` without a byte moved.
+    pub fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
     /// See [`Stream::is_guarded`].
     pub fn is_guarded(&self) -> bool {
         self.stream.is_guarded()

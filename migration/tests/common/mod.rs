@@ -2,9 +2,12 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
 
 use drover_migration::codec::Run;
+use drover_migration::post_copy::PostCopyVm;
+use drover_migration::target::Received;
 use drover_migration::vm::{Layout, PAGE_SIZE, PageSet, Region, SourceVm, TargetVm};
 use drover_proto::{Code, Fault};
 
@@ -17,6 +20,7 @@ pub enum Flaw {
     Save,
     Write,
     Restore,
+    Place,
 }
 
 pub struct Inner {
@@ -25,6 +29,14 @@ pub struct Inner {
     pub paused: bool,
     pub pauses: u32,
     pub restored: Option<Vec<u8>>,
+    /// Pages that memory holds; the others are holes.
+    pub present: Vec<bool>,
+    /// Whoever touches a hole waits for its page.
+    pub armed: bool,
+    /// These will never come.
+    pub lost: Option<PageSet>,
+    pub faulted: Vec<u64>,
+    pub stood: Option<Received>,
     pub flaw: Option<Flaw>,
     pub look: Look,
 }
@@ -43,6 +55,7 @@ pub enum Look {
 #[derive(Clone)]
 pub struct FakeVm {
     pub inner: Arc<Mutex<Inner>>,
+    changed: Arc<Condvar>,
     layout: Layout,
 }
 
@@ -77,11 +90,17 @@ impl FakeVm {
             paused: false,
             pauses: 0,
             restored: None,
+            present: vec![false; usize::try_from(pages).unwrap()],
+            armed: false,
+            lost: None,
+            faulted: Vec::new(),
+            stood: None,
             flaw: None,
             look: Look::Nothing,
         };
         Self {
             inner: Arc::new(Mutex::new(inner)),
+            changed: Arc::default(),
             layout: layout(pages),
         }
     }
@@ -203,21 +222,129 @@ impl TargetVm for FakeVm {
     fn write_pages(&self, first: u64, data: &[u8]) -> Result<(), Fault> {
         self.flawed(Flaw::Write)?;
         self.in_one_region(first, (data.len() / PAGE_SIZE) as u64);
-        self.lock().memory[usize::try_from(first).unwrap() * PAGE_SIZE..][..data.len()].copy_from_slice(data);
+        let mut inner = self.lock();
+        for (page, bytes) in (usize::try_from(first).unwrap()..).zip(data.chunks_exact(PAGE_SIZE)) {
+            inner.memory[page * PAGE_SIZE..][..PAGE_SIZE].copy_from_slice(bytes);
+            inner.present[page] = true;
+        }
         Ok(())
     }
 
     fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault> {
         self.in_one_region(first, count);
-        let bytes = usize::try_from(count).unwrap() * PAGE_SIZE;
-        self.lock().memory[usize::try_from(first).unwrap() * PAGE_SIZE..][..bytes].fill(0);
+        let (first, count) = (usize::try_from(first).unwrap(), usize::try_from(count).unwrap());
+        let mut inner = self.lock();
+        inner.memory[first * PAGE_SIZE..][..count * PAGE_SIZE].fill(0);
+        inner.present[first..first + count].fill(false);
         Ok(())
+    }
+
+    fn post_copy(&self) -> Result<&dyn PostCopyVm, Fault> {
+        Ok(self)
     }
 
     fn restore(&self, state: &[u8]) -> Result<(), Fault> {
         self.flawed(Flaw::Restore)?;
         self.lock().restored = Some(state.to_vec());
         Ok(())
+    }
+}
+
+impl FakeVm {
+    /// What the guest does at the target: reads a page and then writes it. `None`: it has to wait, and that is told as a fault.
+    pub fn touch(&self, page: usize, value: u8) -> Option<u8> {
+        let mut inner = self.lock();
+        if inner.lost.as_ref().is_some_and(|lost| lost.contains(page as u64)) {
+            return None;
+        }
+        if inner.armed && !inner.present[page] {
+            inner.faulted.push(page as u64);
+            self.changed.notify_all();
+            return None;
+        }
+        let was = inner.memory[page * PAGE_SIZE];
+        inner.memory[page * PAGE_SIZE..][..PAGE_SIZE].fill(value);
+        inner.present[page] = true;
+        Some(was)
+    }
+
+    /// As `touch`, and waits for the page. `None`: it is lost.
+    pub fn touch_and_wait(&self, page: usize, value: u8) -> Option<u8> {
+        loop {
+            if let Some(was) = self.touch(page, value) {
+                return Some(was);
+            }
+            let inner = self.lock();
+            if inner.lost.as_ref().is_some_and(|lost| lost.contains(page as u64)) {
+                return None;
+            }
+            if !inner.present[page] {
+                drop(
+                    self.changed
+                        .wait_timeout(inner, Duration::from_millis(5))
+                        .unwrap(),
+                );
+            }
+        }
+    }
+}
+
+impl PostCopyVm for FakeVm {
+    fn arm(&self, missing: &PageSet) -> Result<(), Fault> {
+        let mut inner = self.lock();
+        inner.armed = true;
+        for page in missing.runs().iter().flat_map(|run| run.first..run.end()) {
+            let page = usize::try_from(page).unwrap();
+            inner.present[page] = false;
+            // What a page that nobody places reads as: anything but what is right.
+            inner.memory[page * PAGE_SIZE..][..PAGE_SIZE].fill(0xee);
+        }
+        Ok(())
+    }
+
+    fn faults(&self, wait: Duration, pages: &mut Vec<u64>) -> Result<(), Fault> {
+        let inner = self.lock();
+        let waited = self
+            .changed
+            .wait_timeout_while(inner, wait, |inner| inner.faulted.is_empty());
+        pages.append(&mut waited.unwrap().0.faulted);
+        Ok(())
+    }
+
+    fn place_pages(&self, first: u64, data: &[u8]) -> Result<(), Fault> {
+        self.flawed(Flaw::Place)?;
+        self.in_one_region(first, (data.len() / PAGE_SIZE) as u64);
+        let mut inner = self.lock();
+        for (page, bytes) in (usize::try_from(first).unwrap()..).zip(data.chunks_exact(PAGE_SIZE)) {
+            if !inner.present[page] {
+                inner.memory[page * PAGE_SIZE..][..PAGE_SIZE].copy_from_slice(bytes);
+                inner.present[page] = true;
+            }
+        }
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn place_zeros(&self, first: u64, count: u64) -> Result<(), Fault> {
+        (first..first + count).try_for_each(|page| self.place_pages(page, &[0; PAGE_SIZE]))
+    }
+
+    fn stand(&self, received: Received) -> Result<(), Fault> {
+        self.lock().stood = Some(received);
+        Ok(())
+    }
+
+    fn disarm(&self) -> Result<(), Fault> {
+        self.lock().armed = false;
+        Ok(())
+    }
+
+    fn lose(&self, missing: &PageSet) {
+        let mut inner = self.lock();
+        inner.lost = Some(missing.clone());
+        inner.armed = false;
+        drop(inner);
+        self.changed.notify_all();
     }
 }
 
