@@ -3,5 +3,6 @@
 pub mod api;
 pub mod config;
 pub mod consensus;
+mod metrics;
 pub mod reconcile;
 pub mod server;

@@ -18,13 +18,14 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
+use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
 use crate::api::{Api, LeaderMemory};
 use crate::config::Config;
 use crate::consensus::{Consensus, Member};
-use crate::reconcile;
+use crate::{metrics, reconcile};
 
 /// The file in the data folder that says whose it is.
 const OWNER_FILE: &str = "member.json";
@@ -81,15 +82,18 @@ impl Controller {
         let reconcilers = reconcile::spawn(&consensus, &memory);
 
         let (stop, stopped) = oneshot::channel();
+        let services = Routes::new(consensus.raft_service())
+            .add_service(api.controller())
+            .add_service(api.fleet());
+        let metrics = metrics::route(&config.cluster_id, &consensus, &memory);
+        let routes = services.into_axum_router().merge(metrics);
         let router = Server::builder()
             .tls_config(credentials.tonic_server())
             .context("the certificate cannot be served")?
             .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
-            .add_service(consensus.raft_service())
-            .add_service(api.controller())
-            .add_service(api.fleet());
+            .add_routes(Routes::from(routes));
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         let serving = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
             let _ = stopped.await;

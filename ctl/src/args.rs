@@ -411,6 +411,8 @@ pub enum CaRole {
     Host,
     /// A person or a script with ctl
     User,
+    /// What reads metrics, and may do nothing else
+    Monitor,
 }
 
 /// The shells that have a completion script.

@@ -125,7 +125,7 @@ impl ClusterCa {
         let dns = match role {
             Role::Controller => vec![controller_dns(None), controller_dns(Some(name))],
             Role::Host => vec![host_dns(name)],
-            Role::User => vec![],
+            Role::User | Role::Monitor => vec![],
         };
         if !dns.is_empty() {
             params

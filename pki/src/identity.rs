@@ -25,6 +25,8 @@ pub enum Role {
     Host,
     /// A person or a script.
     User,
+    /// Whatever reads metrics, and may do nothing else.
+    Monitor,
 }
 
 impl Role {
@@ -34,6 +36,7 @@ impl Role {
             Role::Controller => "controller",
             Role::Host => "host",
             Role::User => "user",
+            Role::Monitor => "monitor",
         }
     }
 }
@@ -48,7 +51,7 @@ impl FromStr for Role {
     type Err = PkiError;
 
     fn from_str(text: &str) -> Result<Self, PkiError> {
-        [Role::Controller, Role::Host, Role::User]
+        [Role::Controller, Role::Host, Role::User, Role::Monitor]
             .into_iter()
             .find(|role| role.as_str() == text)
             .ok_or_else(|| PkiError::NoIdentity(text.to_owned()))

@@ -37,6 +37,7 @@ use self::forecast::Forecasts;
 use self::leases::Leases;
 use self::progress::ProgressTable;
 use crate::consensus::Consensus;
+use crate::metrics::Finished;
 
 /// Bytes of one request of a client: the largest holds 64 KiB for a console.
 const CLIENT_BYTES_MAX: usize = 256 << 10;
@@ -54,6 +55,8 @@ pub struct LeaderMemory {
     pub progress: ProgressTable,
     /// What dry runs expected lately.
     pub forecasts: Forecasts,
+    /// How many migrations ended, and how, while this controller led.
+    pub finished: Finished,
 }
 
 /// The services `Controller` and `Fleet`. Cheap to clone.

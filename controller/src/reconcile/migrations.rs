@@ -46,9 +46,11 @@ impl Reconciler for Migrations {
 
     fn begin(&mut self, _term: u64) {
         self.memory.progress.clear();
+        self.memory.finished.begin();
     }
 
     fn decide(&mut self, state: &State, now: Now) -> Vec<Kind> {
+        self.memory.finished.look(state);
         let progress = &self.memory.progress;
         progress.retain(|id| {
             state

@@ -144,21 +144,21 @@ fn pause_point(kind: &Kind) -> Option<&'static str> {
 }
 
 #[cfg(test)]
-mod tests_support {
+pub(crate) mod tests_support {
     //! A state to decide on.
 
     use drover_proto::v1::{HostCapacity, HostSpec, Image, VmSpec};
 
     use super::*;
 
-    pub(super) fn now() -> Now {
+    pub(crate) fn now() -> Now {
         Now {
             instant: Instant::now(),
             unix_ms: 0,
         }
     }
 
-    pub(super) fn apply(state: &mut State, kind: Kind) {
+    pub(crate) fn apply(state: &mut State, kind: Kind) {
         let command = Command {
             kind: Some(kind),
             ..Command::default()
@@ -168,7 +168,7 @@ mod tests_support {
     }
 
     /// host1, host2 and host3, 1 GiB each.
-    pub(super) fn cluster() -> State {
+    pub(crate) fn cluster() -> State {
         let mut state = State::default();
         for name in ["host1", "host2", "host3"] {
             let image = Image {
@@ -192,7 +192,7 @@ mod tests_support {
         state
     }
 
-    pub(super) fn vm_spec(name: &str, memory_mib: u64) -> VmSpec {
+    pub(crate) fn vm_spec(name: &str, memory_mib: u64) -> VmSpec {
         VmSpec {
             name: name.into(),
             vcpus: 1,

@@ -1,6 +1,8 @@
 //! A cluster of controllers on loopback, with real TLS and real disks. States are awaited, never slept for.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod callers;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;

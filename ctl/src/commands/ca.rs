@@ -23,6 +23,7 @@ pub fn run(command: &CaCommand, out: Out) -> Result<()> {
                 CaRole::Controller => Role::Controller,
                 CaRole::Host => Role::Host,
                 CaRole::User => Role::User,
+                CaRole::Monitor => Role::Monitor,
             };
             let ca = ClusterCa::load(dir).map_err(Fault::from)?;
             let files = ca.issue_to(folder, role, name).map_err(Fault::from)?;
