@@ -31,9 +31,7 @@ use drover_proto::v1::{MigrationPhase, Progress};
 use drover_proto::{Code, Fault};
 
 use crate::bandwidth;
-use crate::codec::{
-    BATCH_PAGES, Cancel, Hello, HelloAck, Message, PageAnswer, RoundEnd, Run, StateFrame, bad,
-};
+use crate::codec::{Cancel, Hello, HelloAck, Message, PageAnswer, RoundEnd, Run, StateFrame, bad};
 use crate::convergence::{self, Costs, Decision, Intent, Sample, Trend};
 use crate::digest::{Totals, digest};
 use crate::handshake::{self, Agreed, feature};
@@ -51,6 +49,10 @@ const LOOK_AFTER: Duration = Duration::from_millis(50);
 /// Looks are so far apart, and at least [`LOOK_SHARE`] times as long as one takes.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 const LOOK_SHARE: u32 = 8;
+
+/// Most pages of a job, 256 KiB: from reading them until they are handed to the kernel they stay in a processor's second-level cache. With
+/// four times as many a migration took 5 to 7 % more processor time.
+const JOB_PAGES: u64 = 64;
 
 /// What the machine is told once.
 #[derive(Clone, Debug)]
@@ -157,7 +159,7 @@ pub enum Action {
     SendBatch {
         /// The round.
         round: u32,
-        /// At most [`BATCH_PAGES`] pages, ascending.
+        /// At most [`JOB_PAGES`] pages, ascending.
         runs: Vec<Run>,
         /// Whether the bandwidth's cap is to be kept: not in the blackout.
         capped: bool,
@@ -467,7 +469,7 @@ impl Machine {
 
     /// The next batch of the round, or its end, after which an acknowledgement is to be received.
     fn next_batch(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let runs = self.order.take(BATCH_PAGES as u64);
+        let runs = self.order.take(JOB_PAGES);
         if runs.is_empty() {
             debug_assert_eq!(self.order.due(), 0, "a round ends when nothing is due");
             if self.streams == 0 {

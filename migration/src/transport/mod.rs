@@ -8,6 +8,7 @@
 
 mod link;
 mod listener;
+mod receiving;
 mod tls;
 
 use std::io::{self, Read, Write};

@@ -6,16 +6,15 @@
 
 use std::io::{self, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::ops::DerefMut;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use drover_proto::{Code, Fault};
 use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{
-    ClientConfig, ClientConnection, ConnectionCommon, ServerConfig, ServerConnection, SideData, StreamOwned,
-};
+use rustls::server::UnbufferedServerConnection;
+use rustls::{ClientConfig, ClientConnection, ServerConfig, StreamOwned};
 
+use super::receiving::ReceivingEnd;
 use super::{LINK_TIMEOUT, SLICE, Stream, failure, is_slice_over};
 use crate::control::Control;
 
@@ -32,11 +31,15 @@ pub struct Socket(BufReader<TcpStream>);
 
 impl Socket {
     fn new(tcp: TcpStream, buffer: usize) -> io::Result<Self> {
-        tcp.set_nonblocking(false)?;
-        tcp.set_nodelay(true)?;
-        tcp.set_slice(SLICE)?;
+        prepare(&tcp)?;
         Ok(Self(BufReader::with_capacity(buffer, tcp)))
     }
+}
+
+fn prepare(tcp: &TcpStream) -> io::Result<()> {
+    tcp.set_nonblocking(false)?;
+    tcp.set_nodelay(true)?;
+    tcp.set_slice(SLICE)
 }
 
 impl Read for Socket {
@@ -108,7 +111,7 @@ pub enum HostStream {
     /// The source's end, encrypted.
     Client(Box<StreamOwned<ClientConnection, Socket>>),
     /// The target's end, encrypted.
-    Server(Box<StreamOwned<ServerConnection, Socket>>),
+    Server(Box<ReceivingEnd>),
     /// Either end, not encrypted.
     Plain(Socket),
 }
@@ -118,7 +121,7 @@ impl HostStream {
     pub(super) fn peer_certificates(&self) -> &[CertificateDer<'_>] {
         match self {
             Self::Client(stream) => stream.conn.peer_certificates(),
-            Self::Server(stream) => stream.conn.peer_certificates(),
+            Self::Server(stream) => stream.peer_certificates(),
             Self::Plain(_) => None,
         }
         .unwrap_or_default()
@@ -156,12 +159,10 @@ impl Write for HostStream {
 impl Stream for HostStream {
     fn set_slice(&self, slice: Duration) -> io::Result<()> {
         match self {
-            Self::Client(stream) => &stream.sock,
-            Self::Server(stream) => &stream.sock,
-            Self::Plain(stream) => stream,
+            Self::Client(stream) => stream.sock.0.get_ref(),
+            Self::Server(stream) => stream.tcp(),
+            Self::Plain(stream) => stream.0.get_ref(),
         }
-        .0
-        .get_ref()
         .set_slice(slice)
     }
 
@@ -219,13 +220,21 @@ pub(super) fn greet(
     given_up: &dyn Fn() -> bool,
 ) -> Result<HostStream, Fault> {
     let doing = "the handshake failed";
-    let sock = Socket::new(tcp, READ_BUFFER).map_err(|error| failure(doing, &error))?;
-    let conn = ServerConnection::new(Arc::clone(tls)).map_err(|error| unusable(&error))?;
-    let mut stream = Box::new(StreamOwned::new(conn, sock));
-    stream.conn.set_buffer_limit(Some(WRITE_BUFFER));
-    let StreamOwned { conn, sock } = &mut *stream;
-    handshake(conn, sock, timeout, doing, given_up)?;
-    Ok(HostStream::Server(stream))
+    prepare(&tcp).map_err(|error| failure(doing, &error))?;
+    let conn = UnbufferedServerConnection::new(Arc::clone(tls)).map_err(|error| unusable(&error))?;
+    let mut end = Box::new(ReceivingEnd::new(conn, tcp));
+    let until = Instant::now() + timeout;
+    let over = || given_up() || Instant::now() >= until;
+    while end.is_shaking() {
+        let shaken = end.shake();
+        let goes_on = shaken.as_ref().map_or_else(is_slice_over, |()| true);
+        match shaken {
+            Err(error) if !goes_on => return Err(failure(doing, &error)),
+            _ if over() => return Err(unfinished(doing, timeout, given_up)),
+            _ => {}
+        }
+    }
+    Ok(HostStream::Server(end))
 }
 
 /// The target's end of a connection without TLS.
@@ -235,8 +244,8 @@ pub(super) fn greet_plain(tcp: TcpStream) -> Result<HostStream, Fault> {
     Ok(HostStream::Plain(sock))
 }
 
-fn handshake<D: SideData>(
-    conn: &mut impl DerefMut<Target = ConnectionCommon<D>>,
+fn handshake(
+    conn: &mut ClientConnection,
     sock: &mut Socket,
     timeout: Duration,
     doing: &str,
@@ -252,15 +261,18 @@ fn handshake<D: SideData>(
         match conn.complete_io(&mut hasty) {
             Ok(_) => {}
             Err(error) if !is_slice_over(&error) => return Err(failure(doing, &error)),
-            Err(_) if given_up() => {
-                return Err(Fault::new(Code::Cancelled, "the migration was cancelled"));
-            }
-            Err(_) if hasty.over() => {
-                let message = format!("{doing}: not done in {} ms", timeout.as_millis());
-                return Err(Fault::new(Code::LinkLost, message));
-            }
+            Err(_) if hasty.over() => return Err(unfinished(doing, timeout, given_up)),
             Err(_) => {}
         }
     }
     Ok(())
+}
+
+/// A handshake that was given up, or took too long.
+fn unfinished(doing: &str, timeout: Duration, given_up: &dyn Fn() -> bool) -> Fault {
+    if given_up() {
+        return Fault::new(Code::Cancelled, "the migration was cancelled");
+    }
+    let message = format!("{doing}: not done in {} ms", timeout.as_millis());
+    Fault::new(Code::LinkLost, message)
 }
