@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use drover_proto::v1;
 
 use crate::failure::EXIT_CODES;
 use crate::units::{parse_bandwidth, parse_duration, parse_mib, parse_percent, parse_streams};
@@ -304,6 +305,9 @@ pub struct MigrateArgs {
     /// Carry the pages over this many TCP streams, 1 to 16 [default: as many as suit the source's processors]
     #[arg(long, value_parser = parse_streams, value_name = "N")]
     pub streams: Option<u32>,
+    /// Make pages smaller on their way: by what is measured of the network and the processors, not at all, or always by one method
+    #[arg(long, value_enum, default_value_t = Compression::Auto)]
+    pub compression: Compression,
     /// Send the pages unencrypted; only where the cluster's setting `allow_plaintext` says so
     #[arg(long)]
     pub plaintext: bool,
@@ -313,6 +317,30 @@ pub struct MigrateArgs {
     /// Return as soon as it is planned; `ctl migration show --follow` tells the rest
     #[arg(long)]
     pub detach: bool,
+}
+
+/// How pages are made smaller on their way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Compression {
+    /// Where it is quicker than sending them as they are
+    Auto,
+    /// Never
+    Off,
+    /// Always with LZ4
+    Lz4,
+    /// Always with Zstandard
+    Zstd,
+}
+
+impl From<Compression> for v1::Compression {
+    fn from(compression: Compression) -> Self {
+        match compression {
+            Compression::Auto => Self::Auto,
+            Compression::Off => Self::Off,
+            Compression::Lz4 => Self::Lz4,
+            Compression::Zstd => Self::Zstd,
+        }
+    }
 }
 
 /// `ctl migration …`
@@ -469,6 +497,7 @@ mod tests {
                 (args.throttle, args.streams, args.plaintext),
                 (Some(90), Some(4), true)
             );
+            assert_eq!(args.compression, Compression::Auto);
         }
     }
 

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use drover_migration::codec::{self, Frame, HEADER_BYTES, Hello};
 use drover_migration::convergence::{Costs, Intent};
+use drover_migration::encode::compress::Unpacker;
+use drover_migration::encode::delta;
 use drover_migration::handshake::{Expected, TOKEN_BYTES, VERSIONS, feature, regions};
 use drover_migration::source;
 use drover_migration::target;
@@ -70,6 +72,18 @@ fn read(mut bytes: &[u8]) -> bool {
             match action {
                 target::Action::Write { runs, data } => {
                     assert!(runs.end() <= PAGES && data.len() as u64 == runs.pages() * PAGE_SIZE as u64);
+                }
+                target::Action::Unpack(packed) => {
+                    let mut content = vec![0; packed.content_bytes()];
+                    assert!(packed.runs.end() <= PAGES && content.len() <= codec::BATCH_PAGES * PAGE_SIZE);
+                    let _ = Unpacker::default().unpack(packed.method, packed.data, &mut content);
+                }
+                target::Action::Patch(deltas) => {
+                    assert!(deltas.runs.end() <= PAGES);
+                    assert_eq!(deltas.iter().count() as u64, deltas.runs.pages());
+                    for (_, delta, crc) in deltas.iter() {
+                        let _ = delta::patch(&mut [0; PAGE_SIZE], delta, crc);
+                    }
                 }
                 target::Action::Zero { runs } => assert!(runs.end() <= PAGES),
                 target::Action::Restore(_) => restore = true,

@@ -25,7 +25,15 @@ pub mod feature {
     /// The source may let the VM run at the target before all its pages are there. Offered only where the intent allows it.
     pub const POST_COPY: u32 = 2;
     /// All that this build can do.
-    pub const ALL: u32 = LATE_PAGES | POST_COPY;
+    pub const ALL: u32 = LATE_PAGES | POST_COPY | ENCODED;
+    /// Pages may come compressed with LZ4.
+    pub const LZ4: u32 = 16;
+    /// Pages may come compressed with Zstandard.
+    pub const ZSTD: u32 = 32;
+    /// From the second round on pages may come as what changed in them.
+    pub const DELTAS: u32 = 64;
+    /// All forms of pages beside the plain one.
+    pub const ENCODED: u32 = LZ4 | ZSTD | DELTAS;
 }
 
 /// The highest version that both speak.

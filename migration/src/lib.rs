@@ -32,6 +32,7 @@ pub mod codec;
 pub mod control;
 pub mod convergence;
 pub mod digest;
+pub mod encode;
 pub mod forecast;
 pub mod handshake;
 pub mod meter;

@@ -1,5 +1,8 @@
 //! How fast the link is, measured by what whole rounds took. Time comes in; no clock is read here.
 //!
+//! Content is what the guest has, not what is left of it on the wire: that is what a round has to carry. Of what encoding saves a quarter is
+//! not counted on ([`crate::source::Sent`]).
+//!
 //! A round counts from its first byte until the target's acknowledgement, reading and scanning included, since the last
 //! pages will take all of that too. So no socket's buffer can make a short round look fast; its round trip makes it look
 //! slow, which errs to the safe side. Below `SAMPLE_BYTES_MIN` it would be nothing but round trip, and is left out.

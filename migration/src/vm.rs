@@ -225,6 +225,8 @@ pub trait TargetVm: Sync {
     fn layout(&self) -> Layout;
     /// Writes whole pages from `first` on, all of one region.
     fn write_pages(&self, first: u64, data: &[u8]) -> Result<(), Fault>;
+    /// Copies pages that were written before, all of one region, into `out`, to change them.
+    fn read_back(&self, first: u64, out: &mut [u8]) -> Result<(), Fault>;
     /// Makes pages `first..first + count`, all of one region, read as zero, without populating memory that is a hole.
     fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault>;
     /// Decodes and restores an encoded `VmSave`; refuses whatever it does not know or cannot set.

@@ -11,6 +11,9 @@ use std::time::Duration;
 use common::{FakeVm, Flaw, Look, Rng, layout};
 use drover_migration::codec::{self, Batch, Frame, Hello, Message, Run};
 use drover_migration::convergence::{Costs, Intent, fits};
+use drover_migration::encode::cache::Cache;
+use drover_migration::encode::compress::{Method, Packer, Unpacker};
+use drover_migration::encode::delta;
 use drover_migration::handshake::{Expected, TOKEN_BYTES, VERSIONS, feature, regions};
 use drover_migration::source::{self, Outcome};
 use drover_migration::target;
@@ -104,7 +107,7 @@ fn plans() -> impl Strategy<Value = Plan> {
         0_usize..120,
         prop::sample::select(vec![LINK_BYTES_PER_S, SLOW_LINK_BYTES_PER_S]),
         prop::sample::select(vec![Look::Nothing, Look::All, Look::AllTaken]),
-        prop::sample::select(vec![0, feature::LATE_PAGES]),
+        prop::sample::select(vec![0, feature::LATE_PAGES, feature::ENCODED, feature::ALL]),
     )
         .prop_map(
             |(
@@ -178,6 +181,12 @@ struct World {
     to_target: Wire,
     to_source: Wire,
     batch: Batch,
+    /// Forms of pages that both sides know.
+    forms: u32,
+    cache: Cache,
+    packer: Packer,
+    unpacker: Unpacker,
+    encoded: u64,
     hot_from: usize,
     /// How much the guest is held back now, and whether it ever was.
     throttle: u32,
@@ -269,6 +278,11 @@ impl World {
             to_target: Wire::default(),
             to_source: Wire::default(),
             batch: Batch::default(),
+            forms: 0,
+            cache: Cache::new(64 * 8 * PAGE_SIZE),
+            packer: Packer::default(),
+            unpacker: Unpacker::default(),
+            encoded: 0,
             throttle: 0,
             throttled: false,
             outcome: None,
@@ -315,7 +329,11 @@ impl World {
     fn guest_writes(&mut self) {
         let page = self.hot_from + self.rng.below(usize::try_from(self.plan.hot).unwrap());
         let value = self.rng.byte() & 3;
-        self.source_vm.guest_writes(page, value);
+        if self.rng.below(2) == 0 {
+            self.source_vm.guest_pokes(page, self.rng.below(PAGE_SIZE), value);
+        } else {
+            self.source_vm.guest_writes(page, value);
+        }
     }
 
     /// Brings the trouble about, if there is something to hit.
@@ -398,6 +416,10 @@ impl World {
         use source::{Action, Event};
         match action {
             Action::Reach(_) => return None,
+            Action::Encode { features, .. } => {
+                self.forms = features;
+                return None;
+            }
             Action::Report(progress) => {
                 assert!(progress.bytes_remaining <= progress.bytes_total);
                 return None;
@@ -493,17 +515,26 @@ impl World {
                 );
             }
         }
+        if self.forms & feature::DELTAS != 0 && round > 1 {
+            self.encoded += self.batch.take_deltas(&self.cache).1;
+        }
+        if self.forms & feature::ZSTD != 0 && self.rng.below(3) == 0 && !self.batch.content().is_empty() {
+            let method = Method::ALL[self.rng.below(2)];
+            let length = self.batch.pack(method, &mut self.packer).unwrap();
+            self.encoded += u64::from(length.is_some());
+        }
         let mut sent = source::Sent {
             pages: self.batch.pages(),
             zero_pages: self.batch.zero_pages(),
             bytes: 0,
         };
-        for content in [true, false] {
+        for form in 0..4 {
             let sequence = self.to_target.sent;
-            let frame = if content {
-                self.batch.seal_pages(sequence)
-            } else {
-                self.batch.seal_zeros(sequence)
+            let frame = match form {
+                0 => self.batch.seal_deltas(sequence),
+                1 => self.batch.seal_packed(sequence),
+                2 => self.batch.seal_pages(sequence),
+                _ => self.batch.seal_zeros(sequence),
             };
             if let Some(frame) = frame.unwrap() {
                 sent.bytes += frame.len() as u64;
@@ -594,6 +625,22 @@ impl World {
                 }
                 assert!(data.is_empty());
             }
+            Action::Unpack(packed) => {
+                let mut content = vec![0; packed.content_bytes()];
+                self.unpacker.unpack(packed.method, packed.data, &mut content)?;
+                let pages = packed.runs.iter().flat_map(|run| run.first..run.end());
+                for (page, one) in pages.zip(content.chunks(PAGE_SIZE)) {
+                    self.target_vm.write_pages(page, one)?;
+                }
+            }
+            Action::Patch(deltas) => {
+                for (page, delta, crc) in deltas.iter() {
+                    let mut content = vec![0; PAGE_SIZE];
+                    self.target_vm.read_back(page, &mut content)?;
+                    delta::patch(&mut content, delta, crc)?;
+                    self.target_vm.write_pages(page, &content)?;
+                }
+            }
             Action::Zero { runs } => {
                 for page in runs.iter().flat_map(|run| run.first..run.end()) {
                     self.target_vm.zero_pages(page, 1)?;
@@ -673,11 +720,14 @@ fn swept(trouble: Trouble, seeds: u64) -> impl Iterator<Item = Plan> {
 
 #[test]
 fn an_undisturbed_migration_succeeds() {
+    let mut encoded = 0;
     for plan in swept(Trouble::None, 50) {
         let world = play(plan);
+        encoded += world.encoded;
         assert_eq!(world.outcome, Some(Outcome::AwaitOutcome));
         assert!(matches!(world.target_end, Some(Ok(_))) && !world.memory_differed);
     }
+    assert!(encoded > 50, "only {encoded} were compressed or sent as a delta");
 }
 
 #[test]
@@ -836,7 +886,7 @@ fn pages_written_again_before_their_turn_are_not_sent_twice() {
         });
         // A target of before insists on all pages in the first round.
         later += sent(Plan {
-            features: 0,
+            features: feature::ENCODED,
             ..plan.clone()
         });
         always += sent(plan);

@@ -22,7 +22,7 @@ use drover_migration::source::{self, Outcome, Sent, Way};
 use drover_migration::target::{self, Admission, Received};
 use drover_migration::transport::{Link, Stop};
 use drover_migration::vm::{PAGE_SIZE, PageSet, SourceVm, TargetVm};
-use drover_proto::v1::MigrationOptions;
+use drover_proto::v1::{Compression, MigrationOptions};
 use drover_proto::{Code, Fault};
 use proptest::prelude::*;
 
@@ -271,7 +271,7 @@ impl World {
             .pop_front()
             .expect("a list ends with what brings the next event")
         {
-            Action::Reach(_) | Action::Report(_) | Action::Throttle(_) => return,
+            Action::Reach(_) | Action::Report(_) | Action::Throttle(_) | Action::Encode { .. } => return,
             Action::Send(_) if self.cut => Event::LinkFailed(lost()),
             Action::Send(message) => {
                 let mut frame = Vec::new();
@@ -563,6 +563,7 @@ fn own(action: target::Action<'_>) -> Owned {
         Action::Reach(_) | Action::Report(_) | Action::Admit(_) => Owned::Nothing,
         Action::Send(message) => Owned::Send(message),
         Action::Write { runs, data } => Owned::Write(pages_of(runs, Some(data))),
+        Action::Unpack(_) | Action::Patch(_) => panic!("this source encodes nothing"),
         Action::Zero { runs } => Owned::Write(pages_of(runs, None)),
         Action::Place { runs, data } => Owned::Place(pages_of(runs, Some(data)), listed(runs)),
         Action::PlaceZeros { runs } => Owned::Place(pages_of(runs, None), listed(runs)),
@@ -708,6 +709,7 @@ fn migrate(
             bandwidth_mib_s: 24,
             streams: 2,
             allow_postcopy: true,
+            compression: Compression::Off.into(),
             ..MigrationOptions::default()
         },
         device_model: 1,

@@ -19,7 +19,7 @@ use drover_migration::source::{self, Outcome, Way};
 use drover_migration::target::{self, Admission, Received};
 use drover_migration::transport::{HostStream, LINK_TIMEOUT, Link, Listener, connect, connect_plain};
 use drover_pki::{ClusterCa, Credentials, Role, host_dns};
-use drover_proto::v1::{MigrationOptions, MigrationPhase, Progress};
+use drover_proto::v1::{Compression, MigrationOptions, MigrationPhase, Progress};
 use drover_proto::{Code, Fault};
 
 const PAGES: u64 = 4096;
@@ -37,6 +37,7 @@ fn source_params(streams: u32, plaintext: bool) -> source::Params {
             max_downtime_ms: 2000,
             streams,
             plaintext,
+            compression: Compression::Off.into(),
             ..MigrationOptions::default()
         },
         device_model: 1,
@@ -82,6 +83,8 @@ fn with_guest<T>(vm: &FakeVm, move_it: impl FnOnce() -> T) -> T {
                 if !vm.guest_writes(1000 + rng.below(100), rng.byte()) {
                     return;
                 }
+                // None of those that are zero.
+                vm.guest_pokes(1 + 4 * rng.below(200), rng.below(64), rng.byte());
                 thread::yield_now();
             }
         });
@@ -466,4 +469,72 @@ fn a_stream_that_stalls_is_reported_while_the_engine_waits_for_it() {
         last[1].stalled_ms >= 1_000 && last[1].pages_queued > 0,
         "{last:?}"
     );
+}
+
+#[test]
+fn pages_arrive_compressed_and_as_deltas_where_that_was_asked_for() {
+    let cluster = Cluster::new();
+    for (compression, streams) in [
+        (Compression::Lz4, 2),
+        (Compression::Zstd, 3),
+        (Compression::Lz4, 1),
+    ] {
+        let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
+        let mut params = source_params(streams, false);
+        params.options.compression = compression.into();
+        let (outcome, received) =
+            cluster.migrate((&source_vm, &target_vm), &params, &target_params(false), |_| {});
+        assert_eq!(outcome, Outcome::AwaitOutcome, "{compression:?}");
+        assert_moved(&source_vm, &target_vm);
+        let receipt = received.unwrap().receipt;
+        let encoding = receipt.encoding.unwrap();
+        let packed = match compression {
+            Compression::Lz4 => encoding.lz4_pages,
+            _ => encoding.zstd_pages,
+        };
+        assert!(packed > PAGES / 2, "{encoding:?}");
+        assert_eq!(encoding.content_bytes, receipt.pages * 4096);
+        assert!(encoding.sent_bytes < encoding.content_bytes / 10, "{encoding:?}");
+    }
+}
+
+/// A VM of noise, which compresses to nothing less, and its migration over a link that is slow enough for some rounds.
+fn noisy() -> (FakeVm, source::Params) {
+    let (vm, mut rng) = (filled_vm(), Rng(5));
+    for word in vm.lock().memory.chunks_exact_mut(8) {
+        word.copy_from_slice(&rng.next().to_le_bytes());
+    }
+    let mut params = source_params(2, false);
+    params.options.bandwidth_mib_s = 20;
+    (vm, params)
+}
+
+#[test]
+fn what_changed_little_goes_as_deltas_and_what_does_not_shrink_as_it_is() {
+    for compression in [Compression::Zstd, Compression::Auto] {
+        let ((source_vm, mut params), target_vm) = (noisy(), FakeVm::new(PAGES));
+        params.options.compression = compression.into();
+        let (outcome, received) =
+            Cluster::new().migrate((&source_vm, &target_vm), &params, &target_params(false), |_| {});
+        assert_eq!(outcome, Outcome::AwaitOutcome);
+        assert_moved(&source_vm, &target_vm);
+        let encoding = received.unwrap().receipt.encoding.unwrap();
+        assert!(encoding.delta_pages > 50, "{encoding:?}");
+        // The pages that the guest fills with one byte are the only ones that shrink.
+        assert!(encoding.lz4_pages + encoding.zstd_pages < 1000, "{encoding:?}");
+    }
+}
+
+#[test]
+fn a_delta_for_a_page_that_is_not_as_the_source_knows_it_ends_the_attempt() {
+    let cluster = Cluster::new();
+    let ((source_vm, mut params), target_vm) = (noisy(), FakeVm::new(PAGES));
+    // Whatever is written to the target's memory differs in a bit from what came.
+    target_vm.lock().flaw = Some(Flaw::WriteWrong);
+    params.options.compression = Compression::Zstd.into();
+    let (outcome, received) =
+        cluster.migrate((&source_vm, &target_vm), &params, &target_params(false), |_| {});
+    let fault = received.unwrap_err();
+    assert_eq!(fault.code, Code::DigestMismatch, "{fault}");
+    assert!(!matches!(outcome, Outcome::AwaitOutcome), "{outcome:?}");
 }

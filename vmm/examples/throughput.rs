@@ -66,6 +66,9 @@ impl TargetVm for Bare {
     fn write_pages(&self, first: u64, data: &[u8]) -> Result<(), Fault> {
         self.0.write_pages(first, data)
     }
+    fn read_back(&self, first: u64, out: &mut [u8]) -> Result<(), Fault> {
+        self.0.read_pages(first, out)
+    }
     fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault> {
         self.0.zero_pages(first, count)
     }

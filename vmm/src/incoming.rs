@@ -26,6 +26,10 @@ impl TargetVm for Target<'_> {
         self.0.built().memory().write_pages(first, data)
     }
 
+    fn read_back(&self, first: u64, out: &mut [u8]) -> Result<(), Fault> {
+        self.0.built().memory().read_pages(first, out)
+    }
+
     fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault> {
         self.0.built().memory().zero_pages(first, count)
     }

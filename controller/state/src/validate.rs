@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use drover_proto::v1::{HostSpec, MigrationOptions, RestartPolicy, Settings, VmSpec};
+use drover_proto::v1::{Compression, HostSpec, MigrationOptions, RestartPolicy, Settings, VmSpec};
 use drover_proto::{Code, Fault};
 
 use crate::limits::{
@@ -264,6 +264,13 @@ pub(crate) fn options(
             ));
         }
     }
+    if Compression::try_from(options.compression).is_err() {
+        let message = format!(
+            "options.compression is {}; 0 (auto), 1 (off), 2 (lz4) and 3 (zstd) are known here",
+            options.compression
+        );
+        return Err(invalid("options.compression", message));
+    }
     if options.plaintext && !settings.allow_plaintext {
         let message = "options.plaintext asks for unencrypted pages, which the cluster's setting allow_plaintext does not allow";
         return Err(Fault::new(Code::Denied, message).field("options.plaintext"));
@@ -395,7 +402,8 @@ mod tests {
             options(Some(&asked), &default_settings())
         };
         type Change = fn(&mut MigrationOptions);
-        let bad: [(&str, Change, &str); 5] = [
+        let bad: [(&str, Change, &str); 6] = [
+            ("options.compression", |o| o.compression = 9, "9; 0 (auto)"),
             ("options.streams", |o| o.streams = 17, "17; at most 16"),
             (
                 "options.max_throttle_percent",

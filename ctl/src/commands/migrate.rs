@@ -56,6 +56,7 @@ fn options(args: &MigrateArgs) -> Result<v1::MigrationOptions> {
         bandwidth_mib_s: args.bandwidth.unwrap_or(0),
         streams: args.streams.unwrap_or(0),
         plaintext: args.plaintext,
+        compression: v1::Compression::from(args.compression).into(),
         max_throttle_percent: args.throttle.unwrap_or(0),
         ..Default::default()
     })

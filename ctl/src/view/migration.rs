@@ -66,6 +66,23 @@ pub struct ReceiptView {
     pub plaintext: bool,
     /// The most that each vCPU was held back, percent of its time.
     pub throttle_percent: u32,
+    /// How pages with content travelled; null: by a VMM that did not count.
+    pub encoding: Option<EncodingView>,
+}
+
+/// How pages with content travelled.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct EncodingView {
+    /// Pages compressed with LZ4.
+    pub lz4_pages: u64,
+    /// Pages compressed with Zstandard.
+    pub zstd_pages: u64,
+    /// Pages as what had changed in them.
+    pub delta_pages: u64,
+    /// All of them as the guest has them.
+    pub content_bytes: u64,
+    /// The frames that carried them.
+    pub sent_bytes: u64,
 }
 
 /// The time the guest stood still, in parts, in microseconds.
@@ -138,6 +155,8 @@ pub struct OptionsView {
     pub streams: Option<u32>,
     /// Whether pages may go unencrypted.
     pub plaintext: bool,
+    /// How pages are made smaller: "auto", "off", "lz4" or "zstd".
+    pub compression: &'static str,
     /// The most that each vCPU may be held back; null: not at all.
     pub max_throttle_percent: Option<u32>,
 }
@@ -192,6 +211,13 @@ impl From<v1::MigrationOptions> for OptionsView {
             bandwidth_mib_s: Some(options.bandwidth_mib_s).filter(|&cap| cap > 0),
             streams: Some(options.streams).filter(|&streams| streams > 0),
             plaintext: options.plaintext,
+            compression: match v1::Compression::try_from(options.compression) {
+                Ok(v1::Compression::Auto) => "auto",
+                Ok(v1::Compression::Off) => "off",
+                Ok(v1::Compression::Lz4) => "lz4",
+                Ok(v1::Compression::Zstd) => "zstd",
+                Err(_) => "unknown",
+            },
             max_throttle_percent: Some(options.max_throttle_percent).filter(|&percent| percent > 0),
         }
     }
@@ -218,6 +244,13 @@ impl From<v1::Receipt> for ReceiptView {
             streams: receipt.streams,
             plaintext: receipt.plaintext,
             throttle_percent: receipt.throttle_percent,
+            encoding: receipt.encoding.map(|encoding| EncodingView {
+                lz4_pages: encoding.lz4_pages,
+                zstd_pages: encoding.zstd_pages,
+                delta_pages: encoding.delta_pages,
+                content_bytes: encoding.content_bytes,
+                sent_bytes: encoding.sent_bytes,
+            }),
         }
     }
 }
@@ -269,6 +302,28 @@ fn throttle(percent: u32) -> String {
         0 => "none".to_owned(),
         percent => format!("{percent} % of each vCPU's time"),
     }
+}
+
+/// What was done to make pages smaller, for people.
+fn encoding(encoding: &EncodingView) -> String {
+    let forms: Vec<_> = [
+        ("by lz4", encoding.lz4_pages),
+        ("by zstd", encoding.zstd_pages),
+        ("as deltas", encoding.delta_pages),
+    ]
+    .into_iter()
+    .filter(|(_, pages)| *pages > 0)
+    .map(|(form, pages)| format!("{pages} pages {form}"))
+    .collect();
+    if forms.is_empty() {
+        return "none".to_owned();
+    }
+    format!(
+        "{}: {} instead of {}",
+        forms.join(", "),
+        bytes(encoding.sent_bytes),
+        bytes(encoding.content_bytes)
+    )
 }
 
 /// What carried the pages, for people. A receipt of an older VMM does not tell their number.
@@ -409,6 +464,13 @@ impl Detailed for MigrationView {
                 (
                     "pages",
                     format!("{}, and {} of zeros", receipt.pages, receipt.zero_pages),
+                ),
+                (
+                    "compression",
+                    receipt
+                        .encoding
+                        .as_ref()
+                        .map_or_else(|| "none".to_owned(), encoding),
                 ),
                 ("dirty tracking", receipt.tracker.clone()),
                 ("streams", streams(receipt)),

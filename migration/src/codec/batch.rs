@@ -3,8 +3,11 @@
 
 use drover_proto::Fault;
 
+use super::encoded::DELTA_PREFIX;
 use super::pages::{PAGES_PREFIX, RUN_BYTES, Run, ZEROS_PREFIX, push};
 use super::{BATCH_PAGES, HEADER_BYTES, Kind, seal};
+use crate::encode::cache::{Cache, Exchanged};
+use crate::encode::compress::{Method, Packer};
 use crate::vm::PAGE_SIZE;
 use crate::zero::is_zero;
 
@@ -15,6 +18,12 @@ const DATA_AT: usize = HEADER_BYTES + PAGES_PREFIX;
 /// Up to [`BATCH_PAGES`] pages on their way into frames.
 #[derive(Debug)]
 pub struct Batch {
+    /// Frames for encoded pages; memory for them is taken when they are first needed.
+    packed_frame: Vec<u8>,
+    packed: Option<(Method, usize)>,
+    deltas_frame: Vec<u8>,
+    delta_runs: Vec<Run>,
+    deltas: usize,
     round: u32,
     pages_frame: Vec<u8>,
     zeros_frame: Vec<u8>,
@@ -27,6 +36,11 @@ pub struct Batch {
 impl Default for Batch {
     fn default() -> Self {
         Self {
+            packed_frame: Vec::new(),
+            packed: None,
+            deltas_frame: Vec::new(),
+            delta_runs: Vec::new(),
+            deltas: 0,
             round: 0,
             pages_frame: vec![0; HEADER_BYTES + Kind::Pages.payload_max()],
             zeros_frame: vec![0; HEADER_BYTES + Kind::Zeros.payload_max()],
@@ -46,6 +60,9 @@ impl Batch {
         self.seen = 0;
         self.runs.clear();
         self.zeros.clear();
+        self.packed = None;
+        self.delta_runs.clear();
+        self.deltas = 0;
     }
 
     /// Adds the pages of `run`, which come after all that were added before. `read(first, out)` fills `out` with the
@@ -89,17 +106,108 @@ impl Batch {
         assert!(self.seen <= BATCH_PAGES, "a batch was given {} pages", self.seen);
     }
 
-    /// Pages with content.
+    /// Pages with content, those that go as deltas among them.
     pub fn pages(&self) -> u64 {
-        self.pages as u64
+        (self.pages + self.deltas) as u64
+    }
+
+    /// Of them, those that go as deltas.
+    pub fn delta_pages(&self) -> u64 {
+        self.deltas as u64
     }
 
     /// Zero pages.
     pub fn zero_pages(&self) -> u64 {
-        (self.seen - self.pages) as u64
+        (self.seen - self.pages - self.deltas) as u64
     }
 
-    /// The frame with the pages that have content, if there are any.
+    /// The content of all pages that go neither as zeroes nor as deltas.
+    pub fn content(&self) -> &[u8] {
+        &self.pages_frame[DATA_AT..DATA_AT + self.pages * PAGE_SIZE]
+    }
+
+    /// Once all pages were added: those of which `cache` knows an older form, with little changed, go as deltas. Gives how many pages it
+    /// knew, and how many of them go as deltas.
+    pub fn take_deltas(&mut self, cache: &Cache) -> (u64, u64) {
+        for page in self.zeros.iter().flat_map(|run| run.first..run.end()) {
+            cache.forget(page);
+        }
+        self.deltas_frame.clear();
+        self.deltas_frame.resize(DATA_AT, 0);
+        let (runs, mut kept, mut known) = (std::mem::take(&mut self.runs), 0, 0);
+        let pages = runs.iter().flat_map(|run| run.first..run.end());
+        for (page, at) in pages.zip((DATA_AT..).step_by(PAGE_SIZE)) {
+            let begin = self.deltas_frame.len();
+            self.deltas_frame.resize(begin + DELTA_PREFIX, 0);
+            let content = &self.pages_frame[at..at + PAGE_SIZE];
+            let exchanged = cache.exchange(page, self.round, content, &mut self.deltas_frame);
+            known += u64::from(exchanged != Exchanged::New);
+            if let Exchanged::Delta(crc) = exchanged {
+                let length = self.deltas_frame.len() - begin - DELTA_PREFIX;
+                let prefix = &mut self.deltas_frame[begin..begin + DELTA_PREFIX];
+                prefix[..4].copy_from_slice(&crc.to_le_bytes());
+                write_u32s(&mut prefix[4..], [length]);
+                push(&mut self.delta_runs, page, 1);
+                self.deltas += 1;
+                continue;
+            }
+            self.deltas_frame.truncate(begin);
+            let to = DATA_AT + kept * PAGE_SIZE;
+            if to != at {
+                self.pages_frame.copy_within(at..at + PAGE_SIZE, to);
+            }
+            push(&mut self.runs, page, 1);
+            kept += 1;
+        }
+        self.pages = kept;
+        (known, self.deltas as u64)
+    }
+
+    /// Compresses [`Batch::content`]; gives the length, unless it gets no smaller: then it goes as it is.
+    pub fn pack(&mut self, method: Method, packer: &mut Packer) -> Result<Option<usize>, Fault> {
+        let content = &self.pages_frame[DATA_AT..DATA_AT + self.pages * PAGE_SIZE];
+        let room = Packer::room(content.len());
+        if self.packed_frame.len() < DATA_AT + room + RUN_BYTES * BATCH_PAGES {
+            self.packed_frame.resize(
+                DATA_AT + Packer::room(BATCH_PAGES * PAGE_SIZE) + RUN_BYTES * BATCH_PAGES,
+                0,
+            );
+        }
+        let length = packer.pack(method, content, &mut self.packed_frame[DATA_AT..DATA_AT + room])?;
+        self.packed = length.map(|length| (method, length));
+        Ok(length)
+    }
+
+    /// The frame with the deltas, if there are any.
+    pub fn seal_deltas(&mut self, sequence: u64) -> Result<Option<&[u8]>, Fault> {
+        if self.delta_runs.is_empty() {
+            return Ok(None);
+        }
+        let table = self.deltas_frame.len();
+        self.deltas_frame
+            .resize(table + self.delta_runs.len() * RUN_BYTES, 0);
+        let numbers = [self.round as usize, self.deltas, self.delta_runs.len(), 0];
+        write_u32s(&mut self.deltas_frame[HEADER_BYTES..], numbers);
+        write_runs(&mut self.deltas_frame[table..], &self.delta_runs);
+        seal(&mut self.deltas_frame, Kind::Deltas, sequence)?;
+        Ok(Some(&self.deltas_frame))
+    }
+
+    /// The frame with the compressed pages, if they were.
+    pub fn seal_packed(&mut self, sequence: u64) -> Result<Option<&[u8]>, Fault> {
+        let Some((method, length)) = self.packed else {
+            return Ok(None);
+        };
+        let table = DATA_AT + length;
+        let frame = &mut self.packed_frame[..table + self.runs.len() * RUN_BYTES];
+        let numbers = [self.round as usize, self.pages, self.runs.len(), method as usize];
+        write_u32s(&mut frame[HEADER_BYTES..], numbers);
+        write_runs(&mut frame[table..], &self.runs);
+        seal(frame, Kind::Packed, sequence)?;
+        Ok(Some(frame))
+    }
+
+    /// The frame with the pages that have content and go as they are, if there are any.
     pub fn seal_pages(&mut self, sequence: u64) -> Result<Option<&[u8]>, Fault> {
         self.seal_pages_as(Kind::Pages, sequence)
     }
@@ -110,7 +218,7 @@ impl Batch {
     }
 
     fn seal_pages_as(&mut self, kind: Kind, sequence: u64) -> Result<Option<&[u8]>, Fault> {
-        if self.runs.is_empty() {
+        if self.runs.is_empty() || self.packed.is_some() {
             return Ok(None);
         }
         let table = DATA_AT + self.pages * PAGE_SIZE;

@@ -356,7 +356,9 @@ impl Message {
             Kind::PageRequest => PageRequest::decode(payload).map(Self::PageRequest),
             Kind::PageAnswer => PageAnswer::decode(payload).map(Self::PageAnswer),
             Kind::Complete => Complete::decode(payload).map(Self::Complete),
-            Kind::Pages | Kind::GuardedPages | Kind::Zeros => return Err(bad("a page frame is no message")),
+            Kind::Pages | Kind::GuardedPages | Kind::Packed | Kind::Deltas | Kind::Zeros => {
+                return Err(bad("a page frame is no message"));
+            }
         };
         decoded.map_err(|error| bad(format!("a {kind:?} frame cannot be read: {error}")))
     }

@@ -12,11 +12,12 @@
 //! and the payload; of `GuardedPages` the pages' content is left out, since TLS has checked it already. The header's form never changes: a version is agreed inside the first frames, and a build that
 //! shares no version must still be able to read the refusal.
 //!
-//! Pages travel in a form that is filled and read without a copy ([`Pages`], [`Zeros`]); everything else is a small protobuf
+//! Pages travel in a form that is filled and read without a copy ([`Pages`], [`Zeros`]), or encoded ([`Packed`], [`Deltas`]); everything else is a small protobuf
 //! message ([`Message`]), so that fields can be added. Every size is bounded before memory is taken for it. Nothing here
 //! panics on any input. What a frame *means* in its place is not judged here but by the machines.
 
 mod batch;
+mod encoded;
 mod messages;
 mod pages;
 
@@ -24,6 +25,7 @@ use drover_proto::{Code, Fault};
 use prost::Message as _;
 
 pub use batch::Batch;
+pub use encoded::{Deltas, Packed};
 pub(crate) use messages::shortened;
 pub use messages::{
     Cancel, Complete, Hello, HelloAck, Join, MISSING_BYTES_MAX, MemoryRegion, Message, Missing, PageAnswer,
@@ -88,10 +90,14 @@ pub enum Kind {
     PageAnswer = 16,
     /// Target: it has all pages.
     Complete = 17,
+    /// Source: pages with content, compressed. Only where the target said that it can read them.
+    Packed = 20,
+    /// Source: what changed in pages. The same.
+    Deltas = 21,
 }
 
 impl Kind {
-    const ALL: [Self; 17] = [
+    const ALL: [Self; 19] = [
         Self::Hello,
         Self::HelloAck,
         Self::Pages,
@@ -109,6 +115,8 @@ impl Kind {
         Self::PageRequest,
         Self::PageAnswer,
         Self::Complete,
+        Self::Packed,
+        Self::Deltas,
     ];
 
     fn from_wire(byte: u8) -> Option<Self> {
@@ -118,7 +126,8 @@ impl Kind {
     /// The longest payload that a frame of this kind may announce.
     pub const fn payload_max(self) -> usize {
         match self {
-            Self::Pages | Self::GuardedPages => pages::PAGES_PAYLOAD_MAX,
+            Self::Pages | Self::GuardedPages | Self::Packed => pages::PAGES_PAYLOAD_MAX,
+            Self::Deltas => encoded::DELTAS_PAYLOAD_MAX,
             Self::Zeros => pages::ZEROS_PAYLOAD_MAX,
             Self::State => STATE_BYTES_MAX,
             _ => MESSAGE_BYTES_MAX,
@@ -131,6 +140,10 @@ impl Kind {
 pub enum Frame<'a> {
     /// Pages with content.
     Pages(Pages<'a>),
+    /// Pages with content, compressed.
+    Packed(Packed<'a>),
+    /// Pages as what changed in them.
+    Deltas(Deltas<'a>),
     /// Pages that are zero.
     Zeros(Zeros<'a>),
     /// Anything else.
@@ -142,6 +155,8 @@ impl Frame<'_> {
     pub fn kind(&self) -> Kind {
         match self {
             Self::Pages(_) => Kind::Pages,
+            Self::Packed(_) => Kind::Packed,
+            Self::Deltas(_) => Kind::Deltas,
             Self::Zeros(_) => Kind::Zeros,
             Self::Message(message) => message.kind(),
         }
@@ -226,6 +241,8 @@ pub fn decode_payload<'a>(
     }
     match header.kind {
         Kind::Pages | Kind::GuardedPages => Pages::decode(payload).map(Frame::Pages),
+        Kind::Packed => Packed::decode(payload).map(Frame::Packed),
+        Kind::Deltas => Deltas::decode(payload).map(Frame::Deltas),
         Kind::Zeros => Zeros::decode(payload).map(Frame::Zeros),
         kind => Message::decode(kind, payload).map(Frame::Message),
     }

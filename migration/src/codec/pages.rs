@@ -51,7 +51,7 @@ pub struct Runs<'a> {
 }
 
 impl<'a> Runs<'a> {
-    fn decode(table: &'a [u8], runs: usize) -> Result<Self, Fault> {
+    pub(super) fn decode(table: &'a [u8], runs: usize) -> Result<Self, Fault> {
         if runs == 0 || runs > RUNS_MAX || table.len() != runs * RUN_BYTES {
             return Err(bad(format!(
                 "a page frame announces {runs} runs (1 to {RUNS_MAX} are allowed) and has {} bytes of them",
@@ -174,7 +174,7 @@ impl<'a> Zeros<'a> {
 }
 
 /// `bytes` is long enough: its callers split it off at a constant.
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
 }
 

@@ -4,10 +4,12 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Sent;
+use super::encoder::Encoder;
 use super::lanes::Lane;
 use crate::bandwidth::Cap;
 use crate::codec::{Batch, Run};
 use crate::control::Control;
+use crate::encode::compress::Packer;
 use crate::transport::{Link, Stop, Stream};
 use crate::vm::{RegionEnds, SourceVm};
 
@@ -65,6 +67,7 @@ pub(super) struct Sender<'c, S> {
     pub link: Link<'c, S>,
     lane: &'c Lane<'c>,
     batch: Batch,
+    packer: Packer,
     /// Pages may go without a checksum.
     guarded: bool,
 }
@@ -76,6 +79,7 @@ impl<'c, S: Stream> Sender<'c, S> {
             link,
             lane,
             batch: Batch::default(),
+            packer: Packer::default(),
             guarded: false,
         }
     }
@@ -87,6 +91,7 @@ impl<'c, S: Stream> Sender<'c, S> {
             link,
             lane,
             batch: Batch::default(),
+            packer: Packer::default(),
         }
     }
 
@@ -96,6 +101,7 @@ impl<'c, S: Stream> Sender<'c, S> {
         job: &Job,
         vm: &dyn SourceVm,
         regions: &RegionEnds,
+        encoder: &Encoder,
         pace: &Pace,
         control: &Control,
     ) -> Result<Sent, Stop> {
@@ -103,6 +109,7 @@ impl<'c, S: Stream> Sender<'c, S> {
             link,
             lane,
             batch,
+            packer,
             guarded,
         } = self;
         lane.take_on(job.runs.iter().map(|run| run.count).sum());
@@ -115,30 +122,55 @@ impl<'c, S: Stream> Sender<'c, S> {
                 batch.add(run, |first, out| vm.read_pages(first, out));
             }
         }
+        let mut done = encoder.encode(batch, packer)?;
         let mut sent = Sent {
             pages: batch.pages(),
             zero_pages: batch.zero_pages(),
             bytes: 0,
         };
-        for content in [true, false] {
+        for part in Part::ALL {
             let sequence = link.next_sequence();
-            let frame = match (content, *guarded) {
-                (true, true) => batch.seal_guarded_pages(sequence)?,
-                (true, false) => batch.seal_pages(sequence)?,
-                (false, _) => batch.seal_zeros(sequence)?,
+            let pages = match part {
+                Part::Deltas => batch.delta_pages(),
+                Part::Packed | Part::Plain => sent.pages - batch.delta_pages(),
+                Part::Zeros => sent.zero_pages,
+            };
+            let frame = match part {
+                Part::Deltas => batch.seal_deltas(sequence)?,
+                Part::Packed => batch.seal_packed(sequence)?,
+                Part::Plain if *guarded => batch.seal_guarded_pages(sequence)?,
+                Part::Plain => batch.seal_pages(sequence)?,
+                Part::Zeros => batch.seal_zeros(sequence)?,
             };
             let Some(frame) = frame else { continue };
+            let began = Instant::now();
             if job.capped {
                 pace.keep(frame.len(), control)?;
             }
             lane.begin_frame();
             link.send_frame(frame)?;
             let bytes = frame.len() as u64;
-            lane.end_frame(bytes, if content { sent.pages } else { sent.zero_pages });
+            lane.end_frame(bytes, pages);
             sent.bytes += bytes;
+            done.sending += began.elapsed();
         }
+        done.wire = sent.bytes;
+        encoder.done(&done);
         Ok(sent)
     }
+}
+
+/// What a batch may become.
+#[derive(Clone, Copy)]
+enum Part {
+    Deltas,
+    Packed,
+    Plain,
+    Zeros,
+}
+
+impl Part {
+    const ALL: [Self; 4] = [Self::Deltas, Self::Packed, Self::Plain, Self::Zeros];
 }
 
 /// Adds pages of which some may never have been written: those are not read.

@@ -131,6 +131,13 @@ impl Sent {
         self.zero_pages += other.zero_pages;
         self.bytes += other.bytes;
     }
+
+    /// Bytes of content to reckon with for what comes next: a quarter of what encoding saved is left out, since the next pages may lend
+    /// themselves less to it.
+    fn counted(self) -> u64 {
+        let content = self.pages.saturating_mul(PAGE_SIZE as u64);
+        content - content.saturating_sub(self.bytes) / 4
+    }
 }
 
 /// What the driver is to do. In each list all but the last are done at once; the last brings the next event, or ends.
@@ -152,6 +159,13 @@ pub enum Action {
         count: u32,
         /// From the target.
         token: Vec<u8>,
+    },
+    /// From now on pages may go in the forms that the target can read.
+    Encode {
+        /// See [`crate::handshake::feature`].
+        features: u32,
+        /// Streams that pages travel on, 0 for the link alone.
+        streams: u32,
     },
     /// → `LogStarted`.
     StartLog,
@@ -431,7 +445,14 @@ impl Machine {
             self.post_copy_unavailable = Some(why);
         }
         self.config.intent.post_copy &= can_post_copy;
-        match agreed.streams {
+        let mut actions = Vec::new();
+        if agreed.features & feature::ENCODED != 0 {
+            actions.push(Action::Encode {
+                features: agreed.features,
+                streams: agreed.streams,
+            });
+        }
+        actions.extend(match agreed.streams {
             0 => self.start(),
             count => self.go(
                 State::Opening,
@@ -440,7 +461,8 @@ impl Machine {
                     token: ack.token,
                 }],
             ),
-        }
+        });
+        actions
     }
 
     fn start(&mut self) -> Vec<Action> {
@@ -606,10 +628,8 @@ impl Machine {
                 [Action::Reach("source.after_last_pages"), Action::Save],
             );
         }
-        self.meter.round(
-            self.round_sent.pages * PAGE_SIZE as u64,
-            now.saturating_sub(self.round_began),
-        );
+        self.meter
+            .round(self.round_sent.counted(), now.saturating_sub(self.round_began));
         self.go(
             State::Measuring,
             [Action::Reach("source.round_end"), Action::TakeDirty],
@@ -815,10 +835,7 @@ impl Machine {
     /// What the link carries in this round, or carried in the last one; 0 as long as nothing was measured.
     fn live_bandwidth(&self, now: Duration) -> u64 {
         let mut live = self.meter.clone();
-        live.round(
-            self.round_sent.pages * PAGE_SIZE as u64,
-            now.saturating_sub(self.round_began),
-        );
+        live.round(self.round_sent.counted(), now.saturating_sub(self.round_began));
         live.measured().unwrap_or(0)
     }
 }

@@ -5,6 +5,7 @@
 //! blackout. The rest is measured by the target and the VMM (see [`crate::target`]).
 
 mod batches;
+mod encoder;
 mod lanes;
 mod machine;
 mod order;
@@ -23,6 +24,7 @@ use drover_proto::{Code, Fault};
 pub use machine::{Action, Config, Event, Machine, Sent};
 
 use batches::{Job, Pace, Sender};
+use encoder::Encoder;
 use lanes::Lanes;
 use streams::Crew;
 
@@ -111,7 +113,7 @@ pub fn run<S: Stream>(
     let regions = RegionEnds::new(&layout);
     let pace = Pace::new(config.intent.bandwidth, origin);
     let lanes = Lanes::new(control, origin);
-    let crew = Crew::new(vm, &regions, &pace, control, &lanes);
+    let crew = Crew::new(vm, &regions, &pace, control, &lanes, Encoder::plain(origin));
     let outgoing = Mutex::default();
     let outcome = thread::scope(|scope| {
         let mut driver = Driver {
@@ -119,12 +121,14 @@ pub fn run<S: Stream>(
             sender: Sender::on_link(link, lanes.of(0)),
             dial: &mut dial,
             plaintext: config.hello.plaintext,
+            compression: params.options.compression,
             control,
             scope,
             crew: &crew,
             outgoing: &outgoing,
             link_timeout: params.link_timeout,
             streams: 0,
+            round: 0,
             total_pages,
             buffer: Vec::new(),
             origin,
@@ -154,6 +158,16 @@ pub fn run<S: Stream>(
 }
 
 impl Params {
+    /// What to offer the target: what the intent does not allow is not offered.
+    fn features(&self) -> u32 {
+        let refused = if self.options.allow_postcopy {
+            0
+        } else {
+            feature::POST_COPY
+        };
+        encoder::offered(encoder::wish(self.options.compression)) & !refused
+    }
+
     fn config(&self, layout: &[crate::vm::Region], total_pages: u64, costs: Costs) -> Config {
         Config {
             hello: Hello {
@@ -170,11 +184,7 @@ impl Params {
                 cpu_profile: self.cpu_profile.clone(),
                 streams: streams(&self.options),
                 plaintext: self.options.plaintext,
-                features: if self.options.allow_postcopy {
-                    feature::ALL
-                } else {
-                    feature::ALL & !feature::POST_COPY
-                },
+                features: self.features(),
             },
             total_pages,
             intent: Intent::of(&self.options),
@@ -209,12 +219,14 @@ struct Driver<'scope, 'env, S, D> {
     sender: Sender<'env, S>,
     dial: &'env mut D,
     plaintext: bool,
+    compression: i32,
     control: &'env Control,
     scope: &'scope Scope<'scope, 'env>,
     crew: &'env Crew<'env>,
     outgoing: &'env Mutex<Outgoing>,
     link_timeout: Duration,
     streams: u32,
+    round: u32,
     total_pages: u64,
     buffer: Vec<u8>,
     origin: Instant,
@@ -253,6 +265,11 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
             Action::Send(message) => return self.sender.link.send(&message).err().map(Event::from),
             _ if self.control.is_cancelled() => return Some(Event::Cancelled),
             Action::Receive => return Some(self.receive().unwrap_or_else(Event::from)),
+            Action::Encode { features, streams } => {
+                let wish = encoder::wish(self.compression);
+                self.crew
+                    .encode_with(Encoder::new(wish, features, streams, self.origin));
+            }
             Action::OpenStreams { count, token } => {
                 let opened = self.open_streams(count, &token);
                 return Some(opened.map_or_else(Event::from, |()| Event::StreamsOpen));
@@ -275,6 +292,8 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                 self.sender
                     .link
                     .set_timeout(self.link_timeout * post_copy::PATIENCE);
+                // What a guest waits for is not to wait for being encoded.
+                self.crew.encode_with(Encoder::plain(self.origin));
                 *self.outgoing() = Outgoing::new(pages);
                 self.vm.serving();
                 return self.push(round).err().map(Event::LinkFailed);
@@ -350,6 +369,11 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
     }
 
     fn send_batch(&mut self, job: Job) -> Result<Sent, Stop> {
+        if job.round != self.round {
+            // The round before was acknowledged: nobody has a job.
+            self.round = job.round;
+            self.crew.begin_round(job.round);
+        }
         match self.streams {
             0 => self.crew.send_with(&mut self.sender, &job),
             _ => self.crew.give(job),

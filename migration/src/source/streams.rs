@@ -13,7 +13,7 @@
 //! on the link why an attempt ends, and not from a broken stream that it does.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::{Builder, Scope};
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ use drover_proto::{Code, Fault};
 
 use super::Sent;
 use super::batches::{Job, Pace, Sender};
+use super::encoder::Encoder;
 use super::lanes::{Gauge, Lane, Lanes};
 use crate::codec::{Message, StreamEnd};
 use crate::control::Control;
@@ -39,6 +40,7 @@ pub(super) struct Crew<'a> {
     regions: &'a RegionEnds,
     pace: &'a Pace,
     control: &'a Control,
+    encoder: RwLock<Encoder>,
     lanes: &'a Lanes<'a>,
     shown: Mutex<Shown>,
     board: Mutex<Board>,
@@ -81,8 +83,10 @@ impl<'a> Crew<'a> {
         pace: &'a Pace,
         control: &'a Control,
         lanes: &'a Lanes<'a>,
+        encoder: Encoder,
     ) -> Self {
         Self {
+            encoder: RwLock::new(encoder),
             vm,
             regions,
             pace,
@@ -92,6 +96,20 @@ impl<'a> Crew<'a> {
             board: Mutex::default(),
             changed: Condvar::new(),
         }
+    }
+
+    /// From now on pages are encoded by this one. No job is under way.
+    pub fn encode_with(&self, encoder: Encoder) {
+        *self.encoder.write().unwrap_or_else(PoisonError::into_inner) = encoder;
+    }
+
+    /// The first job of a round comes next, and none is under way.
+    pub fn begin_round(&self, round: u32) {
+        self.encoder().begin_round(round);
+    }
+
+    fn encoder(&self) -> RwLockReadGuard<'_, Encoder> {
+        self.encoder.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The counters of a stream.
@@ -127,7 +145,14 @@ impl<'a> Crew<'a> {
 
     /// Sends a job on the caller's own stream.
     pub fn send_with<S: Stream>(&self, sender: &mut Sender<'_, S>, job: &Job) -> Result<Sent, Stop> {
-        sender.send(job, self.vm, self.regions, self.pace, self.control)
+        sender.send(
+            job,
+            self.vm,
+            self.regions,
+            &self.encoder(),
+            self.pace,
+            self.control,
+        )
     }
 
     /// Puts a worker on the stream of `sender`.

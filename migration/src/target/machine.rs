@@ -17,16 +17,17 @@
 use std::fmt;
 use std::time::Duration;
 
-use drover_proto::v1::{Blackout, MigrationPhase, PostCopyReceipt, Progress, Receipt};
+use drover_proto::v1::{Blackout, EncodingReceipt, MigrationPhase, PostCopyReceipt, Progress, Receipt};
 use drover_proto::{Code, Fault};
 
 use crate::bandwidth;
 use crate::codec::{
-    Complete, Frame, HelloAck, Join, Message, PageRequest, Pages, Ready, Refusal, RoundAck, RoundEnd, Runs,
-    StateFrame, Zeros, bad, shortened,
+    Complete, Deltas, Frame, HelloAck, Join, Message, Packed, PageRequest, Pages, Ready, Refusal, RoundAck,
+    RoundEnd, Runs, StateFrame, Zeros, bad, shortened,
 };
 use crate::convergence::{self, THROTTLE_MAX};
 use crate::digest::{Totals, digest};
+use crate::encode::compress::Method;
 use crate::handshake::{self, Agreed, Expected, TOKEN_BYTES, feature};
 use crate::post_copy::{self, Lacking, OnFault};
 use crate::vm::{PAGE_SIZE, PageSet};
@@ -77,6 +78,10 @@ pub enum Action<'a> {
         /// Their content.
         data: &'a [u8],
     },
+    /// Write what is packed here.
+    Unpack(Packed<'a>),
+    /// Change these pages.
+    Patch(Deltas<'a>),
     /// Make these pages zero.
     Zero {
         /// Which pages.
@@ -179,6 +184,7 @@ pub struct Machine {
     round_pages: u64,
     round_zero_pages: u64,
     totals: Totals,
+    encoded: EncodingReceipt,
     bytes: u64,
     began_at: Duration,
     reported_at: Duration,
@@ -212,6 +218,7 @@ impl Machine {
             round_pages: 0,
             round_zero_pages: 0,
             totals: Totals::default(),
+            encoded: EncodingReceipt::default(),
             bytes: 0,
             began_at: Duration::ZERO,
             reported_at: Duration::ZERO,
@@ -235,7 +242,7 @@ impl Machine {
         let step = match event {
             Event::Received(frame, bytes) => {
                 self.bytes = self.bytes.saturating_add(bytes as u64);
-                self.receive(now, frame)
+                self.receive(now, frame, bytes)
             }
             Event::Restored if self.state == State::Restoring => Ok(self.restored(now)),
             Event::Restored => Err(Fault::new(
@@ -268,7 +275,12 @@ impl Machine {
         })
     }
 
-    fn receive<'a>(&mut self, now: Duration, frame: Frame<'a>) -> Result<Vec<Action<'a>>, Fault> {
+    fn receive<'a>(
+        &mut self,
+        now: Duration,
+        frame: Frame<'a>,
+        bytes: usize,
+    ) -> Result<Vec<Action<'a>>, Fault> {
         match (self.state, frame) {
             (_, Frame::Message(Message::Cancel(cancel))) => Ok(self.fail(cancel.fault())),
             (State::Waiting, Frame::Message(Message::Hello(hello))) => {
@@ -281,8 +293,9 @@ impl Machine {
                 self.began_at = now;
                 Ok(self.welcome(now))
             }
-            (State::Receiving, Frame::Pages(pages)) if self.agreed.streams == 0 => self.pages(now, pages),
-            (State::Receiving, Frame::Zeros(zeros)) if self.agreed.streams == 0 => self.zeros(now, zeros),
+            (State::Receiving, frame) if self.agreed.streams == 0 && is_memory(&frame) => {
+                self.memory(now, frame, bytes)
+            }
             (State::Receiving, Frame::Message(Message::Missing(missing)))
                 if self.agrees_to(feature::POST_COPY) =>
             {
@@ -359,8 +372,7 @@ impl Machine {
                 self.streams_ended |= bit;
                 Ok(Vec::new())
             }
-            (State::Receiving, Frame::Pages(pages)) if goes_on => self.pages(now, pages),
-            (State::Receiving, Frame::Zeros(zeros)) if goes_on => self.zeros(now, zeros),
+            (State::Receiving, frame) if goes_on && is_memory(&frame) => self.memory(now, frame, bytes),
             (State::Receiving, Frame::Message(Message::StreamEnd(end)))
                 if goes_on && end.round == self.round =>
             {
@@ -437,7 +449,9 @@ impl Machine {
         let (round, runs) = match &frame {
             Frame::Pages(pages) => (pages.round, pages.runs),
             Frame::Zeros(zeros) => (zeros.round, zeros.runs),
-            Frame::Message(message) => return Err(bad(format!("{:?} is no page", message.kind()))),
+            Frame::Packed(_) | Frame::Deltas(_) | Frame::Message(_) => {
+                return Err(bad(format!("{:?} came where plain pages are due", frame.kind())));
+            }
         };
         let Some(lacking) = self.lacking.as_ref().filter(|_| round == self.round + 1) else {
             return Err(bad(format!("pages of round {round} came after the state")));
@@ -478,6 +492,65 @@ impl Machine {
     /// Whether every stream has said that its part of the round is over. Until then the end of the round must not be told.
     pub fn streams_have_ended(&self) -> bool {
         self.streams_ended.count_ones() == self.agreed.streams
+    }
+
+    fn memory<'a>(
+        &mut self,
+        now: Duration,
+        frame: Frame<'a>,
+        bytes: usize,
+    ) -> Result<Vec<Action<'a>>, Fault> {
+        if let Frame::Pages(Pages { runs, .. })
+        | Frame::Packed(Packed { runs, .. })
+        | Frame::Deltas(Deltas { runs, .. }) = &frame
+        {
+            self.encoded.content_bytes += runs.pages() * PAGE_SIZE as u64;
+            self.encoded.sent_bytes += bytes as u64;
+        }
+        match frame {
+            Frame::Pages(pages) => self.pages(now, pages),
+            Frame::Zeros(zeros) => self.zeros(now, zeros),
+            Frame::Packed(packed) => self.packed(now, packed),
+            Frame::Deltas(deltas) => self.deltas(now, deltas),
+            Frame::Message(_) => Err(bad("a message is no memory")),
+        }
+    }
+
+    /// Encoded pages come only in a form that was agreed on.
+    fn agreed_on(&self, form: u32, name: &str) -> Result<(), Fault> {
+        if self.agreed.features & form == 0 {
+            return Err(bad(format!("pages came as {name}, which was not agreed on")));
+        }
+        Ok(())
+    }
+
+    fn packed<'a>(&mut self, now: Duration, packed: Packed<'a>) -> Result<Vec<Action<'a>>, Fault> {
+        let (form, counter) = match packed.method {
+            Method::Lz4 => (feature::LZ4, &mut self.encoded.lz4_pages),
+            Method::Zstd => (feature::ZSTD, &mut self.encoded.zstd_pages),
+        };
+        *counter += packed.runs.pages();
+        self.agreed_on(form, packed.method.name())?;
+        self.round_pages += packed.runs.pages();
+        self.place(packed.round, packed.runs)?;
+        Ok(self.and_report(now, Action::Unpack(packed)))
+    }
+
+    /// A delta is for a page that came before, in an earlier round.
+    fn deltas<'a>(&mut self, now: Duration, deltas: Deltas<'a>) -> Result<Vec<Action<'a>>, Fault> {
+        self.agreed_on(feature::DELTAS, "deltas")?;
+        if deltas.round < 2 || deltas.runs.end() > self.total_pages {
+            return Err(bad(format!("deltas came in round {}", deltas.round)));
+        }
+        if let Some(covered) = &self.covered
+            && !deltas.iter().all(|(page, ..)| covered.contains(page))
+        {
+            return Err(bad("a delta came for a page that never came"));
+        }
+        self.encoded.delta_pages += deltas.runs.pages();
+        self.round_pages += deltas.runs.pages();
+        self.place(deltas.round, deltas.runs)?;
+        Ok(self.and_report(now, Action::Patch(deltas)))
     }
 
     fn pages<'a>(&mut self, now: Duration, pages: Pages<'a>) -> Result<Vec<Action<'a>>, Fault> {
@@ -637,6 +710,7 @@ impl Machine {
                 plaintext: self.agreed.plaintext,
                 throttle_percent: frame.throttle_percent.min(THROTTLE_MAX),
                 post_copy_unavailable: self.unavailable.clone(),
+                encoding: Some(self.encoded),
                 blackout_us: Some(Blackout {
                     pause: frame.pause_us,
                     last_pages: frame.last_pages_us,
@@ -719,4 +793,9 @@ impl Machine {
             ..Progress::default()
         })
     }
+}
+
+/// Whether a frame carries guest memory.
+fn is_memory(frame: &Frame<'_>) -> bool {
+    !matches!(frame, Frame::Message(_))
 }

@@ -26,7 +26,7 @@ use drover_proto::v1::{Blackout, Receipt};
 use drover_proto::{Code, Fault};
 
 pub use machine::{Action, Admission, Done, Event, Machine, ROUNDS_ACCEPTED_MAX};
-use streams::{LinkWatch, Streams};
+use streams::{Desk, LinkWatch, Streams};
 
 use crate::codec::{Frame, Message};
 use crate::control::Control;
@@ -126,6 +126,7 @@ pub fn run<S: Stream>(
             scope,
             streams: &streams,
             admit: Some(admit),
+            desk: Desk::default(),
             refused: false,
             lacks: false,
             link_timeout: params.link_timeout,
@@ -178,6 +179,7 @@ struct Driver<'scope, 'env, S, A> {
     scope: &'scope Scope<'scope, 'env>,
     streams: &'env Streams<'env>,
     admit: Option<A>,
+    desk: Desk,
     refused: bool,
     /// A post-copy has begun: from now on this side speaks first.
     lacks: bool,
@@ -295,6 +297,8 @@ where
             }
             Action::Restore(state) if self.lacks_soon() => self.restore_aside(state),
             Action::Write { runs, data } => self.streams.write(runs, data),
+            Action::Unpack(packed) => self.streams.unpack(&packed, &mut self.desk),
+            Action::Patch(deltas) => self.streams.patch(&deltas),
             Action::Zero { runs } => self.streams.zero(runs),
             Action::Restore(state) => match self.streams.vm().restore(&state) {
                 Ok(()) => return Some(Event::Restored),

@@ -15,10 +15,19 @@ use std::time::{Duration, Instant};
 use drover_proto::{Code, Fault};
 
 use super::machine::{Action, Event, Machine};
-use crate::codec::{Frame, Message, Runs, StreamEnd};
+use crate::codec::{Deltas, Frame, Message, Packed, Runs, StreamEnd};
 use crate::control::Control;
+use crate::encode::compress::Unpacker;
+use crate::encode::delta;
 use crate::transport::{Link, SLICE, Stop, Stream, Watch};
 use crate::vm::{PAGE_SIZE, RegionEnds, TargetVm};
+
+/// What compressed pages are unpacked with, and to: one for each stream.
+#[derive(Default)]
+pub(super) struct Desk {
+    unpacker: Unpacker,
+    content: Vec<u8>,
+}
 
 /// What the threads share.
 pub(super) struct Streams<'a> {
@@ -141,6 +150,24 @@ impl<'a> Streams<'a> {
             })
     }
 
+    /// Writes pages that a frame brought compressed.
+    pub fn unpack(&self, packed: &Packed<'_>, desk: &mut Desk) -> Result<(), Fault> {
+        desk.content.resize(packed.content_bytes(), 0);
+        desk.unpacker
+            .unpack(packed.method, packed.data, &mut desk.content)?;
+        self.write(packed.runs, &desk.content)
+    }
+
+    /// Changes pages that a frame brought deltas for.
+    pub fn patch(&self, deltas: &Deltas<'_>) -> Result<(), Fault> {
+        let mut content = [0; PAGE_SIZE];
+        deltas.iter().try_for_each(|(page, delta, crc)| {
+            self.vm.read_back(page, &mut content)?;
+            delta::patch(&mut content, delta, crc)?;
+            self.vm.write_pages(page, &content)
+        })
+    }
+
     /// Makes pages zero that a frame named.
     pub fn zero(&self, runs: Runs<'_>) -> Result<(), Fault> {
         runs.iter()
@@ -151,7 +178,7 @@ impl<'a> Streams<'a> {
     fn read<S: Stream>(&self, index: u32, stream: S) -> Result<(), Stop> {
         let watch = StreamWatch(self);
         let mut link = Link::new(stream, self.timeout, &watch)?;
-        let mut buffer = Vec::new();
+        let (mut buffer, mut desk) = (Vec::new(), Desk::default());
         loop {
             let (frame, bytes) = match link.receive_in_time(&mut buffer) {
                 Ok(received) => received,
@@ -172,6 +199,8 @@ impl<'a> Streams<'a> {
             for action in actions {
                 match action {
                     Action::Write { runs, data } => self.write(runs, data)?,
+                    Action::Unpack(packed) => self.unpack(&packed, &mut desk)?,
+                    Action::Patch(deltas) => self.patch(&deltas)?,
                     Action::Zero { runs } => self.zero(runs)?,
                     Action::Place { runs, data } => self.placed(runs, Some(data))?,
                     Action::PlaceZeros { runs } => self.placed(runs, None)?,

@@ -19,6 +19,8 @@ pub enum Flaw {
     Pause,
     Save,
     Write,
+    /// Succeeds, with a bit changed.
+    WriteWrong,
     Restore,
     Place,
 }
@@ -125,6 +127,21 @@ impl FakeVm {
         true
     }
 
+    /// The guest writes a few bytes of a page, unless it is paused.
+    pub fn guest_pokes(&self, page: usize, at: usize, value: u8) {
+        let mut inner = self.lock();
+        if inner.paused {
+            return;
+        }
+        inner.memory[page * PAGE_SIZE + at % PAGE_SIZE] = value;
+        if let Some(dirty) = &mut inner.dirty {
+            dirty.insert(Run {
+                first: page as u64,
+                count: 1,
+            });
+        }
+    }
+
     fn flawed(&self, flaw: Flaw) -> Result<(), Fault> {
         match self.lock().flaw {
             Some(found) if found == flaw => Err(Fault::new(Code::BadState, format!("{flaw:?} fails"))),
@@ -223,10 +240,17 @@ impl TargetVm for FakeVm {
         self.flawed(Flaw::Write)?;
         self.in_one_region(first, (data.len() / PAGE_SIZE) as u64);
         let mut inner = self.lock();
+        let wrong = inner.flaw == Some(Flaw::WriteWrong);
         for (page, bytes) in (usize::try_from(first).unwrap()..).zip(data.chunks_exact(PAGE_SIZE)) {
             inner.memory[page * PAGE_SIZE..][..PAGE_SIZE].copy_from_slice(bytes);
+            inner.memory[page * PAGE_SIZE + 77] ^= u8::from(wrong);
             inner.present[page] = true;
         }
+        Ok(())
+    }
+
+    fn read_back(&self, first: u64, out: &mut [u8]) -> Result<(), Fault> {
+        self.read_pages(first, out);
         Ok(())
     }
 
