@@ -329,7 +329,7 @@ fn a_detached_migration_returns_once_it_is_planned() {
         ended.json()["options"],
         json!({
             "max_downtime_ms": null, "deadline_ms": 60_000, "bandwidth_mib_s": 500,
-            "streams": 4, "plaintext": true, "max_throttle_percent": 90,
+            "streams": 4, "plaintext": true, "compression": "auto", "max_throttle_percent": 90,
         })
     );
     assert_eq!(fake.calls("watch_migration"), 0);
