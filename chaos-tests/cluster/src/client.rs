@@ -14,7 +14,8 @@ use drover_proto::v1::{
     CancelMigrationRequest, Cluster as ClusterInfo, CreateVmRequest, DeleteVmRequest, GetClusterRequest,
     GetMigrationRequest, GetVmRequest, Host, ListEventsRequest, ListHostsRequest, ListMigrationsRequest,
     MigrateVmRequest, Migration, MigrationForecast, MigrationOptions, MigrationPhase, ReadConsoleRequest,
-    ReadConsoleResponse, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState, WriteConsoleRequest,
+    ReadConsoleResponse, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState, WatchMigrationRequest,
+    WriteConsoleRequest,
 };
 use drover_proto::{Code, Fault};
 use tokio::runtime::Runtime;
@@ -23,6 +24,8 @@ use tonic::{Response, Status};
 
 use crate::{LOOK_AGAIN, PATIENCE, await_some};
 
+/// How long a watch is held, below the time that a call may take.
+const WATCH_WAIT_MS: u32 = 2_000;
 /// One call may take so long before the next controller is asked.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -242,6 +245,20 @@ impl Client {
             };
             async move { client.get_migration(request).await }
         })
+    }
+
+    /// One migration, as soon as it is other than what `seen` names (0: nothing); gives the name of what it is then.
+    pub fn watch(&self, id: &str, seen: u64) -> Result<(Migration, u64), Fault> {
+        let request = WatchMigrationRequest {
+            id: id.to_owned(),
+            seen,
+            wait_ms: WATCH_WAIT_MS,
+        };
+        let answer = self.call(|mut client| {
+            let request = request.clone();
+            async move { client.watch_migration(request).await }
+        })?;
+        Ok((answer.migration.unwrap_or_default(), answer.seen))
     }
 
     /// Every migration that the cluster keeps, the newest first.

@@ -6,6 +6,7 @@
 mod bad_input;
 mod cancel;
 mod dry_run;
+mod follow;
 mod harness;
 mod kills;
 mod lifecycle;
