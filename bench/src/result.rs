@@ -83,12 +83,12 @@ pub struct Run {
     /// What the guest noticed besides the gap.
     #[serde(flatten)]
     pub noticed: Option<Writes>,
-    /// A copy's rate.
+    /// A copy's rate, into fresh memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mib_per_s: Option<f64>,
-    /// A copy's rate when the receiver keeps what it gets.
+    /// A copy's rate from one buffer to another.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub kept_mib_per_s: Option<f64>,
+    pub reused_mib_per_s: Option<f64>,
     /// More of our receipt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub receipt: Option<Value>,
@@ -128,7 +128,7 @@ impl Run {
             rounds: None,
             noticed: None,
             mib_per_s: None,
-            kept_mib_per_s: None,
+            reused_mib_per_s: None,
             receipt: None,
             samples: Vec::new(),
         }

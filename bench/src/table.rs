@@ -3,7 +3,7 @@
 use comfy_table::presets::ASCII_MARKDOWN;
 use comfy_table::{CellAlignment, Table};
 
-use crate::result::{Measures, Report, Run, Side, Summary, median};
+use crate::result::{Measures, Report, Run, Side, Summary};
 
 const COLUMNS: [&str; 8] = [
     "workload",
@@ -12,7 +12,7 @@ const COLUMNS: [&str; 8] = [
     "guest saw ms",
     "MiB sent",
     "CPU s",
-    "MiB/s: of copy (kept)",
+    "MiB/s: of copy",
     "extra MiB",
 ];
 
@@ -39,12 +39,9 @@ fn row(summary: &Summary) -> Vec<String> {
     let with = |pair: String, ratio: Option<f64>| format!("{pair} = {}", figure(ratio, 2));
     let ours = || summary.runs.iter().filter(|run| run.side == Side::Ours);
     let extra = ours().filter_map(|run: &Run| run.extra_mib).reduce(f64::max);
-    let kept = median(summary.runs.iter().filter_map(|run| run.kept_mib_per_s));
     let copy = match (summary.ratio.throughput_of_copy, summary.copy.mib_per_s) {
         (Some(ratio), Some(copy)) => {
-            let rate = ratio * copy;
-            let of_kept = kept.map(|kept| rate / kept * 100.0);
-            format!("{rate:.0}: {:.0} % ({} %)", ratio * 100.0, figure(of_kept, 0))
+            format!("{:.0}: {:.0} % of {copy:.0}", ratio * copy, ratio * 100.0)
         }
         _ => "–".to_owned(),
     };
