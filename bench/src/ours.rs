@@ -1,6 +1,6 @@
 //! Our side: a VM made through the API, moved through the API, judged by the receipt, and watched at its VMMs' sockets.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -10,17 +10,24 @@ use drover_chaos_cluster::process::find;
 use drover_chaos_cluster::{Client, Cluster};
 use drover_proto::Fault;
 use drover_proto::v1::{Migration, MigrationOptions, MigrationPhase, Receipt, VmState};
+use nix::unistd::Pid;
 
 use crate::guest::{Feed, GuestLog};
 use crate::interrupt;
 use crate::meter::Meter;
-use crate::result::{Measures, Run, Side, millis};
-use crate::watch::Watch;
+use crate::result::{Cancelled, Measures, Run, Side, millis};
+use crate::watch::{self, Watch};
 use crate::workload::Workload;
 use crate::{BOOT_LIMIT, DOWNTIME_MS, LOOK_AGAIN, MOVE_LIMIT, REPORTS_AFTER, SWEEP_S};
 
 /// How long one read of the console waits.
 const WAIT_MS: u32 = 500;
+
+/// So slowly goes a migration that is to be cancelled, MiB/s: its first round is not over when it is.
+const CANCELLED_MIB_S: u64 = 32;
+
+/// Between two looks whether a cancelled migration's target is gone.
+const CANCEL_LOOK: Duration = Duration::from_millis(1);
 
 /// How much of its time a vCPU may be held back where the workload allows it.
 const THROTTLE_PERCENT: u32 = 99;
@@ -200,6 +207,59 @@ impl<'a> Vm<'a> {
             receipt: Some(details(&receipt)),
             samples: watched.samples,
             ..Run::new(pair, Side::Ours)
+        })
+    }
+
+    /// Begins to move it to host number `to`, slowly, cancels that in the midst of the first round, and measures.
+    pub fn cancel_move(&self, to: usize) -> Result<Cancelled> {
+        let (source, epoch) = self.running()?;
+        let client = &self.cluster.client;
+        let options = MigrationOptions {
+            max_downtime_ms: DOWNTIME_MS,
+            bandwidth_mib_s: CANCELLED_MIB_S,
+            ..MigrationOptions::default()
+        };
+        let planned = client
+            .migrate_with(&self.name, &host_name(to), options)
+            .map_err(said)?;
+        let target = self.cluster.vm_dir(to, &self.name);
+        let target = target.join(format!("e{}-{}", epoch + 1, planned.id));
+        let deadline = Instant::now() + MOVE_LIMIT;
+        loop {
+            let now = client.migration(&planned.id).map_err(said)?;
+            if now
+                .progress
+                .as_ref()
+                .is_some_and(|progress| progress.bytes_sent > 0)
+            {
+                break;
+            }
+            interrupt::check()?;
+            ensure!(
+                Instant::now() < deadline,
+                "no page was sent within {MOVE_LIMIT:?}: {now:?}"
+            );
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        let processes = find("drover-vmm", &target);
+        ensure!(!processes.is_empty(), "nothing receives {}", planned.id);
+        let free = watch::until_unmoved(source)?;
+        let asked = Instant::now();
+        client.cancel(&planned.id).map_err(said)?;
+        let lives = |pid: &Pid| Path::new(&format!("/proc/{pid}")).exists();
+        while processes.iter().any(lives) {
+            ensure!(
+                asked.elapsed() < MOVE_LIMIT,
+                "the target of {} lives on",
+                planned.id
+            );
+            std::thread::sleep(CANCEL_LOOK);
+        }
+        let target_ms = millis(asked.elapsed());
+        let free = free.join().map_err(|_| anyhow!("the watch panicked"))??;
+        Ok(Cancelled {
+            source_ms: millis(free.saturating_duration_since(asked)),
+            target_ms,
         })
     }
 

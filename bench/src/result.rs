@@ -41,6 +41,15 @@ pub struct Measures {
     pub cpu_s: f64,
 }
 
+/// How long a cancel took, from the request on.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Cancelled {
+    /// Until the source's VMM was done with the migration: nothing holds its vCPUs back, and no write is logged.
+    pub source_ms: f64,
+    /// Until the target's process was gone.
+    pub target_ms: f64,
+}
+
 /// How far a migration was.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sample {
@@ -89,6 +98,9 @@ pub struct Run {
     /// A copy's rate from one buffer to another.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reused_mib_per_s: Option<f64>,
+    /// A migration of the same guest that was cancelled before this run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cancel: Option<Cancelled>,
     /// More of our receipt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub receipt: Option<Value>,
@@ -129,6 +141,7 @@ impl Run {
             noticed: None,
             mib_per_s: None,
             reused_mib_per_s: None,
+            cancel: None,
             receipt: None,
             samples: Vec::new(),
         }
@@ -194,6 +207,9 @@ pub struct Summary {
     pub copy: Copied,
     /// How they compare.
     pub ratio: Ratio,
+    /// Medians of our cancels; none if there was no such run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cancel: Option<Cancelled>,
     /// Every single one.
     pub runs: Vec<Run>,
 }
@@ -215,6 +231,7 @@ impl Summary {
                 blackout: by(|measures| measures.blackout_ms),
                 throughput_of_copy: divided(throughput, copy),
             },
+            cancel: cancels(&runs),
             ours,
             qemu,
             runs,
@@ -245,6 +262,15 @@ impl Summary {
             .filter(|run| run.side == side && run.measures.is_some())
             .min_by(|one, other| distance(one).total_cmp(&distance(other)))
     }
+}
+
+fn cancels(runs: &[Run]) -> Option<Cancelled> {
+    let of =
+        |part: fn(&Cancelled) -> f64| median(runs.iter().filter_map(|run| run.cancel.as_ref().map(part)));
+    Some(Cancelled {
+        source_ms: of(|cancel| cancel.source_ms)?,
+        target_ms: of(|cancel| cancel.target_ms)?,
+    })
 }
 
 fn divided(one: Option<f64>, other: Option<f64>) -> Option<f64> {
@@ -316,7 +342,12 @@ mod tests {
             runs.push(run(pair, Side::Qemu, total_ms * 4.0));
         }
         runs.push(Run::failed(4, Side::Ours, &anyhow::anyhow!("cut")));
+        runs[2].cancel = Some(Cancelled {
+            source_ms: 9.0,
+            target_ms: 40.0,
+        });
         let summary = Summary::new(&ALL[0], 4, runs);
+        assert_eq!(summary.cancel.unwrap().target_ms, 40.0);
         assert_eq!(summary.ours.unwrap().total_ms, 200.0);
         assert_eq!(summary.qemu.unwrap().blackout_ms, 8.0);
         assert_eq!(summary.ratio.total, Some(0.25));

@@ -5,7 +5,7 @@ use comfy_table::{CellAlignment, Table};
 
 use crate::result::{Measures, Report, Run, Side, Summary};
 
-const COLUMNS: [&str; 8] = [
+const COLUMNS: [&str; 9] = [
     "workload",
     "total ms",
     "blackout ms",
@@ -14,6 +14,7 @@ const COLUMNS: [&str; 8] = [
     "CPU s",
     "MiB/s: of copy",
     "extra MiB",
+    "cancel ms",
 ];
 
 /// A row a workload: ours / QEMU's, and the ratio where one is asked for.
@@ -27,7 +28,8 @@ pub fn render(report: &Report) -> String {
         table.add_row(row(summary));
     }
     format!(
-        "{table}\n\nEach cell: ours / QEMU = ratio. Medians; `of copy`: our throughput by a plain copy's.\n"
+        "{table}\n\nEach cell: ours / QEMU = ratio. Medians; `of copy`: our throughput by a plain copy's; \
+         `cancel`: until the source was done / the target gone.\n"
     )
 }
 
@@ -54,6 +56,9 @@ fn row(summary: &Summary) -> Vec<String> {
         pair(|measures| measures.cpu_s, 2),
         copy,
         figure(extra, 1),
+        summary.cancel.map_or("–".to_owned(), |cancel| {
+            format!("{:.0} / {:.0}", cancel.source_ms, cancel.target_ms)
+        }),
     ]
 }
 

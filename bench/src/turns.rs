@@ -75,13 +75,19 @@ fn our_turn(
     let mut vm = ours::Vm::boot(cluster, *workload, &name, HOSTS[0]).context("our guest does not come up")?;
     for (number, &pair) in turn.iter().enumerate() {
         let to = HOSTS[usize::from(vm.at() == HOSTS[0])];
+        let cancel = vm
+            .cancel_move(to)
+            .context("cancelling a migration of our guest")?;
         let sweep = workload.sweep && last && number + 1 == turn.len();
         let moved = vm.move_to(to, pair);
         // The figures of a run count only if nothing was lost in it.
         let moved = moved.and_then(|run| if sweep { vm.sweep().map(|()| run) } else { Ok(run) });
         interrupt::check()?;
         match moved {
-            Ok(run) => keep(runs, workload, run),
+            Ok(run) => {
+                let cancel = Some(cancel);
+                keep(runs, workload, Run { cancel, ..run });
+            }
             Err(error) => {
                 keep(runs, workload, Run::failed(pair, Side::Ours, &error));
                 break;

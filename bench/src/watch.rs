@@ -82,6 +82,24 @@ impl Watch {
     }
 }
 
+/// Watches, from now on, for the moment in which the VMM in `dir` runs and is the source of no migration.
+pub fn until_unmoved(dir: PathBuf) -> Result<JoinHandle<Result<Instant>>> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the watch's runtime")?;
+    Ok(std::thread::spawn(move || {
+        let mut at = None;
+        runtime.block_on(follow(&dir, &Shared::default(), |info| {
+            if info.migration.is_none() && info.state() == VmmState::Running {
+                at = Some(Instant::now());
+            }
+            at.is_none()
+        }));
+        at.context("the source ended before it was done with the migration")
+    }))
+}
+
 /// Waits for the socket and connects; `None` when the watch ends first.
 async fn connect(dir: &Path, shared: &Shared) -> Option<VmmClient<Channel>> {
     let address = format!("unix://{}", dir.join("vmm.sock").display());

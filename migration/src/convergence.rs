@@ -126,15 +126,21 @@ impl Costs {
         commit: Duration::ZERO,
     };
 
-    /// With the commit as the cluster measured it lately, µs, and a quarter to spare; 0: nobody did.
+    /// With what the cluster measured lately (`pause_us`, `state_us`, `commit_us`) and a quarter to spare; 0: nobody did. The state is
+    /// of other VMs too, so it is never taken for less than this VM's own.
     #[must_use]
-    pub fn with_commit(self, measured_us: u32) -> Self {
-        let measured = Duration::from_micros(measured_us.into());
-        Self {
-            commit: match measured_us {
-                0 => self.commit,
+    pub fn measured(self, options: &MigrationOptions) -> Self {
+        let or = |measured_us: u32, model: Duration| {
+            let measured = Duration::from_micros(measured_us.into());
+            match measured_us {
+                0 => model,
                 _ => measured + measured / 4,
-            },
+            }
+        };
+        Self {
+            pause: or(options.pause_us, self.pause),
+            state: or(options.state_us, self.state).max(self.state),
+            commit: or(options.commit_us, self.commit),
             ..self
         }
     }
@@ -628,12 +634,27 @@ mod tests {
     }
 
     #[test]
-    fn a_commit_that_was_measured_counts_instead_of_the_default() {
-        assert_eq!(Costs::default().with_commit(0), Costs::default());
-        let quick = Costs::default().with_commit(4_000);
+    fn what_was_measured_counts_instead_of_the_default() {
+        let measured = |pause_us, state_us, commit_us| {
+            Costs::default().measured(&MigrationOptions {
+                pause_us,
+                state_us,
+                commit_us,
+                ..MigrationOptions::default()
+            })
+        };
+        assert_eq!(measured(0, 0, 0), Costs::default());
+        let quick = measured(400, 800, 4_000);
+        assert_eq!(quick.pause, Duration::from_micros(500));
+        assert_eq!(
+            quick.state,
+            Costs::default().state,
+            "other VMs' states say little of this one's"
+        );
         assert_eq!(quick.commit, Duration::from_millis(5));
+        assert_eq!(measured(0, 8_000, 0).state, Duration::from_millis(10));
         let slow = Sample {
-            costs: Costs::default().with_commit(80_000),
+            costs: measured(0, 0, 80_000),
             ..sample(0, 0)
         };
         assert!(!fits(&slow, &intent(100)), "a cluster that commits slowly");

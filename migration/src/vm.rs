@@ -182,7 +182,7 @@ pub trait SourceVm: Sync {
     fn layout(&self) -> Layout;
     /// Starts the dirty log: from the return on, every write by the guest or the VMM is found by `take_dirty`.
     fn start_dirty_log(&self) -> Result<(), Fault>;
-    /// Ends dirty logging; called on every way out.
+    /// Ends dirty logging; called on every way out before the pause. After it the log is the VMM's to end, once the VM runs again.
     fn stop_dirty_log(&self);
     /// Adds to `into` the pages written since the last call, by the guest's vCPUs and by the VMM itself, and re-arms
     /// tracking for them. Pages are re-armed *before* they are read by `read_page`, so no write is missed.

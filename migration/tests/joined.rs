@@ -415,7 +415,7 @@ impl World {
     fn perform_source(&mut self, action: source::Action) -> Option<source::Event> {
         use source::{Action, Event};
         match action {
-            Action::Reach(_) => return None,
+            Action::Reach(_) | Action::Rest => return None,
             Action::Encode { features, .. } => {
                 self.forms = features;
                 return None;

@@ -330,6 +330,7 @@ fn a_sources_path_step_by_step() {
     let (_, actions) = source_after(&[hello_ack(), ack(1), ack(2), ready()]);
     let [
         Action::Reach("source.ready_received"),
+        Action::Rest,
         Action::Report(progress),
         Action::End(Outcome::AwaitOutcome),
     ] = &actions[..]

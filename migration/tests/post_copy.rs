@@ -271,7 +271,11 @@ impl World {
             .pop_front()
             .expect("a list ends with what brings the next event")
         {
-            Action::Reach(_) | Action::Report(_) | Action::Throttle(_) | Action::Encode { .. } => return,
+            Action::Reach(_)
+            | Action::Report(_)
+            | Action::Rest
+            | Action::Throttle(_)
+            | Action::Encode { .. } => return,
             Action::Send(_) if self.cut => Event::LinkFailed(lost()),
             Action::Send(message) => {
                 let mut frame = Vec::new();

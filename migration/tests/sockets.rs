@@ -136,7 +136,10 @@ fn migrate(
 fn assert_moved(source_vm: &FakeVm, target_vm: &FakeVm) {
     let (source, target) = (source_vm.lock(), target_vm.lock());
     assert!(source.paused && source.pauses == 1);
-    assert!(source.dirty.is_none(), "the dirty log was left on");
+    assert!(
+        source.dirty.is_some(),
+        "the log of a VM that stands is the VMM's to end"
+    );
     assert!(source.memory == target.memory, "memory differs");
     assert_eq!(target.restored.as_deref(), Some(&b"registers and devices"[..]));
 }
@@ -210,7 +213,11 @@ fn a_target_that_cannot_restore_leaves_the_source_paused_and_says_why() {
         (fault.code, received.unwrap_err().code),
         (Code::BadState, Code::BadState)
     );
-    assert!(guest.vm.lock().paused && guest.vm.lock().dirty.is_none());
+    let vm = guest.vm.lock();
+    assert!(
+        vm.paused && vm.dirty.is_some(),
+        "the log of a VM that stands is the VMM's to end"
+    );
 }
 
 #[test]

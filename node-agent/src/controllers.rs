@@ -1,11 +1,14 @@
 //! The controllers as an agent sees them: any of them takes any call.
 //!
 //! A call goes to the one that answered last. When that one does not answer in time, or knows no leader, the next is tried, once
-//! round; the first that answers is stuck to. Calls are idempotent, so an attempt whose answer was lost may be repeated elsewhere.
+//! round; the first that answers is stuck to. Each heartbeat's answer names the leader: from then on calls go there, which saves the
+//! way over another controller, most of all for the commit, during which a guest stands still. One that did not answer lately is not
+//! gone to for that: it may lead and be out of this host's reach. Calls are idempotent, so an attempt whose answer was lost may be repeated elsewhere.
 //! Whether to try again after a whole round is the caller's affair.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use drover_pki::{Credentials, controller_dns, tls_fault};
 use drover_proto::v1::fleet_client::FleetClient;
@@ -21,10 +24,20 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(2);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// A controller that did not answer is not preferred for so long.
+const SHUNNED: Duration = Duration::from_secs(10);
+
 /// Connections to all controllers.
 pub struct Controllers {
-    all: Vec<(SocketAddr, FleetClient<Channel>)>,
+    all: Vec<Controller>,
     current: watch::Sender<usize>,
+}
+
+struct Controller {
+    addr: SocketAddr,
+    client: FleetClient<Channel>,
+    /// When it did not answer, the last time.
+    failed: Mutex<Option<Instant>>,
 }
 
 impl Controllers {
@@ -38,7 +51,11 @@ impl Controllers {
                 .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
                 .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
                 .keep_alive_while_idle(true);
-            Ok((*addr, FleetClient::new(endpoint.connect_lazy())))
+            Ok(Controller {
+                addr: *addr,
+                client: FleetClient::new(endpoint.connect_lazy()),
+                failed: Mutex::default(),
+            })
         };
         let all = addrs
             .iter()
@@ -65,7 +82,7 @@ impl Controllers {
         let mut last = None;
         for step in 0..self.all.len() {
             let index = (first + step) % self.all.len();
-            let (addr, client) = &self.all[index];
+            let Controller { addr, client, failed } = &self.all[index];
             let fault = match timeout(attempt_max, call(client.clone())).await {
                 Ok(Ok(answer)) => {
                     self.stick_to(index);
@@ -86,12 +103,29 @@ impl Controllers {
                 return Err(fault);
             }
             tracing::debug!(%addr, what, %fault, "a controller did not answer");
+            *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
             last = Some(Fault {
                 message: format!("{addr}: {}", fault.message),
                 ..fault
             });
         }
         Err(last.unwrap_or_else(|| Fault::new(Code::NoLeader, "no controller is configured")))
+    }
+
+    /// The controller at `leader` (`ip:port`) leads: calls go to it first, unless it did not answer lately. An address that is none of
+    /// the configured ones changes nothing.
+    pub fn prefer(&self, leader: &str) {
+        let Ok(leader) = leader.parse::<SocketAddr>() else {
+            return;
+        };
+        let answers = |controller: &Controller| {
+            let failed = *controller.failed.lock().unwrap_or_else(PoisonError::into_inner);
+            failed.is_none_or(|at| at.elapsed() >= SHUNNED)
+        };
+        let found = self.all.iter().position(|controller| controller.addr == leader);
+        if let Some(index) = found.filter(|&index| answers(&self.all[index])) {
+            self.stick_to(index);
+        }
     }
 
     fn stick_to(&self, index: usize) {

@@ -138,6 +138,7 @@ async fn beat(context: &Context) -> Result<Grants, Fault> {
             async move { Ok((sent_ns, client.heartbeat(request).await?.into_inner())) }
         })
         .await?;
+    context.controllers.prefer(&answer.leader);
     Ok(Grants {
         sent_ns,
         deadline_ns: deadline_ns(sent_ns, answer.lease_ms),

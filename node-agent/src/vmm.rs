@@ -23,8 +23,9 @@ use std::time::Duration;
 
 use drover_proto::v1::vmm_client::VmmClient;
 use drover_proto::v1::{
-    AbortMigrationRequest, CommitHandoverRequest, CommitHandoverResponse, GrantRequest, Progress, Reason,
-    ReportMigrationRequest, ReportVmRequest, VmDesired, VmSpec, VmmInfo, VmmState, WatchInfoRequest,
+    AbortMigrationRequest, CommitHandoverRequest, CommitHandoverResponse, GrantRequest, MigrationPhase,
+    Progress, Reason, ReportMigrationRequest, ReportVmRequest, VmDesired, VmSpec, VmmInfo, VmmState,
+    WatchInfoRequest,
 };
 use drover_proto::{Code, Fault};
 use hyper_util::rt::TokioIo;
@@ -62,6 +63,9 @@ const COMMIT_ATTEMPT: Duration = Duration::from_secs(2);
 const COMMIT_RETRY: Duration = Duration::from_millis(20);
 /// Between two reports of progress.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(250);
+/// Progress that begins a blackout is held back for so long: mostly the VM runs by then, and until then the processors have better
+/// to do.
+const BLACKOUT_QUIET: Duration = Duration::from_millis(50);
 /// A report of progress that is not taken by then is out of date.
 const PROGRESS_ATTEMPT: Duration = Duration::from_secs(1);
 
@@ -589,7 +593,14 @@ async fn report_progress(context: &Context, link: &Link) {
             newest(info).is_some_and(|newest| Some(newest) != last)
         })
         .await;
-        let Some((migration, progress)) = newest(&info) else {
+        let stands = |progress: &Progress| progress.phase() >= MigrationPhase::Switchover;
+        let known = last.as_ref().is_some_and(|(_, progress)| stands(progress));
+        let mut latest = newest(&info);
+        if !known && latest.as_ref().is_some_and(|(_, progress)| stands(progress)) {
+            sleep(BLACKOUT_QUIET).await;
+            latest = link.newest_info().as_ref().and_then(newest);
+        }
+        let Some((migration, progress)) = latest else {
             continue;
         };
         let sent = Instant::now();

@@ -32,6 +32,8 @@ const WAIT_MAX: Duration = Duration::from_secs(30);
 const CONSOLE_READ_MAX: u32 = 65536;
 /// How long answers under way may take once the VM is destroyed.
 const LINGER: Duration = Duration::from_secs(2);
+/// How long a thread for calls that may block is kept for the next one.
+const BLOCKING_THREAD_KEPT: Duration = Duration::from_secs(3600);
 /// Longest path that a socket address holds (sockaddr_un's 108 bytes with the closing zero).
 const SOCKET_PATH_MAX: usize = 107;
 
@@ -224,8 +226,11 @@ pub fn serve(machine: &Arc<Machine>) -> Result<(), Fault> {
     let path = machine.config().socket.clone();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .thread_keep_alive(BLOCKING_THREAD_KEPT)
         .build()
         .map_err(|error| socket_fault(&path, error))?;
+    // The first grant of a VM that was received comes in its blackout: no thread is to be made then.
+    drop(runtime.spawn_blocking(|| {}));
     runtime.block_on(async {
         let listener = bind(&path)?;
         info!(socket = %path.display(), "serving");

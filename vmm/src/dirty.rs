@@ -18,12 +18,18 @@ use crate::vm::set_slots;
 pub trait DirtyTracker: Send {
     /// The name that receipts show.
     fn name(&self) -> &'static str;
+    /// Whether it is tracking.
+    fn is_on(&self) -> bool;
     /// Starts tracking: from the return on every write is found.
     fn start(&mut self, vm: &VmFd, memory: &Memory) -> Result<(), Fault>;
-    /// Ends tracking.
+    /// Ends tracking, if it was on.
     fn stop(&mut self, vm: &VmFd, memory: &Memory) -> Result<(), Fault>;
     /// Adds to `into` the pages written since the last call, and protects them again.
     fn take(&mut self, vm: &VmFd, memory: &Memory, into: &mut PageSet) -> Result<(), Fault>;
+    /// The last `take`, of a VM whose vCPUs stand for a hand-over: nothing need be protected again.
+    fn take_last(&mut self, vm: &VmFd, memory: &Memory, into: &mut PageSet) -> Result<(), Fault> {
+        self.take(vm, memory, into)
+    }
     /// Adds to `into` pages written since the last `take`. Unless a tracker can do better, that takes them, which is allowed: whoever
     /// looks keeps them in mind.
     fn look(&mut self, vm: &VmFd, memory: &Memory, into: &mut PageSet) -> Result<(), Fault> {
@@ -35,6 +41,7 @@ pub trait DirtyTracker: Send {
 #[derive(Debug)]
 pub struct Bitmap {
     manual_protect: bool,
+    on: bool,
 }
 
 impl Bitmap {
@@ -42,6 +49,7 @@ impl Bitmap {
     pub fn new(caps: &Caps) -> Self {
         Self {
             manual_protect: caps.manual_dirty_protect,
+            on: false,
         }
     }
 }
@@ -61,13 +69,23 @@ impl DirtyTracker for Bitmap {
         "bitmap"
     }
 
+    fn is_on(&self) -> bool {
+        self.on
+    }
+
     fn start(&mut self, vm: &VmFd, memory: &Memory) -> Result<(), Fault> {
         memory.forget_written();
-        set_slots(vm, memory, true)
+        set_slots(vm, memory, true)?;
+        self.on = true;
+        Ok(())
     }
 
     fn stop(&mut self, vm: &VmFd, memory: &Memory) -> Result<(), Fault> {
-        set_slots(vm, memory, false)
+        if self.on {
+            set_slots(vm, memory, false)?;
+            self.on = false;
+        }
+        Ok(())
     }
 
     fn take(&mut self, vm: &VmFd, memory: &Memory, into: &mut PageSet) -> Result<(), Fault> {
@@ -82,6 +100,13 @@ impl DirtyTracker for Bitmap {
             merge_at(&mut into.words, first, &words, pages);
             first += pages;
         }
+        memory.take_written(into);
+        Ok(())
+    }
+
+    /// With manual protection that is a step less.
+    fn take_last(&mut self, vm: &VmFd, memory: &Memory, into: &mut PageSet) -> Result<(), Fault> {
+        self.look(vm, memory, into)?;
         memory.take_written(into);
         Ok(())
     }

@@ -202,7 +202,7 @@ pub fn make(machine: &Machine, request: &ForecastRequest) -> Result<Forecast, Fa
             0 => BANDWIDTH_DEFAULT,
             known => known,
         },
-        costs: vm.switchover_costs().with_commit(options.commit_us),
+        costs: vm.switchover_costs().measured(&options),
     };
     let intent = Intent::of(&options);
     Ok(forecast::forecast(&facts, &intent))

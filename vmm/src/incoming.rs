@@ -77,7 +77,12 @@ fn receive(machine: &Machine, incoming: &Incoming, control: &Control) -> Result<
         link_timeout: LINK_TIMEOUT,
     };
     let received = target::run(&Target(machine), stream, admit, &params, control)?;
-    machine.received(received)
+    machine.received(received)?;
+    info!(
+        migration = incoming.migration,
+        "everything is verified and restored"
+    );
+    Ok(())
 }
 
 /// Only the source's host may send.

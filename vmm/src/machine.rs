@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use drover_migration::Control;
 use drover_migration::target::Received;
 use drover_proto::v1::{
-    GrantRequest, OutcomeRequest, Progress, Reason, Receipt, StartOutgoingRequest, VmmInfo, VmmMigration,
+    GrantRequest, MigrationPhase, OutcomeRequest, Progress, Reason, Receipt, StartOutgoingRequest, VmmInfo,
+    VmmMigration,
 };
 use drover_proto::{Code, Fault};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -237,6 +238,7 @@ impl Machine {
             pid: std::process::id(),
             deadline_boottime_ns: core.right.deadline_ns(),
         };
+        let mut told = None;
         self.info.send_if_modified(|info| {
             next.seq = info.seq;
             // A lease that goes on is no news: else every heartbeat would wake every watcher.
@@ -246,11 +248,15 @@ impl Machine {
             }
             next.seq += 1;
             if info.state != next.state {
-                info!(state = next.state().as_str_name(), reason = ?next.reason, "state");
+                told = Some((next.state(), next.reason.clone()));
             }
             *info = next;
             true
         });
+        // After those who wait were woken: the disk may take its time for the line.
+        if let Some((state, reason)) = told {
+            info!(state = state.as_str_name(), ?reason, "state");
+        }
     }
 
     /// The deadline's timer or the guest's end woke the watch thread.
@@ -341,14 +347,29 @@ impl Machine {
         } else {
             migration.control.cancel();
             core.migration = None;
-            // The engine says so too, but it may still be waiting for its link.
+            // The engine says so too, and ends the log, but it may still be waiting for its link. A VM that stands runs first.
             self.built().throttle(0);
-            core.right.aborted();
+            if core.right.handed_over() {
+                core.right.aborted();
+                self.settle(&mut core);
+            }
+            self.rest_log(&core);
             info!(migration = request.migration, "aborted: the VM stays");
         }
         self.settle(&mut core);
         drop(core);
         Ok(self.info())
+    }
+
+    /// Ends the dirty log of an attempt that is over, unless the VM stands: then it waits until the VM is back. Under the core's lock,
+    /// so that nobody claims the log before. An engine that is told to give up and reads the log once more is answered with an error.
+    fn rest_log(&self, core: &Core) {
+        if !core.right.live() {
+            return;
+        }
+        if let Err(fault) = self.built().stop_dirty_log() {
+            warn!(%fault, "the dirty log stays on; the guest runs a little slower");
+        }
     }
 
     /// Ends the VM and, once that is answered, the process.
@@ -536,6 +557,7 @@ impl Machine {
     pub(crate) fn engine_ended(&self) {
         let mut core = self.core();
         core.engine_busy = false;
+        self.rest_log(&core);
         // Still under the lock: the next engine must not claim the log before it is given back for this one.
         self.watch.release();
     }
@@ -575,6 +597,9 @@ impl Machine {
         let mut core = self.core();
         core.right.received()?;
         core.received = Some(received);
+        if let Some(progress) = core.migration.as_mut().and_then(|m| m.progress.as_mut()) {
+            progress.set_phase(MigrationPhase::Ready);
+        }
         if drover_points::seeded_bug("resume-before-commit") {
             let hour = Duration::from_secs(3600).as_nanos();
             let deadline = boottime_ns() + u64::try_from(hour).expect("an hour fits");

@@ -4,6 +4,7 @@
 //! [`Machine::outcome`], whatever happened to the link.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use drover_migration::convergence::Costs;
 use drover_migration::source::{self, Outcome, Params, Way};
@@ -21,6 +22,7 @@ use crate::machine::Machine;
 struct Source<'a> {
     machine: &'a Machine,
     migration: &'a str,
+    paused: AtomicBool,
 }
 
 impl SourceVm for Source<'_> {
@@ -39,6 +41,9 @@ impl SourceVm for Source<'_> {
     }
 
     fn take_dirty(&self, into: &mut PageSet) -> Result<(), Fault> {
+        if self.paused.load(Ordering::Relaxed) {
+            return self.machine.built().take_last_dirty(into);
+        }
         self.machine.built().take_dirty(into)
     }
 
@@ -68,7 +73,9 @@ impl SourceVm for Source<'_> {
     }
 
     fn pause(&self) -> Result<(), Fault> {
-        self.machine.hand_over(self.migration)
+        self.machine.hand_over(self.migration)?;
+        self.paused.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     fn save(&self) -> Result<Vec<u8>, Fault> {
@@ -122,6 +129,7 @@ pub fn run(machine: &Machine, request: &StartOutgoingRequest, control: &Control)
     let source = Source {
         machine,
         migration: id,
+        paused: AtomicBool::new(false),
     };
     match source::run(&source, dial, &params(machine, request), control) {
         Outcome::AwaitOutcome => info!(migration = id, "the target is ready; waiting for the outcome"),

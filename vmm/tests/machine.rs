@@ -323,6 +323,11 @@ fn whoever_ends_a_throttled_migration_lets_the_guest_go() {
     let target = throttled("m1");
     told("m1");
     assert_eq!(source.vm().unwrap().throttled(), 0, "held back after the abort");
+    assert!(
+        !source.vm().unwrap().logs_writes(),
+        "writes are logged after the abort"
+    );
+    assert_eq!(source.info().migration, None);
     target.destroy(None);
     // The target dies: before the failure is told.
     let target = throttled("m2");
@@ -361,6 +366,10 @@ fn an_abort_after_the_pause_resumes_the_source_and_a_second_attempt_succeeds() {
     assert_eq!(source.info().state(), VmmState::HandedOver);
     outcome(&source, false).unwrap();
     assert_eq!(source.info().state(), VmmState::Running);
+    assert!(
+        !source.vm().unwrap().logs_writes(),
+        "writes are logged after the abort"
+    );
     assert_eq!(source.info().migration, None);
     outcome(&source, false).unwrap();
     let before = seconds(&text(source.console()), "t").len();

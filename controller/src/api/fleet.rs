@@ -156,6 +156,7 @@ async fn heartbeat(call: Call, request: HeartbeatRequest) -> Result<HeartbeatRes
         lease_ms: state.settings().lease_ms,
         grants: drover_state::grants(state, host),
         revision: drover_state::desired(state, host).revision,
+        leader: call.api.consensus.me().addr.clone(),
     }))
 }
 

@@ -6,8 +6,10 @@
 use std::io::Cursor;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
 
 use drover_proto::v1;
+use drover_proto::v1::command::Kind;
 use drover_state::{Effect, State};
 use drover_storage::LogStore;
 use openraft::storage::{RaftStateMachine, Snapshot};
@@ -16,10 +18,15 @@ use openraft::{
 };
 use prost::Message;
 use tokio::sync::{Mutex, watch};
+use tokio::time::sleep;
 
 use super::log::{any, durable};
 use super::types::{Answer, Entry, LogId, Proposal, SnapshotMeta, StoredMembership, TypeConfig};
 use super::wire;
+
+/// Watchers of the state hear of a hand-over so much later than the target, which waits for its answer while the guest stands still:
+/// what they do then (desired states, the reconcilers' looks, the source's end) would take the processors from it.
+const HAND_OVER_QUIET: Duration = Duration::from_millis(5);
 
 type Stored<T> = Result<T, StorageError<u64>>;
 type IoError = StorageIOError<u64>;
@@ -65,6 +72,16 @@ impl Shared {
 
     fn announce(&self, last: Option<LogId>) {
         self.index.send_replace(last.map_or(0, |last| last.index));
+    }
+
+    /// Announces what is applied [`HAND_OVER_QUIET`] from now.
+    fn announce_later(self: &Arc<Self>) {
+        let shared = self.clone();
+        tokio::spawn(async move {
+            sleep(HAND_OVER_QUIET).await;
+            let last = shared.applied().last;
+            shared.announce(last);
+        });
     }
 }
 
@@ -164,6 +181,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
     {
         let mut applied = self.shared.applied_mut();
         let mut answers = Vec::new();
+        let mut hands_over = false;
         for entry in entries {
             applied.last = Some(entry.log_id);
             let answer = match entry.payload {
@@ -174,6 +192,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
                 }
                 EntryPayload::Normal(Proposal(command)) => {
                     self.shared.newest_ms.fetch_max(command.now_ms, Ordering::Relaxed);
+                    hands_over |= matches!(command.kind, Some(Kind::CommitHandover(_)));
                     let (answer, effects) = drover_state::apply(&mut applied.state, &command);
                     trace(&effects);
                     Answer(answer)
@@ -183,7 +202,11 @@ impl RaftStateMachine<TypeConfig> for Machine {
         }
         let last = applied.last;
         drop(applied);
-        self.shared.announce(last);
+        if hands_over {
+            self.shared.announce_later();
+        } else {
+            self.shared.announce(last);
+        }
         Ok(answers)
     }
 

@@ -29,5 +29,5 @@ pub use desired::{desired, grants};
 pub use snapshot::DecodeError;
 pub use state::{
     State, Usage, commit_us, default_settings, epoch_of, host_of, is_committed, is_ended, migration_number,
-    occupies,
+    occupies, pause_us, state_us,
 };

@@ -9,7 +9,7 @@ use drover_proto::{Code, Fault};
 
 use crate::apply::unfit;
 use crate::placement::{self, Purpose};
-use crate::state::{State, commit_us, host_of, spec_of};
+use crate::state::{State, commit_us, host_of, pause_us, spec_of, state_us};
 use crate::validate::{self, quoted};
 
 /// One thing that was looked at.
@@ -63,6 +63,8 @@ pub fn preflight(state: &State, plan: &PlanMigration) -> Result<Preflight, Fault
     let mut options = validate::options(plan.options.as_ref(), &state.settings);
     if let Ok(options) = &mut options {
         options.commit_us = commit_us(state);
+        options.pause_us = pause_us(state);
+        options.state_us = state_us(state);
     }
     let mut found = Preflight {
         from: host_of(vm).to_owned(),

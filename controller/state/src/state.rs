@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use drover_proto::v1::{
-    Event, Host, HostState, Migration, MigrationPhase, RequestRecord, Settings, Vm, VmSpec, VmState,
+    Blackout, Event, Host, HostState, Migration, MigrationPhase, RequestRecord, Settings, Vm, VmSpec, VmState,
 };
 
 /// The replicated state of one cluster. Equal logs give equal states, byte for byte once encoded.
@@ -164,20 +164,35 @@ pub fn default_settings() -> Settings {
     }
 }
 
-/// What commit and resume took in the last migrations of the cluster, µs, for the next one's stop rule; 0 as long as
-/// there was none. The second largest of eight: one that met an election says nothing about the next. And no more than
-/// 40 ms: after a bad hour of the controllers migrations must go on, or nobody would ever measure a better one.
+/// What commit and resume took in the last migrations of the cluster, µs, for the next one's stop rule.
 pub fn commit_us(state: &State) -> u32 {
+    lately(state, 40_000, |blackout| {
+        blackout.commit.saturating_add(blackout.resume)
+    })
+}
+
+/// What stopping the vCPUs took in the last migrations of the cluster, µs.
+pub fn pause_us(state: &State) -> u32 {
+    lately(state, 20_000, |blackout| blackout.pause)
+}
+
+/// What saving and restoring the state took in the last migrations of the cluster, µs.
+pub fn state_us(state: &State) -> u32 {
+    lately(state, 20_000, |blackout| blackout.state)
+}
+
+/// A part of the last migrations' blackouts, µs; 0 as long as there was none. The second largest of eight: one that met an election
+/// or a busy moment says nothing about the next. And no more than `most_us`: after a bad hour migrations must go on, or nobody would
+/// ever measure a better one.
+fn lately(state: &State, most_us: u32, part: impl Fn(&Blackout) -> u64) -> u32 {
     const LAST: usize = 8;
-    const MOST_US: u64 = 40_000;
-    let blackouts = state.migrations.values().rev().filter_map(|migration| {
-        let blackout = migration.receipt.as_ref()?.blackout_us?;
-        Some(blackout.commit.saturating_add(blackout.resume).min(MOST_US))
+    let parts = state.migrations.values().rev().filter_map(|migration| {
+        let took = part(migration.receipt.as_ref()?.blackout_us.as_ref()?);
+        Some(u32::try_from(took).unwrap_or(most_us).min(most_us))
     });
-    let mut taken: Vec<u64> = blackouts.take(LAST).collect();
+    let mut taken: Vec<u32> = parts.take(LAST).collect();
     taken.sort_unstable_by(|one, other| other.cmp(one));
-    let chosen = taken.get(1).or(taken.first()).copied().unwrap_or(0);
-    u32::try_from(chosen).expect("no more than 40 ms")
+    taken.get(1).or(taken.first()).copied().unwrap_or(0)
 }
 
 /// The number in a migration's id, `None` when it is not of the form "m7".

@@ -10,7 +10,7 @@ use drover_proto::v1::{
     Receipt, VmRole, VmState,
 };
 use drover_state::limits::MIGRATIONS_ENDED_MAX;
-use drover_state::{State, commit_us, desired};
+use drover_state::{State, commit_us, desired, pause_us, state_us};
 
 #[test]
 fn a_migration_goes_through_its_phases_and_moves_the_right_to_run() {
@@ -424,6 +424,8 @@ fn a_plan_carries_what_commits_took_lately_and_one_outlier_counts_for_nothing() 
             id,
             receipt: Some(Receipt {
                 blackout_us: Some(Blackout {
+                    pause: commit_us / 10,
+                    state: commit_us / 5,
                     commit: commit_us,
                     resume: 500,
                     ..Blackout::default()
@@ -442,4 +444,8 @@ fn a_plan_carries_what_commits_took_lately_and_one_outlier_counts_for_nothing() 
         40_000,
         "slow ones do not shut the next ones out"
     );
+    assert_eq!((pause_us(&c.state), state_us(&c.state)), (20_000, 20_000));
+    let last = c.copying("vm1", hosts.next().unwrap());
+    let options = c.state.migration(&last).unwrap().options.unwrap();
+    assert_eq!((options.pause_us, options.state_us), (20_000, 20_000));
 }

@@ -147,6 +147,8 @@ pub enum Action {
     Reach(&'static str),
     /// Tell whoever watches.
     Report(Progress),
+    /// Do nothing for a moment: the target starts now, and where it shares processors with this side they are the target's.
+    Rest,
     /// Hold each vCPU back for so many percent of its time; 0: let it run freely, at once.
     Throttle(u32),
     /// Write the frame.
@@ -773,7 +775,7 @@ impl Machine {
         let end = Action::End(Outcome::AwaitOutcome);
         self.go(
             State::Ended,
-            [Action::Reach("source.ready_received"), report, end],
+            [Action::Reach("source.ready_received"), Action::Rest, report, end],
         )
     }
 

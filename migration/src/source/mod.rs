@@ -39,6 +39,9 @@ use crate::vm::{PAGE_SIZE, PageSet, RegionEnds, SourceVm};
 /// Most streams when nobody says how many: one keeps a processor busy on either side, and a link is filled by a few.
 const STREAMS_AUTO_MAX: usize = 4;
 
+/// How long the source is still once the target is ready: reporting, and closing streams, is not urgent then.
+const TARGET_FIRST: Duration = Duration::from_millis(20);
+
 /// How long the source listens for the reason when a stream was closed.
 const REFUSAL_WAIT: Duration = Duration::from_secs(1);
 
@@ -91,7 +94,8 @@ pub enum Way {
     },
 }
 
-/// Moves `vm` over the connections that `dial` makes. Blocks until the attempt has ended; the dirty log is off then.
+/// Moves `vm` over the connections that `dial` makes. Blocks until the attempt has ended. The dirty log is off then, unless the VM was
+/// paused: switching it off takes milliseconds that the target's start could use, and a VM that stands still loses nothing by it.
 pub fn run<S: Stream>(
     vm: &dyn SourceVm,
     mut dial: impl FnMut(Way) -> Result<S, Fault>,
@@ -136,7 +140,7 @@ pub fn run<S: Stream>(
             throttled: false,
         };
         let outcome = driver.drive(Machine::new(config));
-        if driver.logging {
+        if driver.logging && matches!(outcome, Outcome::FailedRunning(_)) {
             vm.stop_dirty_log();
         }
         if driver.throttled {
@@ -188,7 +192,7 @@ impl Params {
             },
             total_pages,
             intent: Intent::of(&self.options),
-            costs: costs.with_commit(self.options.commit_us),
+            costs: costs.measured(&self.options),
             tracker: self.tracker.to_owned(),
             skip_final_pass: seeded_bug("no-final-dirty-pass"),
             forget_put_off: false,
@@ -256,6 +260,7 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
     fn perform(&mut self, action: Action) -> Option<Event> {
         match action {
             Action::Reach(point) => reach(point),
+            Action::Rest => thread::sleep(TARGET_FIRST),
             Action::Report(progress) => self.crew.report(progress),
             Action::Throttle(percent) => {
                 self.throttled = percent > 0;
@@ -302,7 +307,7 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                 let sent = self.crew.end_round(round, last);
                 return Some(sent.map_or_else(|stop| self.lost(stop), Event::StreamsEnded));
             }
-            action => return Some(self.command(action).unwrap_or_else(Event::VmFailed)),
+            action => return Some(self.command(action).unwrap_or_else(|fault| self.failed(fault))),
         }
         None
     }
@@ -340,6 +345,15 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                 }
             }
         })
+    }
+
+    /// The VM failed. One whose migration was cancelled in this moment is being put back already.
+    fn failed(&self, fault: Fault) -> Event {
+        if self.control.is_cancelled() {
+            Event::Cancelled
+        } else {
+            Event::VmFailed(fault)
+        }
     }
 
     fn receive(&mut self) -> Result<Event, Stop> {

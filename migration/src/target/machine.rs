@@ -745,16 +745,20 @@ impl Machine {
             pages: self.totals.pages,
             zero_pages: self.totals.zero_pages,
         });
-        let report = self.report(now, MigrationPhase::Ready);
-        let mut actions = vec![Action::Reach("target.before_ready"), Action::Send(ready), report];
+        // Nothing is reported here: that the VM is ready is said once, by the VMM, with all that goes with it.
+        let mut actions = vec![
+            Action::Reach("target.before_ready"),
+            Action::Send(ready),
+            Action::Reach("target.after_ready"),
+        ];
         if self.lacking.is_some() {
             self.done = Some(done.clone());
-            actions.extend([Action::Reach("target.after_ready"), Action::Stand(done)]);
+            actions.push(Action::Stand(done));
             self.state = State::Lacking;
-            return actions;
+        } else {
+            actions.push(Action::End(Ok(done)));
+            self.state = State::Answering;
         }
-        actions.extend([Action::Reach("target.after_ready"), Action::End(Ok(done))]);
-        self.state = State::Answering;
         actions
     }
 

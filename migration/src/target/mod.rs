@@ -140,13 +140,7 @@ pub fn run<S: Stream>(
         result
     });
     match result {
-        Ok(done) => {
-            tracing::info!(
-                migration = params.migration,
-                "everything is verified and restored"
-            );
-            Ok(done.received(origin))
-        }
+        Ok(done) => Ok(done.received(origin)),
         Err(fault) => {
             tracing::warn!(migration = params.migration, %fault, "the incoming migration failed");
             Err(fault)

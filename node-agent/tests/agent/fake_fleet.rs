@@ -25,6 +25,8 @@ pub struct Script {
     pub confirmed_revision: u64,
     /// What may run.
     pub grants: Vec<(String, u64)>,
+    /// The leader that heartbeats name.
+    pub leader: String,
     /// Whether it answers at all; else it says that there is no leader.
     pub mute: bool,
     /// The log's outcome of any hand-over; none: there is no leader.
@@ -207,6 +209,7 @@ impl Fleet for FakeFleet {
             lease_ms: LEASE_MS,
             grants,
             revision,
+            leader: script.leader,
         }))
     }
 

@@ -55,6 +55,23 @@ pub async fn a_host_unknown_to_the_controllers_registers_again() {
     world.fleet.until("register again", registered).await;
 }
 
+pub async fn calls_go_to_the_leader_that_a_heartbeat_names_unless_it_does_not_answer() {
+    let mut world = World::new().await;
+    let tls = world
+        .ca
+        .issue_to(&world.dir.path().join("tls"), Role::Controller, "c2")
+        .unwrap();
+    let (leader, addr) = FakeFleet::start(&Credentials::load(&tls, "test").unwrap()).await;
+    world.config.controllers.push(addr);
+    world.fleet.say(|script| script.leader = addr.to_string());
+    leader.say(|script| script.leader = addr.to_string());
+    let _agent = world.agent().await;
+    leader.until_heartbeats(3).await;
+    // It answers no more and is named all the same: what it does not answer, the other one does, again and again.
+    leader.say(|script| script.mute = true);
+    world.fleet.until_heartbeats(10).await;
+}
+
 pub async fn dead_silent_and_leaderless_controllers_are_passed_over() {
     let mut world = World::new().await;
     // One that nobody listens at, one that accepts and says nothing, one without a leader.

@@ -43,6 +43,7 @@ macro_rules! tests {
 tests! {
     fleet_tests::a_host_registers_what_it_has_and_again_when_an_image_is_added,
     fleet_tests::a_host_unknown_to_the_controllers_registers_again,
+    fleet_tests::calls_go_to_the_leader_that_a_heartbeat_names_unless_it_does_not_answer,
     fleet_tests::dead_silent_and_leaderless_controllers_are_passed_over,
     fleet_tests::consoles_are_for_controllers_only,
     fleet_tests::an_agent_with_anothers_certificate_does_not_start,
