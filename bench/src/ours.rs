@@ -164,9 +164,12 @@ impl<'a> Vm<'a> {
             ..MigrationOptions::default()
         };
         let client = &self.cluster.client;
-        let planned = client
-            .migrate_with(&self.name, &host_name(to), options)
-            .map_err(said)?;
+        let planned = if self.workload.upgrade {
+            client.upgrade(&self.name)
+        } else {
+            client.migrate_with(&self.name, &host_name(to), options)
+        };
+        let planned = planned.map_err(said)?;
         let target = incoming.join(format!("e{}-{}", epoch + 1, planned.id));
         let watch = Watch::start(begun, source, target)?;
         let ended = self.await_end(&planned.id, &watch);

@@ -42,6 +42,10 @@ pub fn take(cluster: &Cluster, probe: &Path, workload: &Workload, pairs: usize) 
     let all: Vec<usize> = (1..=pairs).collect();
     for turn in all.chunks(workload.moves) {
         let last = turn.last() == all.last();
+        if workload.upgrade {
+            our_turn(cluster, workload, turn, last, &mut runs)?;
+            continue;
+        }
         for (&pair, (from, to)) in turn.iter().zip(legs()) {
             let copied = copy::measure(cluster, workload, from, to, pair).context("the plain copy")?;
             keep(&mut runs, workload, copied);
@@ -74,10 +78,17 @@ fn our_turn(
     let name = format!("{}-{}", workload.name.to_lowercase(), turn[0]);
     let mut vm = ours::Vm::boot(cluster, *workload, &name, HOSTS[0]).context("our guest does not come up")?;
     for (number, &pair) in turn.iter().enumerate() {
-        let to = HOSTS[usize::from(vm.at() == HOSTS[0])];
-        let cancel = vm
-            .cancel_move(to)
-            .context("cancelling a migration of our guest")?;
+        let to = match workload.upgrade {
+            true => vm.at(),
+            false => HOSTS[usize::from(vm.at() == HOSTS[0])],
+        };
+        let cancel = match workload.upgrade {
+            true => None,
+            false => Some(
+                vm.cancel_move(to)
+                    .context("cancelling a migration of our guest")?,
+            ),
+        };
         let sweep = workload.sweep && last && number + 1 == turn.len();
         let moved = vm.move_to(to, pair);
         // The figures of a run count only if nothing was lost in it.
@@ -85,7 +96,6 @@ fn our_turn(
         interrupt::check()?;
         match moved {
             Ok(run) => {
-                let cancel = Some(cancel);
                 keep(runs, workload, Run { cancel, ..run });
             }
             Err(error) => {

@@ -27,6 +27,8 @@ pub struct Workload {
     pub moves: usize,
     /// Whether the guest reads back everything at the end: that takes a while.
     pub sweep: bool,
+    /// Whether it is not moved, but its VMM replaced on its own host. QEMU 7.2 cannot, and there is nothing to copy.
+    pub upgrade: bool,
     /// Whether it is run when none is named.
     pub by_default: bool,
 }
@@ -55,11 +57,20 @@ const PLAIN: Workload = Workload {
     plaintext: false,
     moves: 2,
     sweep: true,
+    upgrade: false,
     by_default: true,
 };
 
+const HANDOVER: Workload = Workload {
+    name: "",
+    about: "the VMM is replaced on its own host, 64 MiB written flat out",
+    upgrade: true,
+    moves: 1,
+    ..PLAIN
+};
+
 /// All of them, in the order in which they are run.
-pub const ALL: [Workload; 9] = [
+pub const ALL: [Workload; 12] = [
     IDLE,
     Workload {
         name: "hot-64M",
@@ -103,6 +114,27 @@ pub const ALL: [Workload; 9] = [
         vcpus: 2,
         parameters: "own=512M hot=64M rate=max cpus=2",
         ..PLAIN
+    },
+    Workload {
+        name: "handover-256M",
+        memory_mib: 256,
+        parameters: "own=240M hot=64M rate=max",
+        populated_mib: 240,
+        ..HANDOVER
+    },
+    Workload {
+        name: "handover-1G",
+        memory_mib: 1024,
+        parameters: "own=1000M hot=64M rate=max",
+        populated_mib: 1000,
+        ..HANDOVER
+    },
+    Workload {
+        name: "handover-4G",
+        memory_mib: 4096,
+        parameters: "own=4000M hot=64M rate=max",
+        populated_mib: 4000,
+        ..HANDOVER
     },
     Workload {
         name: "idle-plaintext",
@@ -153,7 +185,16 @@ mod tests {
         assert_eq!(
             all,
             [
-                "idle", "hot-64M", "hot-256M", "zipf", "zeroes", "link-1g", "2vcpu"
+                "idle",
+                "hot-64M",
+                "hot-256M",
+                "zipf",
+                "zeroes",
+                "link-1g",
+                "2vcpu",
+                "handover-256M",
+                "handover-1G",
+                "handover-4G"
             ]
         );
         assert_eq!(names(&["zipf", "idle"]).unwrap(), ["idle", "zipf"]);

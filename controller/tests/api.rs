@@ -127,6 +127,7 @@ async fn a_vm_is_created_run_and_handed_over_through_any_controller() {
         vm: "vm1".into(),
         epoch: 2,
         post_copy: false,
+        vmm: None,
     };
     let stale = v1::CommitHandoverRequest {
         epoch: 1,
@@ -485,6 +486,7 @@ async fn a_dry_run_changes_nothing_and_what_it_expected_goes_along_with_the_migr
         vm: "vm1".into(),
         to: to.into(),
         options: None,
+        upgrade: false,
     };
     let early = client
         .forecast_migration(dry_run("host1"))

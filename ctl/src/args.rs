@@ -203,6 +203,8 @@ pub enum VmCommand {
     Delete(ActArgs),
     /// Show a VM's serial console and type into it; Ctrl-] leaves
     Console(ConsoleArgs),
+    /// Let VMs go on in the VMM that is installed on their host, which costs each a blackout of milliseconds
+    Upgrade(UpgradeArgs),
 }
 
 /// `ctl vm create …`
@@ -267,6 +269,33 @@ pub struct ActArgs {
     /// Give up waiting after this long
     #[arg(long, value_parser = parse_duration, default_value = WAIT_DEFAULT, value_name = "LENGTH")]
     pub timeout: Duration,
+}
+
+/// `ctl vm upgrade …`
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("which").required(true).args(["vms", "host", "all"])))]
+pub struct UpgradeArgs {
+    /// The VMs' names
+    #[arg(value_name = "VM")]
+    pub vms: Vec<String>,
+    /// All that run on this host
+    #[arg(long)]
+    pub host: Option<String>,
+    /// All that run
+    #[arg(long)]
+    pub all: bool,
+    /// The longest each guest may stand still [default: the cluster's]
+    #[arg(long, value_parser = parse_duration, value_name = "LENGTH")]
+    pub max_downtime: Option<Duration>,
+    /// Abort one that has not ended by then
+    #[arg(long, value_parser = parse_duration, value_name = "LENGTH")]
+    pub deadline: Option<Duration>,
+    /// Also those that run in the installed VMM already
+    #[arg(long)]
+    pub force: bool,
+    /// Replace nothing: show what speaks against it
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// `ctl vm console …`

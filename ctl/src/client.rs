@@ -275,11 +275,27 @@ impl Client {
 
     /// Moves a VM; `to` empty: placement picks.
     pub async fn migrate(&self, vm: &str, to: &str, options: v1::MigrationOptions) -> Result<v1::Migration> {
+        self.plan_migration(vm, to, options, false).await
+    }
+
+    /// Replaces a VM's VMM by the one that is installed on its host.
+    pub async fn upgrade(&self, vm: &str, options: v1::MigrationOptions) -> Result<v1::Migration> {
+        self.plan_migration(vm, "", options, true).await
+    }
+
+    async fn plan_migration(
+        &self,
+        vm: &str,
+        to: &str,
+        options: v1::MigrationOptions,
+        upgrade: bool,
+    ) -> Result<v1::Migration> {
         let request = v1::MigrateVmRequest {
             request_id: request_id()?,
             vm: vm.to_owned(),
             to: to.to_owned(),
             options: Some(options),
+            upgrade,
         };
         self.plain(async |mut grpc| grpc.migrate_vm(request.clone()).await)
             .await
@@ -292,12 +308,31 @@ impl Client {
         to: &str,
         options: v1::MigrationOptions,
     ) -> Result<v1::MigrationForecast> {
-        let request = v1::MigrateVmRequest {
-            request_id: String::new(),
+        self.dry_run(v1::MigrateVmRequest {
             vm: vm.to_owned(),
             to: to.to_owned(),
             options: Some(options),
-        };
+            ..Default::default()
+        })
+        .await
+    }
+
+    /// What speaks against an upgrade; nothing is replaced.
+    pub async fn check_upgrade(
+        &self,
+        vm: &str,
+        options: v1::MigrationOptions,
+    ) -> Result<v1::MigrationForecast> {
+        self.dry_run(v1::MigrateVmRequest {
+            vm: vm.to_owned(),
+            options: Some(options),
+            upgrade: true,
+            ..Default::default()
+        })
+        .await
+    }
+
+    async fn dry_run(&self, request: v1::MigrateVmRequest) -> Result<v1::MigrationForecast> {
         self.call(
             Patience::default(),
             CALL_TIMEOUT + FORECAST_FOR,

@@ -47,6 +47,7 @@ pub fn hello() -> Hello {
         streams: 0,
         plaintext: false,
         features: feature::ALL,
+        local: false,
     }
 }
 
@@ -156,6 +157,7 @@ fn new_target() -> target::Machine {
         device_model: 1,
         cpu_profile: "baseline".into(),
         plaintext: false,
+        local: false,
         token: [7; TOKEN_BYTES],
         post_copy: Err(drover_migration::post_copy::unavailable()),
     })

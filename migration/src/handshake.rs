@@ -80,6 +80,8 @@ pub struct Expected {
     pub cpu_profile: String,
     /// Whether pages may come unencrypted.
     pub plaintext: bool,
+    /// Whether the memory itself is handed over, on one host, and no page comes.
+    pub local: bool,
     /// What streams have to show: random, and of this migration alone.
     pub token: [u8; TOKEN_BYTES],
     /// Whether the VM could be taken by post-copy, or why not.
@@ -97,6 +99,8 @@ pub struct Agreed {
     pub plaintext: bool,
     /// See [`feature`].
     pub features: u32,
+    /// Whether no page travels at all, because the target takes over the memory itself.
+    pub local: bool,
 }
 
 /// Judges the source's hello; gives what to go on with.
@@ -147,15 +151,25 @@ pub fn check(hello: &Hello, expected: &Expected) -> Result<Agreed, Fault> {
         &hello.cpu_profile,
         &expected.cpu_profile,
     )?;
+    if hello.local != expected.local {
+        let means = |local| if local { "handed over" } else { "sent" };
+        let message = format!(
+            "the source wants the memory to be {}, this VMM was started for one whose memory is {}",
+            means(hello.local),
+            means(expected.local)
+        );
+        return Err(Fault::new(Code::Denied, message).field("local"));
+    }
     let known = match expected.post_copy {
-        Ok(()) => feature::ALL,
-        Err(_) => feature::ALL & !feature::POST_COPY,
+        Ok(()) if !expected.local => feature::ALL,
+        _ => feature::ALL & !feature::POST_COPY,
     };
     let features = hello.features & known;
-    if version < VERSION_STREAMS || hello.streams == 0 {
+    if version < VERSION_STREAMS || hello.streams == 0 || hello.local {
         return Ok(Agreed {
             version,
             features,
+            local: hello.local,
             ..Agreed::default()
         });
     }
@@ -171,6 +185,7 @@ pub fn check(hello: &Hello, expected: &Expected) -> Result<Agreed, Fault> {
         streams: hello.streams.min(STREAMS_MAX),
         plaintext: hello.plaintext,
         features,
+        local: false,
     })
 }
 
@@ -228,7 +243,7 @@ pub fn check_choice(ack: &HelloAck, hello: &Hello) -> Result<Agreed, Fault> {
             offered.end()
         )));
     }
-    let streams_max = if ack.version < VERSION_STREAMS {
+    let streams_max = if ack.version < VERSION_STREAMS || hello.local {
         0
     } else {
         hello.streams
@@ -251,6 +266,7 @@ pub fn check_choice(ack: &HelloAck, hello: &Hello) -> Result<Agreed, Fault> {
         streams: ack.streams,
         plaintext: ack.streams > 0 && hello.plaintext,
         features: ack.features,
+        local: hello.local,
     })
 }
 
@@ -330,6 +346,7 @@ mod tests {
             device_model: 2,
             cpu_profile: "baseline".into(),
             plaintext: false,
+            local: false,
             token: [7; TOKEN_BYTES],
             post_copy: Ok(()),
         }
@@ -341,6 +358,7 @@ mod tests {
             version_max: 2,
             streams: 40,
             plaintext: false,
+            local: false,
             migration: "m1".into(),
             vm: "vm1".into(),
             from_host: "host1".into(),
@@ -361,6 +379,7 @@ mod tests {
             streams: STREAMS_MAX,
             plaintext: false,
             features: feature::ALL,
+            local: false,
         };
         assert_eq!(check(&hello(), &expected()), Ok(agreed));
         let old = Hello {
@@ -389,6 +408,31 @@ mod tests {
         };
         assert!(check(&wants, &told).unwrap().plaintext);
         assert!(!check(&hello(), &told).unwrap().plaintext);
+    }
+
+    #[test]
+    fn memory_is_handed_over_only_to_a_target_that_was_started_for_that_and_then_no_stream_is_agreed_on() {
+        let hands_over = Hello {
+            local: true,
+            ..hello()
+        };
+        let on_this_host = Expected {
+            local: true,
+            ..expected()
+        };
+        for (hello, expected) in [(&hands_over, &expected()), (&hello(), &on_this_host)] {
+            let fault = check(hello, expected).unwrap_err();
+            assert_eq!((fault.code, fault.field.as_str()), (Code::Denied, "local"));
+        }
+        let agreed = check(&hands_over, &on_this_host).unwrap();
+        assert_eq!((agreed.local, agreed.streams), (true, 0));
+        let ack = HelloAck {
+            version: 2,
+            streams: 1,
+            token: vec![1; TOKEN_BYTES],
+            ..HelloAck::default()
+        };
+        assert_eq!(check_choice(&ack, &hands_over).unwrap_err().code, Code::BadFrame);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! The promise of [`SourceVm`]: the engine calls `pause` at most once an attempt, and after it never resumes anything:
 //! only the outcome in the replicated log does, and that is the VMM's affair.
 
-use drover_proto::Fault;
+use drover_proto::{Code, Fault};
 
 use crate::codec::Run;
 use crate::convergence::Costs;
@@ -229,6 +229,11 @@ pub trait TargetVm: Sync {
     fn read_back(&self, first: u64, out: &mut [u8]) -> Result<(), Fault>;
     /// Makes pages `first..first + count`, all of one region, read as zero, without populating memory that is a hole.
     fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault>;
+    /// Takes over the source's memory, which this process was handed, and builds the VM on it. Until the grant nothing may write to it:
+    /// should the hand-over be aborted, the source goes on with it as it is.
+    fn adopt_memory(&self) -> Result<(), Fault> {
+        Err(Fault::new(Code::Internal, "this VM takes over no memory"))
+    }
     /// Decodes and restores an encoded `VmSave`; refuses whatever it does not know or cannot set.
     fn restore(&self, state: &[u8]) -> Result<(), Fault>;
     /// This VM as one that can run before all its pages are there, or why it cannot. The answer stays the same.

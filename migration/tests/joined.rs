@@ -235,6 +235,7 @@ impl World {
             plaintext: false,
             // As if the target left out what it does not know.
             features: plan.features,
+            local: false,
         };
         let source_machine = source::Machine::new(source::Config {
             hello,
@@ -255,6 +256,7 @@ impl World {
             device_model: 1,
             cpu_profile: "baseline".into(),
             plaintext: false,
+            local: false,
             token: [7; TOKEN_BYTES],
             post_copy: Err(drover_migration::post_copy::unavailable()),
         })
@@ -603,7 +605,7 @@ impl World {
         use target::{Action, Event};
         match action {
             Action::Reach(_) | Action::Report(_) => {}
-            Action::Admit(_) => panic!("no streams were asked for"),
+            Action::Admit(_) | Action::AdoptMemory => panic!("neither streams nor an upgrade were asked for"),
             Action::Arm(_) | Action::Place { .. } | Action::PlaceZeros { .. } | Action::Stand(_) => {
                 panic!("no post-copy was asked for")
             }

@@ -37,6 +37,7 @@ impl Target {
             device_model: 1,
             cpu_profile: "baseline".into(),
             plaintext: false,
+            local: false,
             token: [7; TOKEN_BYTES],
             post_copy: Err(drover_migration::post_copy::unavailable()),
         });

@@ -133,6 +133,7 @@ impl World {
                 cpu_profile: "baseline".into(),
                 streams: STREAMS,
                 plaintext: false,
+                local: false,
                 features: feature::ALL,
             },
             total_pages: plan.pages,
@@ -152,6 +153,7 @@ impl World {
             device_model: 1,
             cpu_profile: "baseline".into(),
             plaintext: false,
+            local: false,
             token: [7; TOKEN_BYTES],
             post_copy: Ok(()),
         })
@@ -565,6 +567,7 @@ fn own(action: target::Action<'_>) -> Owned {
     use target::Action;
     match action {
         Action::Reach(_) | Action::Report(_) | Action::Admit(_) => Owned::Nothing,
+        Action::AdoptMemory => panic!("no upgrade was asked for"),
         Action::Send(message) => Owned::Send(message),
         Action::Write { runs, data } => Owned::Write(pages_of(runs, Some(data))),
         Action::Unpack(_) | Action::Patch(_) => panic!("this source encodes nothing"),
@@ -719,6 +722,7 @@ fn migrate(
         device_model: 1,
         cpu_profile: "baseline".into(),
         tracker: "bitmap",
+        local: false,
         link_timeout: Duration::from_secs(5),
     };
     let target_params = target::Params {
@@ -729,6 +733,7 @@ fn migrate(
         device_model: 1,
         cpu_profile: "baseline".into(),
         plaintext: false,
+        local: false,
         link_timeout: Duration::from_secs(5),
     };
     let dial = |_: Way| {

@@ -39,6 +39,7 @@ fn source_params() -> source::Params {
         device_model: 1,
         cpu_profile: "baseline".into(),
         tracker: "bitmap",
+        local: false,
         link_timeout: LINK_TIMEOUT,
     }
 }
@@ -52,6 +53,7 @@ fn target_params() -> target::Params {
         device_model: 1,
         cpu_profile: "baseline".into(),
         plaintext: false,
+        local: false,
         link_timeout: LINK_TIMEOUT,
     }
 }

@@ -43,6 +43,7 @@ fn source_params(streams: u32, plaintext: bool) -> source::Params {
         device_model: 1,
         cpu_profile: "baseline".into(),
         tracker: "bitmap",
+        local: false,
         link_timeout: LINK_TIMEOUT,
     }
 }
@@ -56,6 +57,7 @@ fn target_params(plaintext: bool) -> target::Params {
         device_model: 1,
         cpu_profile: "baseline".into(),
         plaintext,
+        local: false,
         link_timeout: LINK_TIMEOUT,
     }
 }

@@ -179,6 +179,7 @@ fn host_spec(config: &Config, addr: SocketAddr) -> Result<HostSpec, AgentError> 
         version: env!("CARGO_PKG_VERSION").to_owned(),
         device_model: DEVICE_MODEL,
         images: Vec::new(),
+        vmm: None,
         boot_id: inventory::boot_id().map_err(AgentError::Measure)?,
         post_copy: String::new(),
     })

@@ -49,8 +49,8 @@ impl Console {
         let links = self.context.links.lock().expect("nobody panics with the links");
         let host = &self.context.config.name;
         let of_vm = || links.values().filter(|link| link.key.vm == vm);
-        // Of one epoch there can be an aborted target besides the VMM that runs.
-        let newest = |link: &&Arc<Link>| (link.key.epoch, *link.had_right.borrow());
+        // Of one epoch there can be an aborted target besides the VMM that runs, and in an upgrade the next one waits beside it.
+        let newest = |link: &&Arc<Link>| (*link.had_right.borrow(), link.key.epoch);
         let wanted = of_vm()
             .filter(|link| epoch == 0 || link.key.epoch == epoch)
             .max_by_key(newest);

@@ -11,7 +11,8 @@
 //!   RUN, arrived by a migration  report it FAILED            names that migration no more; its end is
 //!                                                            reported, then it is destroyed
 //!   INCOMING                     start it in PREPARING,      wait for the source; abort when it ended
-//!                                once; else abort
+//!                                once; else abort. Of an
+//!                                upgrade beside the source
 //!   neither                      –                           destroy it: Outcome committed when HANDED_OVER
 //!   stopping                     report it STOPPED           destroy it, then report it STOPPED
 //! ```
@@ -404,11 +405,11 @@ fn for_wanted(observed: &Observed, wanted: &VmDesired) -> Option<Action> {
     if observed.vmms.iter().any(|seen| matches(&seen.key, wanted)) {
         return None;
     }
-    let same_vm = |seen: &&Seen| seen.key.vm == wanted.vm;
+    let in_the_way = |seen: &&Seen| seen.key.vm == wanted.vm && !hands_over_to(seen, wanted);
     if observed
         .vmms
         .iter()
-        .filter(same_vm)
+        .filter(in_the_way)
         .any(|seen| !matches!(seen.life, Life::Gone(_)))
     {
         // What is left of an earlier run goes first: two of them may not fit.
@@ -419,6 +420,13 @@ fn for_wanted(observed: &Observed, wanted: &VmDesired) -> Option<Action> {
         VmRole::Incoming => Some(for_wanted_incoming(observed, wanted)),
         VmRole::Serving | VmRole::Unspecified => None,
     }
+}
+
+/// Whether this VMM is the source of the upgrade whose target is wanted: both are there until the log has decided.
+fn hands_over_to(seen: &Seen, wanted: &VmDesired) -> bool {
+    let is_upgrade = wanted.migration.as_ref().is_some_and(Migration::is_upgrade);
+    let is_source = seen.had_right && seen.key.epoch.checked_add(1) == Some(wanted.epoch);
+    wanted.role() == VmRole::Incoming && is_upgrade && is_source
 }
 
 fn for_wanted_run(observed: &Observed, wanted: &VmDesired) -> Option<Action> {

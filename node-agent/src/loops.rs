@@ -15,6 +15,7 @@ use tokio::time::sleep;
 use crate::agent::Context;
 use crate::clock::boottime_ns;
 use crate::inventory::images::Images;
+use crate::inventory::installed::Installed;
 use crate::supervisor::Event;
 
 /// After a round without an answer.
@@ -210,9 +211,10 @@ async fn nudged(grants: &mut tokio::sync::watch::Receiver<Grants>, seen_revision
     }
 }
 
-/// Registers, and registers again when the images change or the controllers do not know the host.
+/// Registers, and registers again when the images or the installed VMM change or the controllers do not know the host.
 pub async fn register(context: Arc<Context>, mut spec: HostSpec) {
     let mut images = Images::new(&context.config.images_dir);
+    let mut installed = Installed::new(&context.config.vmm);
     let mut trouble = Trouble::new("register");
     let mut unreadable = Trouble::new("images folder");
     loop {
@@ -226,6 +228,8 @@ pub async fn register(context: Arc<Context>, mut spec: HostSpec) {
         });
         unreadable.note(readable.as_ref().copied());
         spec.images = images.list();
+        installed.look().await;
+        spec.vmm = installed.build();
         let outcome = register_once(&context, &spec).await;
         trouble.note(outcome.as_ref().map(|_| ()));
         match outcome {
@@ -245,7 +249,7 @@ pub async fn register(context: Arc<Context>, mut spec: HostSpec) {
                 () = sleep(IMAGES_PERIOD) => {
                     let changed;
                     (images, changed) = scan(images).await;
-                    if changed.unwrap_or(false) {
+                    if installed.look().await || changed.unwrap_or(false) {
                         break;
                     }
                 }

@@ -19,7 +19,7 @@ use drover_proto::v1::{
     DestroyRequest, HostDesired, OutcomeRequest, Reason, ReportVmRequest, StartOutgoingRequest, VmState,
     VmmInfo, VmmState,
 };
-use drover_proto::{Code, Fault};
+use drover_proto::{Code, Fault, LOCAL_ADDR, LOCAL_PREFIX};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
@@ -34,6 +34,8 @@ use crate::vmm::{self, Link, News, VMM_CALL_MAX};
 
 /// Between two attempts of an action.
 const RETRY: Duration = Duration::from_millis(200);
+/// Where the target of an upgrade listens, in its folder.
+const HANDOVER_SOCKET: &str = "handover.sock";
 /// A VMM that was told to end and lives on is killed after this.
 const DESTROY_GRACE: Duration = Duration::from_secs(10);
 
@@ -521,10 +523,31 @@ async fn start_outgoing(
         let settings = *context.settings.borrow();
         options.max_downtime_ms = settings.map_or(0, |settings| settings.max_downtime_ms);
     }
+    if request.target_addr == LOCAL_ADDR {
+        let target = Key::incoming(&link.key.vm, request.target_epoch, &request.migration);
+        request.target_addr = handover_socket(context, &target)?;
+    }
     tracing::info!(vmm = %link.key, migration = request.migration, to = request.target_addr, "migrates");
     pause_point("agent.before_outgoing").await;
     bounded(link.client.clone().start_outgoing(request)).await?;
     Ok(())
+}
+
+/// Where the target of an upgrade waits. The path is this agent's own word: no controller names a socket of this host.
+fn handover_socket(context: &Context, target: &Key) -> Result<String, Fault> {
+    let folder = context
+        .store
+        .lock()
+        .expect("nobody panics with the store")
+        .folder(target);
+    let path = folder.join(HANDOVER_SOCKET);
+    match path.to_str() {
+        Some(path) if target.is_well_formed() => Ok(format!("{LOCAL_PREFIX}{path}")),
+        _ => Err(Fault::new(
+            Code::Internal,
+            format!("{} cannot be told to a VMM", path.display()),
+        )),
+    }
 }
 
 /// Asks the VMM to end; `kill`: it was asked for long enough.

@@ -24,8 +24,8 @@ use std::time::Duration;
 use drover_proto::v1::vmm_client::VmmClient;
 use drover_proto::v1::{
     AbortMigrationRequest, CommitHandoverRequest, CommitHandoverResponse, GrantRequest, MigrationPhase,
-    Progress, Reason, ReportMigrationRequest, ReportVmRequest, VmDesired, VmSpec, VmmInfo, VmmState,
-    WatchInfoRequest,
+    Progress, Reason, ReportMigrationRequest, ReportVmRequest, VmDesired, VmSpec, VmmBuild, VmmInfo,
+    VmmState, WatchInfoRequest,
 };
 use drover_proto::{Code, Fault};
 use hyper_util::rt::TokioIo;
@@ -271,9 +271,14 @@ fn vmm_config(
         (Some(id), Some(migration)) => {
             // Planned, so the cluster's policy allows it if it is wanted.
             let plaintext = migration.options.is_some_and(|options| options.plaintext);
-            serde_json::json!({
+            let mut incoming = serde_json::json!({
                 "migration": id, "from_host": migration.from, "listen_ip": config.migration_ip, "plaintext": plaintext,
-            })
+            });
+            // Said only where it is so: the installed VMM may be of a version before it, and refuses what it does not know.
+            if migration.is_upgrade() {
+                incoming["local"] = true.into();
+            }
+            incoming
         }
         (Some(id), None) => {
             return Err(Fault::new(
@@ -435,6 +440,11 @@ async fn commit_when_ready<F: Future<Output = ()>>(
     std::future::pending().await
 }
 
+/// What the VMM says it is.
+fn build_of(link: &Link) -> Option<VmmBuild> {
+    link.newest_info().and_then(|info| info.build)
+}
+
 /// Asks until the log's outcome is known; with the time at which the answered request was sent.
 async fn commit(context: &Context, link: &Link, migration: &str) -> (u64, CommitHandoverResponse) {
     let request = CommitHandoverRequest {
@@ -443,6 +453,7 @@ async fn commit(context: &Context, link: &Link, migration: &str) -> (u64, Commit
         vm: link.key.vm.clone(),
         epoch: link.key.epoch,
         post_copy: false,
+        vmm: build_of(link),
     };
     loop {
         let answer = context.controllers.call("commit", COMMIT_ATTEMPT, |mut client| {
@@ -499,6 +510,7 @@ async fn send(context: &Context, link: &Link, report: &Report) -> Result<(), Fau
         Report::Target { migration, addr } => {
             let request = ReportMigrationRequest {
                 migration,
+                epoch: link.key.epoch,
                 target_addr: addr,
                 ..Default::default()
             };
@@ -507,6 +519,7 @@ async fn send(context: &Context, link: &Link, report: &Report) -> Result<(), Fau
         Report::Receipt { migration, receipt } => {
             let request = ReportMigrationRequest {
                 migration,
+                epoch: link.key.epoch,
                 receipt: Some(receipt),
                 ..Default::default()
             };
@@ -520,6 +533,7 @@ async fn send(context: &Context, link: &Link, report: &Report) -> Result<(), Fau
                 epoch: link.key.epoch,
                 state: state.into(),
                 reason,
+                vmm: build_of(link),
             };
             report_vm(context, request).await
         }
@@ -606,6 +620,7 @@ async fn report_progress(context: &Context, link: &Link) {
         let sent = Instant::now();
         let request = ReportMigrationRequest {
             migration: migration.clone(),
+            epoch: link.key.epoch,
             progress: Some(progress.clone()),
             ..ReportMigrationRequest::default()
         };

@@ -11,6 +11,30 @@ pub mod v1 {
 
 pub use codes::{Code, Fault};
 
+/// Where the target of an upgrade listens, as far as its cluster knows: on a socket that the two VMMs' agent names to the source.
+pub const LOCAL_ADDR: &str = "local";
+/// What `StartOutgoingRequest.target_addr` begins with in an upgrade; the socket's absolute path follows.
+pub const LOCAL_PREFIX: &str = "local:";
+
+impl v1::Migration {
+    /// Whether the VMM is replaced on its own host, by another one that takes over the same memory.
+    pub fn is_upgrade(&self) -> bool {
+        self.from == self.to
+    }
+}
+
+impl std::fmt::Display for v1::VmmBuild {
+    /// The version and, if there is one, the beginning of the build id, as long as it takes to tell two apart.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        const BUILD_CHARS: usize = 12;
+        let build: String = self.build.chars().take(BUILD_CHARS).collect();
+        if build.is_empty() {
+            return f.write_str(&self.version);
+        }
+        write!(f, "{} ({build})", self.version)
+    }
+}
+
 impl From<Fault> for v1::Reason {
     fn from(fault: Fault) -> Self {
         Self {

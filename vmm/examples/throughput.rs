@@ -151,6 +151,7 @@ fn receive(kind: &str, mib: u64, dir: &Path) -> Result<(), Failure> {
         device_model: 1,
         cpu_profile: "baseline".to_owned(),
         plaintext: true,
+        local: false,
         link_timeout: LINK_TIMEOUT,
     };
     let server = credentials.rustls_server();
@@ -197,6 +198,7 @@ fn send(kind: &str, memory: Bare, addr: SocketAddr, dir: &Path) -> Result<(Bare,
         device_model: 1,
         cpu_profile: "baseline".to_owned(),
         tracker: "none",
+        local: false,
         link_timeout: LINK_TIMEOUT,
     };
     let began = Instant::now();

@@ -20,6 +20,8 @@ pub const MEMORY_MIB_MIN: u64 = 16;
 pub const MEMORY_MIB_MAX: u64 = 1 << 20;
 /// Longest kernel command line, bytes.
 pub const CMDLINE_BYTES_MAX: usize = 2048;
+/// The socket of an upgrade, in the VMM's folder.
+const HANDOVER_SOCKET: &str = "handover.sock";
 /// Largest configuration file, bytes.
 const CONFIG_BYTES_MAX: u64 = 64 << 10;
 
@@ -71,6 +73,10 @@ pub struct Incoming {
     /// Whether pages may come unencrypted, which the cluster's policy decides.
     #[serde(default)]
     pub plaintext: bool,
+    /// Whether it is received from the VMM before it on the same host, which hands over the memory itself. The socket for that lies
+    /// beside the control socket.
+    #[serde(default)]
+    pub local: bool,
 }
 
 /// What a setting is by default that is to be switched off.
@@ -110,6 +116,11 @@ impl Config {
             serde_json::from_str(text).map_err(|error| invalid("config", error.to_string()))?;
         config.check()?;
         Ok(config)
+    }
+
+    /// Where the VMM before it on the same host connects to.
+    pub fn handover_socket(&self) -> PathBuf {
+        self.socket.with_file_name(HANDOVER_SOCKET)
     }
 
     /// Guest memory, bytes.

@@ -3,51 +3,74 @@
 //! What was received runs by a grant for this VMM's epoch and by nothing else. A VMM whose receiving failed stays, with
 //! the reason, until it is destroyed; it never receives again, and nothing ever runs in it.
 
+use std::fs::File;
+use std::sync::{Arc, Mutex};
+
 use drover_migration::Control;
 use drover_migration::target::{self, Admission, Params};
-use drover_migration::transport::{LINK_TIMEOUT, Listener};
+use drover_migration::transport::{LINK_TIMEOUT, Listener, LocalListener};
 use drover_migration::vm::{Layout, TargetVm};
 use drover_pki::{CertificateDer, Credentials, Role, identity_of};
-use drover_proto::{Code, Fault};
+use drover_proto::{Code, Fault, LOCAL_ADDR};
 use tracing::info;
 
-use crate::DEVICE_MODEL;
-use crate::config::Incoming;
+use crate::config::{Config, Incoming};
 use crate::machine::Machine;
+use crate::{DEVICE_MODEL, memory};
 
-struct Target<'a>(&'a Machine);
+/// This VM as a target. Its memory, where that is handed over, until it is taken.
+struct Target<'a> {
+    machine: &'a Arc<Machine>,
+    memory: Mutex<Option<File>>,
+}
 
 impl TargetVm for Target<'_> {
     fn layout(&self) -> Layout {
-        self.0.built().memory().layout().clone()
+        memory::layout(self.machine.config().memory_bytes())
+    }
+
+    fn adopt_memory(&self) -> Result<(), Fault> {
+        let memory = self.memory.lock().map(|mut memory| memory.take());
+        let memory = memory
+            .ok()
+            .flatten()
+            .ok_or_else(|| Fault::new(Code::Internal, "no memory came with the link"))?;
+        self.machine.adopt(&memory)
     }
 
     fn write_pages(&self, first: u64, data: &[u8]) -> Result<(), Fault> {
-        self.0.built().memory().write_pages(first, data)
+        self.machine.built().memory().write_pages(first, data)
     }
 
     fn read_back(&self, first: u64, out: &mut [u8]) -> Result<(), Fault> {
-        self.0.built().memory().read_pages(first, out)
+        self.machine.built().memory().read_pages(first, out)
     }
 
     fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault> {
-        self.0.built().memory().zero_pages(first, count)
+        self.machine.built().memory().zero_pages(first, count)
     }
 
     fn restore(&self, state: &[u8]) -> Result<(), Fault> {
-        self.0.built().restore_encoded(state)
+        self.machine.built().restore_encoded(state)
     }
 }
 
 /// Receives the VM; the body of the engine's thread.
-pub fn run(machine: &Machine, incoming: &Incoming, control: &Control) {
-    if let Err(fault) = receive(machine, incoming, control) {
-        machine.migration_failed(&incoming.migration, fault);
+pub fn run(machine: &Arc<Machine>, incoming: &Incoming, control: &Control) {
+    match receive(machine, incoming, control) {
+        Ok(()) => info!(
+            migration = incoming.migration,
+            "everything is verified and restored"
+        ),
+        Err(fault) => machine.migration_failed(&incoming.migration, fault),
     }
     machine.engine_ended();
 }
 
-fn receive(machine: &Machine, incoming: &Incoming, control: &Control) -> Result<(), Fault> {
+fn receive(machine: &Arc<Machine>, incoming: &Incoming, control: &Control) -> Result<(), Fault> {
+    if incoming.local {
+        return take_over(machine, incoming, control);
+    }
     let config = machine.config();
     let credentials = Credentials::load(&config.tls, &config.cluster_id)
         .map_err(|error| Fault::new(error.code(), error.to_string()))?;
@@ -66,7 +89,16 @@ fn receive(machine: &Machine, incoming: &Incoming, control: &Control) -> Result<
     let admit = |admission: &Admission| {
         listener.accept_streams(&credentials.rustls_server(), verify, admission, control)
     };
-    let params = Params {
+    let vm = Target {
+        machine,
+        memory: Mutex::default(),
+    };
+    let received = target::run(&vm, stream, admit, &params(config, incoming), control)?;
+    machine.received(received)
+}
+
+fn params(config: &Config, incoming: &Incoming) -> Params {
+    Params {
         migration: incoming.migration.clone(),
         vm: config.vm.clone(),
         from_host: incoming.from_host.clone(),
@@ -74,15 +106,30 @@ fn receive(machine: &Machine, incoming: &Incoming, control: &Control) -> Result<
         device_model: DEVICE_MODEL,
         cpu_profile: config.cpu_profile.name().to_owned(),
         plaintext: incoming.plaintext,
+        local: incoming.local,
         link_timeout: LINK_TIMEOUT,
-    };
-    let received = target::run(&Target(machine), stream, admit, &params, control)?;
-    machine.received(received)?;
+    }
+}
+
+/// An upgrade: the VMM before this one, on this host, hands over the memory itself.
+fn take_over(machine: &Arc<Machine>, incoming: &Incoming, control: &Control) -> Result<(), Fault> {
+    let config = machine.config();
+    let listener = LocalListener::bind(&config.handover_socket())?;
     info!(
         migration = incoming.migration,
-        "everything is verified and restored"
+        "waiting for the VMM before this one"
     );
-    Ok(())
+    machine.listening(LOCAL_ADDR.to_owned());
+    drover_points::reach("target.listening");
+    let (stream, memory) = listener.accept(control)?;
+    drop(listener);
+    let vm = Target {
+        machine,
+        memory: Mutex::new(Some(memory.into())),
+    };
+    let none = |_: &Admission| Err(Fault::new(Code::Internal, "an upgrade has no streams"));
+    let received = target::run(&vm, stream, none, &params(config, incoming), control)?;
+    machine.received(received)
 }
 
 /// Only the source's host may send.

@@ -35,6 +35,7 @@ pub mod save;
 pub mod throttle;
 pub mod time;
 pub mod vcpu;
+pub mod version;
 pub mod vm;
 
 /// Version of the save-state this build writes; it reads every version up to it.

@@ -8,8 +8,9 @@
 //! lock, and whatever a stalled disk makes a log line wait for; the watch thread only makes the state that is told follow.
 //! A holder that panics ends the process, see `main.rs`.
 
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use drover_migration::Control;
@@ -32,7 +33,7 @@ use crate::right::Right;
 use crate::time::{NS_PER_S, boottime_ns};
 use crate::vcpu::GuestEnd;
 use crate::vm::{Shape, Vm};
-use crate::{boot, incoming, outgoing};
+use crate::{boot, incoming, outgoing, version};
 
 /// How long the watch thread sleeps at most, ms; only so that it notices when its machine is gone.
 const WATCH_PERIOD_MS: u16 = 1000;
@@ -64,7 +65,8 @@ struct Core {
 /// One VM of this process.
 pub struct Machine {
     config: Config,
-    vm: Option<Vm>,
+    /// Set from the start, or once the memory is there that it is built on.
+    vm: OnceLock<Vm>,
     console: Arc<Console>,
     core: Mutex<Core>,
     watch: Watch,
@@ -82,14 +84,18 @@ fn shape(config: &Config) -> Shape {
     }
 }
 
-fn build(config: &Config) -> Result<Vm, Fault> {
+/// The VM; none yet where it is to be built on memory that is handed over.
+fn build(config: &Config) -> Result<Option<Vm>, Fault> {
+    if config.incoming.as_ref().is_some_and(|incoming| incoming.local) {
+        return Ok(None);
+    }
     let vm = Vm::build(shape(config))?;
     if config.incoming.is_none() {
         let entry = boot::load(vm.memory(), config)?;
         vm.boot(config.cpu_profile, entry)?;
         vm.memory().forget_written();
     }
-    Ok(vm)
+    Ok(Some(vm))
 }
 
 impl Machine {
@@ -102,7 +108,7 @@ impl Machine {
             None => Right::cold(config.epoch),
         };
         let (vm, reason) = match built {
-            Ok(vm) => (Some(vm), None),
+            Ok(vm) => (vm, None),
             Err(fault) => {
                 error!(%fault, "the VM cannot be built");
                 right.failed();
@@ -114,7 +120,7 @@ impl Machine {
         let timer = TimerFd::new(ClockId::CLOCK_BOOTTIME, flags).map_err(internal)?;
         let machine = Arc::new(Self {
             console: vm.as_ref().map_or_else(Arc::default, |vm| vm.console().clone()),
-            vm,
+            vm: vm.map_or_else(OnceLock::new, OnceLock::from),
             core: Mutex::new(Core {
                 right,
                 running: false,
@@ -133,8 +139,11 @@ impl Machine {
             config,
         });
         machine.settle(&mut machine.core());
-        if machine.vm.is_some() {
+        if machine.vm().is_some() {
             spawn("watch", Arc::downgrade(&machine), watch_loop)?;
+        }
+        let failed = machine.core().reason.is_some();
+        if !failed {
             machine.start_incoming()?;
         }
         Ok(machine)
@@ -151,13 +160,13 @@ impl Machine {
 
     /// The VM, unless it could not be built.
     pub fn vm(&self) -> Option<&Vm> {
-        self.vm.as_ref()
+        self.vm.get()
     }
 
     /// The VM of a machine whose engine runs: an engine is only started for a VM that was built.
     pub(crate) fn built(&self) -> &Vm {
         self.vm
-            .as_ref()
+            .get()
             .expect("an engine is only started for a VM that was built")
     }
 
@@ -185,8 +194,16 @@ impl Machine {
 
     /// Makes the vCPUs run or stand as the right says, arms the deadline's timer, and publishes what changed.
     fn settle(&self, core: &mut Core) {
-        let may_run = core.right.may_run(boottime_ns());
-        if let Some(vm) = &self.vm {
+        let mut may_run = core.right.may_run(boottime_ns());
+        if let Some(vm) = self.vm() {
+            if may_run
+                && !core.ran_before
+                && let Err(fault) = vm.open_memory()
+            {
+                error!(%fault, "the memory that was handed over cannot be written to");
+                Self::note_end(core, GuestEnd::Failed(fault));
+                may_run = false;
+            }
             if may_run {
                 self.arm(core.right.deadline_ns());
                 if !core.running && (core.ran_before || self.config.incoming.is_some()) {
@@ -237,6 +254,7 @@ impl Machine {
             console_next: 0,
             pid: std::process::id(),
             deadline_boottime_ns: core.right.deadline_ns(),
+            build: Some(version::own().clone()),
         };
         let mut told = None;
         self.info.send_if_modified(|info| {
@@ -262,7 +280,7 @@ impl Machine {
     /// The deadline's timer or the guest's end woke the watch thread.
     fn look(&self) {
         let mut core = self.core();
-        if let Some(end) = self.vm.as_ref().and_then(Vm::end) {
+        if let Some(end) = self.vm().and_then(Vm::end) {
             Self::note_end(&mut core, end);
         }
         self.settle(&mut core);
@@ -388,7 +406,7 @@ impl Machine {
     /// Types on the console. A VM that may be saved at any moment, or has ended, takes nothing.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
         let core = self.core();
-        match &self.vm {
+        match self.vm() {
             Some(vm) if core.running => vm.type_in(bytes),
             _ => 0,
         }
@@ -428,7 +446,7 @@ impl Machine {
                     format!("a migration is under way: {id}"),
                 ));
             }
-            if self.vm.is_none() || !core.right.live() {
+            if self.vm().is_none() || !core.right.live() {
                 let state = self.info().state().as_str_name();
                 return Err(Fault::new(
                     Code::VmState,
@@ -575,7 +593,7 @@ impl Machine {
             let message = format!("migration {} of this VM is under way", migration.id);
             return Err(Fault::new(Code::MigrationActive, message).field("vm"));
         }
-        match &self.vm {
+        match self.vm() {
             Some(vm) if core.running => Ok(vm),
             _ => {
                 let state = core.right.state(boottime_ns()).as_str_name();
@@ -583,6 +601,15 @@ impl Machine {
                 Err(Fault::new(Code::VmState, message).field("vm"))
             }
         }
+    }
+
+    /// Builds the VM on the memory that the VMM before this one has handed over.
+    pub(crate) fn adopt(self: &Arc<Self>, memory: &File) -> Result<(), Fault> {
+        let vm = Vm::build_on(shape(&self.config), memory, self.console.clone())?;
+        if self.vm.set(vm).is_err() {
+            return Err(Fault::new(Code::Internal, "memory was handed over twice"));
+        }
+        spawn("watch", Arc::downgrade(self), watch_loop)
     }
 
     /// An incoming VMM listens.

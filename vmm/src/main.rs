@@ -17,7 +17,7 @@ use nix::sys::stat::{Mode, umask};
 use tracing::{error, info};
 
 #[derive(Parser)]
-#[command(version, about = "Runs one Drover virtual machine; started by drover-agent")]
+#[command(version = drover_vmm::version::text(), about = "Runs one Drover virtual machine; started by drover-agent")]
 struct Args {
     /// The VM's configuration, JSON
     #[arg(long, value_name = "FILE")]

@@ -10,13 +10,16 @@
 //! A page that was never written is a hole of the file, unless a neighbour was written and both lie in one huge page: then it is zero.
 //! Reading a hole through the mapping fills it, with zeroes; making a page zero again punches a hole.
 
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
 
 use drover_migration::vm::{Layout, PAGE_SIZE, PageSet, Region};
 use drover_proto::{Code, Fault};
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::sys::mman::{ProtFlags, mprotect};
 use nix::unistd::{Whence, lseek};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{
@@ -90,6 +93,29 @@ fn broken(what: &str, error: impl std::fmt::Display) -> Fault {
     Fault::new(Code::VmmStartFailed, format!("guest memory: {what}: {error}"))
 }
 
+/// What was handed over as guest memory must be a file of exactly its size that can be read and written: a shorter one would end this
+/// process at the first page beyond it.
+fn check_adopted(file: &File, bytes: u64) -> Result<(), Fault> {
+    let refused =
+        |what: String| Fault::new(Code::BadState, format!("the memory that was handed over {what}"));
+    let about = file
+        .metadata()
+        .map_err(|error| refused(format!("cannot be looked at: {error}")))?;
+    if !about.is_file() || about.len() != bytes {
+        return Err(refused(format!(
+            "is {} of {} bytes; a file of {bytes} is due",
+            if about.is_file() { "a file" } else { "no file" },
+            about.len()
+        )));
+    }
+    let flags = fcntl(file, FcntlArg::F_GETFL).map_err(|error| refused(format!("has no flags: {error}")))?;
+    let mode = OFlag::from_bits_truncate(flags) & OFlag::O_ACCMODE;
+    if mode != OFlag::O_RDWR {
+        return Err(refused("was not opened for reading and writing".to_owned()));
+    }
+    Ok(())
+}
+
 impl Memory {
     /// Maps `bytes` of zeroes, a multiple of 1 MiB; `huge_pages`: in huge pages, if the host allows it.
     pub fn new(bytes: u64, huge_pages: bool) -> Result<Self, Fault> {
@@ -98,6 +124,45 @@ impl Memory {
             "guest memory is whole MiB"
         );
         let file = backing::create(bytes, huge_pages)?;
+        Self::of_file(&file, bytes, huge_pages)
+    }
+
+    /// Maps the memory of another VMM, `bytes` of it, for reading only: until [`Memory::open`] nothing in this process, nor KVM on its
+    /// behalf, can write to it.
+    pub fn adopt(file: &File, bytes: u64, huge_pages: bool) -> Result<Self, Fault> {
+        check_adopted(file, bytes)?;
+        let memory = Self::of_file(file, bytes, huge_pages)?;
+        memory.protect(ProtFlags::PROT_READ)?;
+        Ok(memory)
+    }
+
+    /// Lets adopted memory be written to.
+    pub fn open(&self) -> Result<(), Fault> {
+        self.protect(ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)
+    }
+
+    #[allow(unsafe_code, reason = "the protection of a mapping is changed by its address")]
+    fn protect(&self, to: ProtFlags) -> Result<(), Fault> {
+        for region in self.mapped.iter() {
+            let len = usize::try_from(region.len()).map_err(|error| broken("size", error))?;
+            let start =
+                NonNull::new(region.as_ptr().cast()).ok_or_else(|| broken("protect", "no mapping"))?;
+            // SAFETY: the range is exactly one live mapping of this VM's, which nothing in Rust refers to: guest memory is read and
+            // written through raw pointers, volatile, or by the kernel, to which a refused access is an error and not undefined.
+            unsafe { mprotect(start, len, to) }.map_err(|error| broken("protect", error))?;
+        }
+        Ok(())
+    }
+
+    /// The file that the guest's memory is, for another VMM to adopt.
+    pub fn file(&self) -> &File {
+        self.region(0)
+            .file_offset()
+            .expect("every region is a piece of the file")
+            .file()
+    }
+
+    fn of_file(file: &File, bytes: u64, huge_pages: bool) -> Result<Self, Fault> {
         let layout = layout(bytes);
         let mut ranges = Vec::with_capacity(layout.len());
         let mut offset = 0;
@@ -191,11 +256,7 @@ impl Memory {
     /// How many pages from `first` on, at most `count`, were never written: a hole of the file (lseek(2), `SEEK_DATA`).
     /// Reading them through the mapping would fill it with zeroes.
     pub fn hole_ahead(&self, first: u64, count: u64) -> u64 {
-        let file = self
-            .region(0)
-            .file_offset()
-            .expect("every region is a piece of the file")
-            .file();
+        let file = self.file();
         // Pages are numbered as they stand in the file.
         let Some(at) = first.checked_mul(PAGE).and_then(|at| i64::try_from(at).ok()) else {
             return 0;
@@ -346,6 +407,51 @@ mod tests {
         assert_eq!(memory.hole_ahead(edge + 5, 1), 0);
         assert_eq!(memory.hole_ahead(edge + 6, 20), 20);
         assert_eq!(memory.hole_ahead(u64::MAX, 20), 0);
+    }
+
+    #[test]
+    fn adopted_memory_is_the_same_and_can_be_written_to_only_once_it_is_opened() {
+        let bytes = (3 << 30) + (1 << 20);
+        let first = Memory::new(bytes, true).unwrap();
+        let last = first.pages() - 1;
+        first.write_pages(last, &[5; PAGE_SIZE]).unwrap();
+        let second = Memory::adopt(first.file(), bytes, true).unwrap();
+        let mut page = [0; PAGE_SIZE];
+        second.read_pages(last, &mut page).unwrap();
+        assert_eq!(page, [5; PAGE_SIZE]);
+        // The kernel writes for KVM as it does for read(2): to a mapping that may not be written to it does not.
+        let mut zeroes = File::open("/dev/zero").unwrap();
+        let into = |memory: &Memory, zeroes: &mut File| {
+            memory
+                .mapped()
+                .read_exact_volatile_from(GuestAddress(0), zeroes, PAGE_SIZE)
+                .is_ok()
+        };
+        assert!(!into(&second, &mut zeroes), "it was written to");
+        second.open().unwrap();
+        assert!(into(&second, &mut zeroes));
+        drop(second);
+        first.read_pages(last, &mut page).unwrap();
+        assert_eq!(page, [5; PAGE_SIZE], "it outlives whoever adopted it");
+    }
+
+    #[test]
+    fn memory_of_another_size_or_that_cannot_be_written_is_not_adopted() {
+        let memory = Memory::new(2 << 20, true).unwrap();
+        for bytes in [1 << 20, 3 << 20] {
+            let fault = Memory::adopt(memory.file(), bytes, true).unwrap_err();
+            assert_eq!(fault.code, Code::BadState);
+            assert!(fault.message.contains("2097152 bytes"), "{fault}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("memory");
+        std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+        for wrong in [File::open(&path).unwrap(), File::open(dir.path()).unwrap()] {
+            assert_eq!(
+                Memory::adopt(&wrong, 1 << 20, true).unwrap_err().code,
+                Code::BadState
+            );
+        }
     }
 
     #[test]

@@ -4,16 +4,18 @@
 //! [`Machine::outcome`], whatever happened to the link.
 
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use drover_migration::convergence::Costs;
 use drover_migration::source::{self, Outcome, Params, Way};
-use drover_migration::transport::{self, LINK_TIMEOUT};
+use drover_migration::transport::{self, LINK_TIMEOUT, connect_local};
 use drover_migration::vm::{Layout, PageSet, SourceVm};
 use drover_migration::{Control, vm};
 use drover_pki::{Credentials, host_dns};
 use drover_proto::v1::StartOutgoingRequest;
-use drover_proto::{Code, Fault};
+use drover_proto::{Code, Fault, LOCAL_PREFIX};
 use tracing::{info, warn};
 
 use crate::DEVICE_MODEL;
@@ -83,6 +85,11 @@ impl SourceVm for Source<'_> {
     }
 }
 
+/// Whether it goes to another VMM of this host, which takes over the memory itself.
+fn is_local(request: &StartOutgoingRequest) -> bool {
+    request.target_addr.starts_with(LOCAL_PREFIX)
+}
+
 fn params(machine: &Machine, request: &StartOutgoingRequest) -> Params {
     let config = machine.config();
     Params {
@@ -94,7 +101,12 @@ fn params(machine: &Machine, request: &StartOutgoingRequest) -> Params {
         options: request.options.unwrap_or_default(),
         device_model: DEVICE_MODEL,
         cpu_profile: config.cpu_profile.name().to_owned(),
-        tracker: machine.built().tracker_name(),
+        tracker: if is_local(request) {
+            "none"
+        } else {
+            machine.built().tracker_name()
+        },
+        local: is_local(request),
         link_timeout: LINK_TIMEOUT,
     }
 }
@@ -108,6 +120,16 @@ pub fn run(machine: &Machine, request: &StartOutgoingRequest, control: &Control)
         addr = request.target_addr,
         "sending the VM"
     );
+    let source = Source {
+        machine,
+        migration: id,
+        paused: AtomicBool::new(false),
+    };
+    let params = params(machine, request);
+    if let Some(path) = request.target_addr.strip_prefix(LOCAL_PREFIX) {
+        let hand_over = |_| connect_local(Path::new(path), machine.built().memory().file().as_fd());
+        return ended(machine, id, source::run(&source, hand_over, &params, control));
+    }
     let dial = |way| {
         let addr: SocketAddr = request.target_addr.parse().map_err(|_| {
             let message = format!("target_addr {:?} is no ip:port", request.target_addr);
@@ -126,12 +148,12 @@ pub fn run(machine: &Machine, request: &StartOutgoingRequest, control: &Control)
             control,
         )
     };
-    let source = Source {
-        machine,
-        migration: id,
-        paused: AtomicBool::new(false),
-    };
-    match source::run(&source, dial, &params(machine, request), control) {
+    ended(machine, id, source::run(&source, dial, &params, control));
+}
+
+/// What becomes of the engine's verdict.
+fn ended(machine: &Machine, id: &str, outcome: Outcome) {
+    match outcome {
         Outcome::AwaitOutcome => info!(migration = id, "the target is ready; waiting for the outcome"),
         Outcome::FailedRunning(fault) => machine.migration_failed(id, fault),
         Outcome::FailedPaused(fault) => {

@@ -5,8 +5,12 @@
 //!                │
 //!                ├── save: the VmSave of this instant; memory is read by pages
 //!                └── restore: before the first resume, into a VM built without a kernel
+//!
+//! A VM can be built on the memory of another VMM's, to take it over. Until that is decided it only reads there: the mapping is
+//! read-only, so that neither this process nor KVM on its behalf can write, whatever the restored state asks for.
 //! ```
 
+use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -15,7 +19,8 @@ use drover_migration::convergence::Costs;
 use drover_migration::vm::PageSet;
 use drover_proto::{Code, Fault};
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_cpuid_entry2, kvm_userspace_memory_region,
+    KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_cpuid_entry2, kvm_msr_entry,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
 use tracing::debug;
@@ -73,6 +78,8 @@ pub struct Vm {
     ended: EventFd,
     tracker: Mutex<Box<dyn DirtyTracker>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// As long as the memory may not be written to: what every vCPU is told again once it may.
+    guarded: Mutex<Option<Vec<Vec<kvm_msr_entry>>>>,
 }
 
 fn start_failed(what: &str, error: impl std::fmt::Display) -> Fault {
@@ -82,6 +89,27 @@ fn start_failed(what: &str, error: impl std::fmt::Display) -> Fault {
 impl Vm {
     /// Builds a paused VM without a kernel: to be booted with [`Vm::boot`] or filled with [`Vm::restore`].
     pub fn build(shape: Shape) -> Result<Self, Fault> {
+        let memory = || Memory::new(shape.memory_bytes, shape.huge_pages);
+        Self::assemble(shape, memory, Arc::default())
+    }
+
+    /// Builds a paused VM on the memory of another VMM's, which that one may still be running: to be filled with [`Vm::restore`]. It does
+    /// not write to the memory until [`Vm::open_memory`].
+    pub fn build_on(shape: Shape, memory: &File, console: Arc<Console>) -> Result<Self, Fault> {
+        let vm = Self::assemble(
+            shape,
+            || Memory::adopt(memory, shape.memory_bytes, shape.huge_pages),
+            console,
+        )?;
+        *vm.guarded() = Some(Vec::new());
+        Ok(vm)
+    }
+
+    fn assemble(
+        shape: Shape,
+        memory: impl FnOnce() -> Result<Memory, Fault>,
+        console: Arc<Console>,
+    ) -> Result<Self, Fault> {
         let kvm = Kvm::new()
             .map_err(|error| Fault::new(Code::KvmUnusable, format!("/dev/kvm cannot be opened: {error}")))?;
         let mut caps = Caps::ask(&kvm)?;
@@ -97,13 +125,12 @@ impl Vm {
                 .map_err(|error| start_failed("identity map", error))?;
         }
         irqchip::create(&fd)?;
-        let memory = Arc::new(Memory::new(shape.memory_bytes, shape.huge_pages)?);
+        let memory = Arc::new(memory()?);
         set_slots(&fd, &memory, false)?;
         let eventfd = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         let line = eventfd().map_err(|error| start_failed("eventfd", error))?;
         fd.register_irqfd(&line, IRQ)
             .map_err(|error| start_failed("serial port's interrupt", error))?;
-        let console = Arc::new(Console::default());
         let devices = Arc::new(Devices::new(SerialPort::new(line, console.clone())?));
         let ended = eventfd().map_err(|error| start_failed("eventfd", error))?;
         let announce = ended
@@ -116,6 +143,7 @@ impl Vm {
             tracker: Mutex::new(Box::new(Bitmap::new(&caps))),
             gate: Arc::new(Gate::new(announce)),
             threads: Mutex::default(),
+            guarded: Mutex::default(),
             fd,
             caps,
             memory,
@@ -299,8 +327,33 @@ impl Vm {
                 .map_err(|fault| Fault::new(fault.code, format!("vCPU {}: {}", cell.id, fault.message)))?;
             cell.cpuid().clone_from(&vcpu.cpuid);
         }
+        if let Some(guarded) = self.guarded().as_mut() {
+            *guarded = saved
+                .vcpus
+                .iter()
+                .map(|vcpu| state::written_through(&vcpu.msrs))
+                .collect();
+        }
         // Last: it may raise its interrupt, which the controllers restored above must not forget.
         self.devices.serial().restore(&saved.serial)
+    }
+
+    /// Lets this VM, built on another VMM's memory, write to it: that one never runs again. Nothing to do for any other, or twice.
+    pub fn open_memory(&self) -> Result<(), Fault> {
+        let mut guarded = self.guarded();
+        let Some(msrs) = guarded.as_ref() else {
+            return Ok(());
+        };
+        self.memory.open()?;
+        for (cell, msrs) in self.cells.iter().zip(msrs) {
+            state::restore_written_through(&cell.fd(), msrs)?;
+        }
+        *guarded = None;
+        Ok(())
+    }
+
+    fn guarded(&self) -> MutexGuard<'_, Option<Vec<Vec<kvm_msr_entry>>>> {
+        self.guarded.lock().expect("no holder of this lock panics")
     }
 
     /// [`Vm::restore`] of an encoded state.

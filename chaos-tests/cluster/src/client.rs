@@ -210,6 +210,21 @@ impl Client {
             vm: vm.to_owned(),
             to: to.to_owned(),
             options: Some(options),
+            upgrade: false,
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.migrate_vm(request).await }
+        })
+    }
+
+    /// Starts an upgrade: the VM's VMM is replaced on its own host.
+    pub fn upgrade(&self, vm: &str) -> Result<Migration, Fault> {
+        let request = MigrateVmRequest {
+            request_id: request_id(),
+            vm: vm.to_owned(),
+            upgrade: true,
+            ..MigrateVmRequest::default()
         };
         self.call(|mut client| {
             let request = request.clone();
@@ -229,6 +244,7 @@ impl Client {
             vm: vm.to_owned(),
             to: to.to_owned(),
             options: Some(options),
+            upgrade: false,
         };
         self.call(|mut client| {
             let request = request.clone();

@@ -30,6 +30,9 @@ pub const CLUSTER_ID: &str = "chaos";
 const CONTROLLER_PORT: u16 = 7001;
 const AGENT_PORT: u16 = 7101;
 
+/// The VMM's program; what is installed on a host lies in the host's folder.
+const VMM: &str = "drover-vmm";
+
 /// A file that says that the folder is to be kept.
 const KEPT: &str = "kept";
 
@@ -265,6 +268,7 @@ impl Cluster {
         }
         for (index, host) in hosts.iter().enumerate() {
             let tls = ca.issue_to(&host.dir, Role::Host, &host_name(index))?;
+            std::os::unix::fs::symlink(binaries.join(VMM), host.dir.join(VMM))?;
             write_config(host, &agent_config(index, &tls, &images, setup))?;
         }
 
@@ -356,6 +360,27 @@ impl Cluster {
         let vmms = find("drover-vmm", &self.vm_dir(index, vm));
         kill_all(&vmms);
         vmms.len()
+    }
+
+    /// `kill -9` of the VMMs of `vm` on a host that are for `epoch`; how many there were.
+    pub fn kill_vmms_for(&mut self, index: usize, vm: &str, epoch: u64) -> usize {
+        let vmms = find("drover-vmm", &self.vm_dir(index, vm).join(format!("e{epoch}-")));
+        kill_all(&vmms);
+        vmms.len()
+    }
+
+    /// The VMM's program, as it was built.
+    pub fn vmm_program(&self) -> PathBuf {
+        self.binaries.join("drover-vmm")
+    }
+
+    /// Installs `program` as a host's VMM, over the name of the one that is there, as a package manager does.
+    pub fn install_vmm(&self, index: usize, program: &[u8]) {
+        let installed = self.hosts[index].dir.join(VMM);
+        let staged = installed.with_extension("new");
+        fs::write(&staged, program).expect("a program can be written");
+        fs::set_permissions(&staged, fs::Permissions::from_mode(0o755)).expect("it is ours");
+        fs::rename(&staged, &installed).expect("both are in one folder");
     }
 
     /// How many processes run a VMM of `vm` on a host, by the kernel's word.
@@ -485,6 +510,18 @@ impl Cluster {
         })
     }
 
+    /// Waits until `vm` is reported running and a VMM executes it; where and as which epoch. Others of it may be waiting.
+    pub fn await_vm_runs_as(&self, vm: &str) -> (usize, u64) {
+        await_some(&format!("{vm} to run"), || {
+            let record = self.client.vm(vm).map_err(|fault| fault.to_string())?;
+            let seen = self.vmms(vm);
+            match seen.iter().find(|vmm| vmm.runs()) {
+                Some(runs) if record.state() == VmState::Running => Ok((runs.host, runs.info.epoch)),
+                _ => Err(format!("{record:?}; VMMs {seen:?}")),
+            }
+        })
+    }
+
     /// Waits until no process of `vm` is left on any host.
     pub fn await_no_vmm(&self, vm: &str) {
         await_some(&format!("the end of every VMM of {vm}"), || {
@@ -585,7 +622,7 @@ fn agent_config(index: usize, tls: &TlsFiles, images: &Path, setup: &Setup) -> s
     json!({
         "cluster_id": CLUSTER_ID, "name": host_name(index), "data_dir": "data", "listen": own, "advertise": own,
         "migration_ip": host_ip(index), "controllers": controller_addrs(), "images_dir": images,
-        "vmm": setup.binaries.join("drover-vmm"), "tls": tls, "memory_mib": setup.host_memory_mib, "cpus": 8,
+        "vmm": VMM, "tls": tls, "memory_mib": setup.host_memory_mib, "cpus": 8,
     })
 }
 

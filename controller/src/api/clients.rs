@@ -247,9 +247,7 @@ impl Controller for Api {
             |call, message| {
                 let plan = PlanMigration {
                     forecast: forecast::remembered(call, &message),
-                    vm: message.vm,
-                    to: message.to,
-                    options: message.options,
+                    ..forecast::plan_of(call, &message)
                 };
                 (message.request_id, Kind::PlanMigration(plan))
             },

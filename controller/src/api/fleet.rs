@@ -213,7 +213,8 @@ async fn report_vm(call: Call, request: ReportVmRequest) -> Result<ReportVmRespo
             && drover_state::host_of(vm) == request.host
             && vm.state() == request.state()
             && drover_state::occupies(vm)
-            && vm.seen_epoch == epoch;
+            && vm.seen_epoch == epoch
+            && (request.vmm.is_none() || vm.vmm == request.vmm);
         same.then_some(true)
     });
     if let Some(current) = known {
@@ -231,7 +232,7 @@ async fn report_migration(
 ) -> Result<ReportMigrationResponse, Fault> {
     call.caller.speaks_for(&request.host)?;
     let migration = migration(&call, &request.migration)?;
-    let side = side_of(&migration, &request.host)?;
+    let side = side_of(&migration, &request.host, request.epoch)?;
     if let Some(progress) = &request.progress {
         call.api
             .memory
@@ -320,7 +321,7 @@ async fn abort_migration(
     call.caller.speaks_for(&request.host)?;
     let id = request.migration.clone();
     let known = migration(&call, &id)?;
-    side_of(&known, &request.host)?;
+    side_of(&known, &request.host, 0)?;
     let furthest = request.phase().max(call.api.memory.progress.phase(&known));
     request.set_phase(furthest);
     reach("controller.before_abort").await;
@@ -341,8 +342,10 @@ fn migration(call: &Call, id: &str) -> Result<Migration, Fault> {
         })
 }
 
-fn side_of(migration: &Migration, host: &str) -> Result<Side, Fault> {
-    if host == migration.from {
+/// Which side reports: by its host or, where both are on one, by the epoch that its VMM was started for.
+fn side_of(migration: &Migration, host: &str, epoch: u64) -> Result<Side, Fault> {
+    let is_target = migration.is_upgrade() && epoch == migration.epoch;
+    if host == migration.from && !is_target {
         return Ok(Side::Source);
     }
     if host == migration.to {

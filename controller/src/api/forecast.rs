@@ -18,7 +18,7 @@ use drover_proto::v1::{
 use drover_proto::{Code, Fault};
 use drover_state::limits::VMS_MAX;
 use drover_state::preflight::{Preflight, preflight};
-use drover_state::{State, epoch_of};
+use drover_state::{State, epoch_of, host_of};
 use tokio::time::timeout;
 
 use super::console::{AGENT_TIMEOUT, agent, answered, place_of};
@@ -70,7 +70,8 @@ impl Forecasts {
     fn find(&self, asked: &MigrateVmRequest, epoch: u64, now: Instant) -> Option<Forecast> {
         let by_vm = self.lock();
         let kept = by_vm.get(&asked.vm)?;
-        let same = kept.asked.to == asked.to
+        let same = !asked.upgrade
+            && kept.asked.to == asked.to
             && kept.asked.options.unwrap_or_default() == asked.options.unwrap_or_default()
             && kept.epoch == epoch
             && now.saturating_duration_since(kept.made) < REMEMBERED_FOR;
@@ -87,21 +88,33 @@ pub(super) fn remembered(call: &Call, asked: &MigrateVmRequest) -> Option<Foreca
     call.api.memory.forecasts.find(asked, epoch, Instant::now())
 }
 
-/// The dry run.
-pub(super) async fn forecast(call: &Call, asked: MigrateVmRequest) -> Result<MigrationForecast, Fault> {
-    let plan = PlanMigration {
+/// What is asked for as it is planned: an upgrade's target is the host that the VM is on, as far as this leader knows. `apply` refuses
+/// it should the VM be elsewhere by then.
+pub(super) fn plan_of(call: &Call, asked: &MigrateVmRequest) -> PlanMigration {
+    let mut plan = PlanMigration {
         vm: asked.vm.clone(),
         to: asked.to.clone(),
         options: asked.options,
         forecast: None,
+        upgrade: asked.upgrade,
     };
+    if plan.upgrade && plan.to.is_empty() {
+        let host = |state: &State| state.vm(&plan.vm).map(|vm| host_of(vm).to_owned());
+        plan.to = call.api.consensus.read(host).unwrap_or_default();
+    }
+    plan
+}
+
+/// The dry run. Of an upgrade there are the findings only: it sends no page, so nothing depends on what the guest writes.
+pub(super) async fn forecast(call: &Call, asked: MigrateVmRequest) -> Result<MigrationForecast, Fault> {
+    let plan = plan_of(call, &asked);
     let (found, link) = call.api.consensus.read(|state| {
         let found = preflight(state, &plan)?;
         let link = measured(state, &found.from, &found.to, found.options.plaintext);
         Ok::<_, Fault>((found, link))
     })?;
     let mut answer = told(&asked.vm, &found);
-    if found.refusal().is_none() {
+    if found.refusal().is_none() && !asked.upgrade {
         match watched(call, &asked, &found, link).await {
             Ok(forecast) => answer.forecast = Some(forecast),
             Err(fault) if fault.code == Code::NoLeader => return Err(fault),
@@ -211,6 +224,7 @@ mod tests {
                 max_downtime_ms,
                 ..MigrationOptions::default()
             }),
+            upgrade: false,
         }
     }
 

@@ -37,6 +37,8 @@ pub const HOST_LIST_MAX: usize = 4_096;
 pub const EARLIER_BOOTS_MAX: usize = 8;
 /// Bytes of any other text that a host reports.
 pub const TEXT_BYTES_MAX: usize = 1_024;
+/// Characters of a VMM's version, and of its build id.
+pub const BUILD_CHARS_MAX: usize = 64;
 /// Bytes of a reason's message; longer ones are cut.
 pub const REASON_BYTES_MAX: usize = 4_096;
 

@@ -16,7 +16,7 @@ use crate::validate::{self, quoted};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
     /// Its stable name: `options`, `migration`, `state`, `target`, `other_host`, `host_up`, `memory`, `vcpus`, `images`,
-    /// `cpu`, `device_model`.
+    /// `cpu`, `device_model`; of an upgrade besides: `installed`, `running`.
     pub check: &'static str,
     /// What was found, for people, or what refuses the migration.
     pub outcome: Result<String, Fault>,
@@ -60,7 +60,12 @@ pub fn preflight(state: &State, plan: &PlanMigration) -> Result<Preflight, Fault
         )
         .field("vm")
     })?;
-    let mut options = validate::options(plan.options.as_ref(), &state.settings);
+    let validated = if plan.upgrade {
+        validate::upgrade_options
+    } else {
+        validate::options
+    };
+    let mut options = validated(plan.options.as_ref(), &state.settings);
     if let Ok(options) = &mut options {
         options.commit_us = commit_us(state);
         options.pause_us = pause_us(state);
@@ -79,7 +84,9 @@ pub fn preflight(state: &State, plan: &PlanMigration) -> Result<Preflight, Fault
     found.note("options", options.map(|_| within));
     found.note("migration", not_moving(vm, &plan.vm));
     found.note("state", running(vm, &plan.vm));
-    if plan.to.is_empty() {
+    if plan.upgrade {
+        upgrade(state, vm, &plan.vm, &mut found);
+    } else if plan.to.is_empty() {
         choose(state, vm, &mut found);
     } else {
         named(state, vm, &plan.vm, &mut found);
@@ -119,6 +126,60 @@ fn choose(state: &State, vm: &Vm, found: &mut Preflight) {
     }
 }
 
+/// The target is the VM's own host, and a VMM of the version that is installed there. Memory and vCPUs are not asked for: the two
+/// VMMs have one memory, and never run at the same time.
+fn upgrade(state: &State, vm: &Vm, name: &str, found: &mut Preflight) {
+    let (from, to) = (found.from.clone(), found.to.clone());
+    let refused = |code, field, message: String| Err(Fault::new(code, message).field(field));
+    if to != from {
+        let message = format!(
+            "to is {}; an upgrade stays on {name}'s host, {from:?}",
+            quoted(&to)
+        );
+        return found.note("target", refused(Code::InvalidArgument, "to", message));
+    }
+    let Some(host) = state.host(&from) else {
+        let message = format!("{name} is on no host: only a VM that runs has a VMM to be replaced");
+        return found.note("target", refused(Code::VmState, "vm", message));
+    };
+    found.note("target", Ok(format!("{name} stays on {from}")));
+    found.note(
+        "host_up",
+        if state.host_is_up(&from) {
+            Ok(format!("{from} is up"))
+        } else {
+            let message = format!("{name} is on {from}, which is declared down");
+            refused(Code::HostDown, "vm", message)
+        },
+    );
+    let installed = host.spec.as_ref().and_then(|spec| spec.vmm.as_ref());
+    found.note(
+        "installed",
+        match installed {
+            Some(build) => Ok(format!("{from} has VMM {build} installed")),
+            None => {
+                let message = format!(
+                    "{from}'s agent names no installed VMM: its program does not answer --version, or the agent is too old for upgrades"
+                );
+                refused(Code::VmmStartFailed, "vm", message)
+            }
+        },
+    );
+    found.note(
+        "running",
+        match &vm.vmm {
+            Some(build) if Some(build) == installed => Ok(format!("{name} runs in VMM {build}, the installed one")),
+            Some(build) => Ok(format!("{name} runs in VMM {build}, which hands over to another")),
+            None => {
+                let message = format!(
+                    "{name} runs in a VMM that has not said which it is: one that old hands over to another host only"
+                );
+                refused(Code::ProtocolVersion, "vm", message)
+            }
+        },
+    );
+}
+
 /// The target was named: everything about it.
 fn named(state: &State, vm: &Vm, name: &str, found: &mut Preflight) {
     let (from, to) = (found.from.clone(), found.to.clone());
@@ -129,7 +190,9 @@ fn named(state: &State, vm: &Vm, name: &str, found: &mut Preflight) {
     };
     found.note("target", Ok(format!("{to} is registered")));
     if to == from {
-        let message = format!("to is {to}; {name} is there already");
+        let message = format!(
+            "to is {to}; {name} is there already: `ctl vm upgrade {name}` replaces its VMM there by the installed one"
+        );
         return found.note("other_host", refused(Code::SameHost, message));
     }
     found.note("other_host", Ok(format!("{to} is another host than {from}")));

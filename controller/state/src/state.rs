@@ -125,7 +125,8 @@ impl State {
         }
         for migration in self
             .migrations_under_way()
-            .filter(|migration| !is_committed(migration))
+            // An upgrade's two VMMs have one memory, and only one of them runs.
+            .filter(|migration| !is_committed(migration) && !migration.is_upgrade())
         {
             if let Some(vm) = self.vm(&migration.vm) {
                 usages.entry(migration.to.as_str()).or_default().add(spec_of(vm));

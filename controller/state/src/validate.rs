@@ -3,13 +3,13 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use drover_proto::v1::{Compression, HostSpec, MigrationOptions, RestartPolicy, Settings, VmSpec};
+use drover_proto::v1::{Compression, HostSpec, MigrationOptions, RestartPolicy, Settings, VmSpec, VmmBuild};
 use drover_proto::{Code, Fault};
 
 use crate::limits::{
-    BANDWIDTH_MIB_S_MAX, CMDLINE_BYTES_MAX, DEADLINE_MS_MAX, HOST_LIST_MAX, IMAGE_NAME_BYTES_MAX,
-    MAX_DOWNTIME_MS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NAME_BYTES_MAX, STREAMS_MAX, TEXT_BYTES_MAX,
-    THROTTLE_PERCENT_MAX, VCPUS_MAX,
+    BANDWIDTH_MIB_S_MAX, BUILD_CHARS_MAX, CMDLINE_BYTES_MAX, DEADLINE_MS_MAX, HOST_LIST_MAX,
+    IMAGE_NAME_BYTES_MAX, MAX_DOWNTIME_MS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NAME_BYTES_MAX, STREAMS_MAX,
+    TEXT_BYTES_MAX, THROTTLE_PERCENT_MAX, VCPUS_MAX,
 };
 use crate::state::default_settings;
 
@@ -169,6 +169,7 @@ pub(crate) fn host_spec(spec: &HostSpec) -> Result<HostSpec, Fault> {
         ));
     }
     host_lists(&spec)?;
+    spec.vmm = spec.vmm.as_ref().map(vmm_build);
     spec.cpu_features.sort_unstable();
     spec.cpu_features.dedup();
     spec.kvm_caps.sort_unstable();
@@ -176,6 +177,15 @@ pub(crate) fn host_spec(spec: &HostSpec) -> Result<HostSpec, Fault> {
     spec.images.sort_by(|a, b| a.name.cmp(&b.name));
     spec.images.dedup_by(|a, b| a.name == b.name);
     Ok(spec)
+}
+
+/// What a VMM says of itself, brought below its bounds: it is shown and compared, nothing else.
+pub(crate) fn vmm_build(build: &VmmBuild) -> VmmBuild {
+    let short = |text: &str| text.chars().take(BUILD_CHARS_MAX).collect();
+    VmmBuild {
+        version: short(&build.version),
+        build: short(&build.build),
+    }
 }
 
 /// Bounds what a host lists and says of itself in its own words.
@@ -276,6 +286,28 @@ pub(crate) fn options(
         return Err(Fault::new(Code::Denied, message).field("options.plaintext"));
     }
     Ok(options)
+}
+
+/// [`options`] of an upgrade, in which no page is sent: what is about pages has no meaning there, and asking for it is a mistake.
+pub(crate) fn upgrade_options(
+    options: Option<&MigrationOptions>,
+    settings: &Settings,
+) -> Result<MigrationOptions, Fault> {
+    let given = options.copied().unwrap_or_default();
+    let about_pages = [
+        ("options.bandwidth_mib_s", given.bandwidth_mib_s > 0),
+        ("options.streams", given.streams > 0),
+        ("options.plaintext", given.plaintext),
+        ("options.max_throttle_percent", given.max_throttle_percent > 0),
+        ("options.allow_postcopy", given.allow_postcopy),
+    ];
+    if let Some((field, _)) = about_pages.into_iter().find(|(_, asked)| *asked) {
+        return Err(invalid(
+            field,
+            format!("{field} is set; an upgrade sends no page, leave it out"),
+        ));
+    }
+    self::options(options, settings)
 }
 
 /// Fills a cluster's settings up with the defaults and checks that they hold together.

@@ -393,6 +393,7 @@ fn a_migration_keeps_the_forecast_that_was_made_for_it_within_bounds() {
             to: "host2".into(),
             options: None,
             forecast,
+            upgrade: false,
         })
     };
     let first = c

@@ -28,6 +28,7 @@ enum Step {
     Pending(usize),
     Report(usize, Option<usize>, i64, VmState),
     Plan(usize, Option<usize>),
+    Upgrade(usize, Option<usize>),
     Advance(u64, MigrationPhase),
     Commit(u64, i64),
     Abort(u64, bool),
@@ -61,7 +62,8 @@ fn step() -> impl Strategy<Value = Step> {
         1 => vm.clone().prop_map(Step::Pending),
         6 => (vm.clone(), prop::option::weighted(0.2, host.clone()), skew.clone(), reported)
             .prop_map(|(v, h, s, r)| Step::Report(v, h, s, r)),
-        4 => (vm, prop::option::of(host.clone())).prop_map(|(v, h)| Step::Plan(v, h)),
+        4 => (vm.clone(), prop::option::of(host.clone())).prop_map(|(v, h)| Step::Plan(v, h)),
+        4 => (vm, prop::option::weighted(0.1, host.clone())).prop_map(|(v, h)| Step::Upgrade(v, h)),
         6 => (back.clone(), phase).prop_map(|(b, p)| Step::Advance(b, p)),
         4 => (back.clone(), skew).prop_map(|(b, s)| Step::Commit(b, s)),
         1 => (back.clone(), any::<bool>()).prop_map(|(b, c)| Step::Abort(b, c)),
@@ -102,15 +104,19 @@ fn resolve(state: &State, step: &Step) -> Kind {
             report(at, VMS[vm], skewed(epoch(vm), skew), reported)
         }
         Step::Plan(vm, host) => plan(VMS[vm], host.map_or("", |host| HOSTS[host])),
-        Step::Advance(back, phase) => advance(
-            &newest(back).id,
-            phase,
-            if phase == MigrationPhase::PreCopy {
-                "127.0.0.1:1"
-            } else {
-                ""
-            },
-        ),
+        Step::Upgrade(vm, host) => {
+            let at = host.map_or_else(|| state.vm(VMS[vm]).map_or("", host_of), |host| HOSTS[host]);
+            upgrade(VMS[vm], at)
+        }
+        Step::Advance(back, phase) => {
+            let migration = newest(back);
+            let addr = match (phase, migration.is_upgrade()) {
+                (MigrationPhase::PreCopy, true) => "local",
+                (MigrationPhase::PreCopy, false) => "127.0.0.1:1",
+                _ => "",
+            };
+            advance(&migration.id, phase, addr)
+        }
         Step::Commit(back, skew) => {
             let migration = newest(back);
             commit(
@@ -183,6 +189,26 @@ fn epoch_monotonic(before: &State, after: &State) {
     }
 }
 
+/// Of the two VMMs of an upgrade, one has the grant: the one whose epoch the placement has.
+fn upgrades_stay_on_their_host(before: &State, after: &State) {
+    for migration in after.migrations().filter(|migration| migration.is_upgrade()) {
+        let Some((was, now)) = before.vm(&migration.vm).zip(after.vm(&migration.vm)) else {
+            continue;
+        };
+        if now.placement.as_ref().unwrap().arrived_by == migration.id {
+            assert_eq!(
+                (host_of(now), epoch_of(now)),
+                (migration.from.as_str(), migration.epoch)
+            );
+            assert!(
+                epoch_of(was) == migration.epoch || host_of(was) == host_of(now),
+                "{} moved by an upgrade",
+                migration.vm
+            );
+        }
+    }
+}
+
 fn capacity_respected(state: &State) {
     for (host, usage) in state.usages() {
         assert!(
@@ -244,6 +270,7 @@ proptest! {
             watch.at_most_one_runner(&state);
             epoch_monotonic(&before, &state);
             capacity_respected(&state);
+            upgrades_stay_on_their_host(&before, &state);
             migrations_go_forward(&before, &state);
         }
     }

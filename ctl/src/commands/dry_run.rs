@@ -20,7 +20,7 @@ pub async fn run(session: &Session, args: &MigrateArgs, options: v1::MigrationOp
 
 /// A refusal has the exit code that the migration's would have, one that would be given up that of an aborted one, and one of
 /// which nothing is known that of what is in the way of knowing.
-fn verdict(view: &DryRunView) -> Result<()> {
+pub fn verdict(view: &DryRunView) -> Result<()> {
     if let Some(refusal) = &view.refusal {
         let mut failure = failure(refusal, "the migration would be refused");
         failure.field = view.refusal_field.clone().unwrap_or_default();

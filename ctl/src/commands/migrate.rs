@@ -42,17 +42,17 @@ pub async fn migrate(session: &Session, args: &MigrateArgs) -> Result<()> {
     Err(aborted(&ended, cancelled))
 }
 
+/// An option's length in milliseconds; 0 where it was not given.
+pub fn length_ms<T: TryFrom<u128> + Default>(option: &str, length: Option<Duration>) -> Result<T> {
+    length.map_or(Ok(T::default()), |length| {
+        T::try_from(length.as_millis()).map_err(|_| Failure::usage(format!("--{option} is too long")))
+    })
+}
+
 fn options(args: &MigrateArgs) -> Result<v1::MigrationOptions> {
-    let too_long = |what: &str| Failure::usage(format!("--{what} is too long"));
-    let max_downtime_ms = args
-        .max_downtime
-        .map_or(Ok(0), |length| u32::try_from(length.as_millis()));
-    let deadline_ms = args
-        .deadline
-        .map_or(Ok(0), |length| u64::try_from(length.as_millis()));
     Ok(v1::MigrationOptions {
-        max_downtime_ms: max_downtime_ms.map_err(|_| too_long("max-downtime"))?,
-        deadline_ms: deadline_ms.map_err(|_| too_long("deadline"))?,
+        max_downtime_ms: length_ms("max-downtime", args.max_downtime)?,
+        deadline_ms: length_ms("deadline", args.deadline)?,
         bandwidth_mib_s: args.bandwidth.unwrap_or(0),
         streams: args.streams.unwrap_or(0),
         plaintext: args.plaintext,
@@ -63,7 +63,7 @@ fn options(args: &MigrateArgs) -> Result<v1::MigrationOptions> {
 }
 
 /// Follows a migration to its end; also tells whether Ctrl-C asked for its cancellation.
-async fn watch(session: &Session, planned: MigrationView) -> Result<(MigrationView, bool)> {
+pub async fn watch(session: &Session, planned: MigrationView) -> Result<(MigrationView, bool)> {
     // One listener for all the time, so that no Ctrl-C falls between two waits.
     let mut interrupts =
         signal(SignalKind::interrupt()).map_err(|error| Failure::io("cannot listen for Ctrl-C", &error))?;

@@ -9,6 +9,7 @@ pub mod migrate;
 pub mod objects;
 mod progress;
 mod terminal;
+pub mod upgrade;
 pub mod vm;
 
 use std::time::{Duration, Instant};

@@ -23,7 +23,7 @@ pub async fn run(session: &Session, command: &VmCommand) -> Result<()> {
                 .out
                 .list(&vms.into_iter().map(VmView::from).collect::<Vec<_>>())
         }
-        VmCommand::Show { vm } => session.out.show(&VmView::from(session.client.vm(vm).await?)),
+        VmCommand::Show { vm } => show(session, vm).await,
         VmCommand::Start(args) => {
             let vm = session.client.start_vm(&args.vm).await?;
             settle(session, args, vm, Goal::Running).await
@@ -37,7 +37,19 @@ pub async fn run(session: &Session, command: &VmCommand) -> Result<()> {
             settle(session, args, vm, Goal::Gone).await
         }
         VmCommand::Console(args) => super::console::run(session, args).await,
+        VmCommand::Upgrade(args) => super::upgrade::run(session, args).await,
     }
+}
+
+/// One VM, and beside it what is installed on its host.
+async fn show(session: &Session, name: &str) -> Result<()> {
+    let mut view = VmView::from(session.client.vm(name).await?);
+    if let (Some(host), Some(_)) = (&view.placement.host, &view.vmm) {
+        // Shown without, should the host be gone by now.
+        let spec = session.client.host(host).await.ok().and_then(|host| host.spec);
+        view.compare(spec.and_then(|spec| spec.vmm));
+    }
+    session.out.show(&view)
 }
 
 async fn create(session: &Session, args: &CreateArgs) -> Result<()> {

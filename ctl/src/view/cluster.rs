@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use drover_proto::v1;
 use serde::Serialize;
 
-use super::{dash, some};
+use super::{VmmView, dash, some};
 use crate::output::{Detailed, Tabular};
 use crate::units::{bytes, instant};
 
@@ -168,6 +168,8 @@ pub struct HostView {
     pub migration_ip: String,
     /// Of its agent.
     pub version: String,
+    /// The VMM that is installed; null: it could not be asked.
+    pub vmm: Option<VmmView>,
     /// Version of the save-state it writes.
     pub device_model: u32,
     /// Of its kernel.
@@ -223,6 +225,7 @@ impl From<v1::Host> for HostView {
             agent_addr: spec.agent_addr,
             migration_ip: spec.migration_ip,
             version: spec.version,
+            vmm: spec.vmm.map(VmmView::from),
             device_model: spec.device_model,
             boot_id: spec.boot_id,
             images: spec.images.into_iter().map(HostImageView::from).collect(),
@@ -292,6 +295,7 @@ impl Detailed for HostView {
             ("agent", self.agent_addr.clone()),
             ("migration ip", self.migration_ip.clone()),
             ("version", self.version.clone()),
+            ("vmm", dash(self.vmm.as_ref().map(VmmView::line).as_deref())),
             ("device model", self.device_model.to_string()),
             ("boot id", self.boot_id.clone()),
             ("images", images.join(", ")),

@@ -108,6 +108,7 @@ pub struct NeededView {
 impl From<v1::MigrationForecast> for DryRunView {
     fn from(told: v1::MigrationForecast) -> Self {
         let forecast = told.forecast.map(ForecastView::from);
+        let is_upgrade = told.from == told.to;
         let finding = |finding: v1::Finding| FindingView {
             check: finding.check,
             passed: finding.passed,
@@ -118,7 +119,11 @@ impl From<v1::MigrationForecast> for DryRunView {
             vm: told.vm,
             from: some(told.from),
             to: some(told.to),
-            works: told.refusal.is_none() && forecast.as_ref().is_some_and(|forecast| forecast.converges),
+            // An upgrade has no forecast: it sends no page.
+            works: told.refusal.is_none()
+                && forecast
+                    .as_ref()
+                    .map_or(is_upgrade, |forecast| forecast.converges),
             findings: told.findings.into_iter().map(finding).collect(),
             refusal: ReasonView::of(told.refusal),
             refusal_field: some(told.refusal_field),

@@ -356,6 +356,12 @@ impl MigrationView {
             ..
         } = self;
         match (*phase, &self.receipt, &self.reason) {
+            ("done", Some(receipt), _) if from == to => {
+                format!(
+                    "{id}: {vm} goes on in another VMM on {to}, blackout {}",
+                    micros(receipt.blackout_us.total)
+                )
+            }
             ("done", Some(receipt), _) => {
                 format!(
                     "{id}: {vm} went {from} -> {to}, blackout {}",

@@ -6,11 +6,13 @@
 mod cluster;
 mod forecast;
 mod migration;
+mod upgrade;
 mod vm;
 
 pub use cluster::{ClusterView, EventView, HostView, ImageView};
 pub use forecast::DryRunView;
 pub use migration::{MigrationView, StreamView};
+pub use upgrade::{UpgradeView, VmmView};
 pub use vm::{VmView, vm_state_word};
 
 use drover_proto::v1;

@@ -3,7 +3,7 @@
 use drover_proto::v1;
 use serde::Serialize;
 
-use super::{ReasonView, dash, some};
+use super::{ReasonView, VmmView, dash, some};
 use crate::output::{Detailed, Tabular};
 use crate::units;
 
@@ -20,6 +20,10 @@ pub struct VmView {
     pub wanted_running: bool,
     /// Why it is pending or failed.
     pub reason: Option<ReasonView>,
+    /// The VMM that runs it; null: it does not run, or has not said which it is.
+    pub vmm: Option<VmmView>,
+    /// Whether another VMM is installed on its host, for `ctl vm upgrade`; null: not known, or not looked at.
+    pub upgrade_due: Option<bool>,
     /// The migration under way.
     pub migration: Option<String>,
     /// The newest migration, under way or ended.
@@ -84,6 +88,7 @@ pub fn vm_state_word(state: v1::VmState) -> &'static str {
 impl From<v1::Vm> for VmView {
     fn from(vm: v1::Vm) -> Self {
         let state = vm_state_word(vm.state());
+        let runs = matches!(vm.state(), v1::VmState::Running | v1::VmState::Paused);
         let spec = vm.spec.unwrap_or_default();
         let placement = vm.placement.unwrap_or_default();
         let restart = match spec.restart() {
@@ -99,6 +104,8 @@ impl From<v1::Vm> for VmView {
             },
             wanted_running: vm.wanted_running,
             reason: ReasonView::of(vm.reason),
+            vmm: vm.vmm.filter(|_| runs).map(VmmView::from),
+            upgrade_due: None,
             migration: some(vm.migration),
             last_migration: some(vm.last_migration),
             spec: SpecView {
@@ -120,6 +127,16 @@ impl From<v1::Vm> for VmView {
 }
 
 impl VmView {
+    /// Holds the VMM that runs it against the one that is installed on its host.
+    pub fn compare(&mut self, installed: Option<v1::VmmBuild>) {
+        let installed = installed.map(VmmView::from);
+        self.upgrade_due = self
+            .vmm
+            .as_ref()
+            .zip(installed)
+            .map(|(runs, installed)| *runs != installed);
+    }
+
     /// State and placement in a sentence: `vm1 is running on host1 (epoch 3)`.
     pub fn sentence(&self) -> String {
         let place = match (&self.placement.host, self.state) {
@@ -181,6 +198,14 @@ impl Detailed for VmView {
         ];
         if let Some(reason) = &self.reason {
             fields.push(("reason", reason.line()));
+        }
+        if let Some(vmm) = &self.vmm {
+            let due = match self.upgrade_due {
+                Some(true) => ", another is installed: `ctl vm upgrade`",
+                Some(false) => ", the installed one",
+                None => "",
+            };
+            fields.push(("vmm", format!("{}{due}", vmm.line())));
         }
         fields.extend([
             (

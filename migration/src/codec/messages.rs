@@ -62,6 +62,9 @@ pub struct Hello {
     /// What else the source can do, as bits: see [`crate::handshake::feature`].
     #[prost(uint32, tag = "20")]
     pub features: u32,
+    /// Whether the target is on the same host and takes over the memory itself: no page is sent.
+    #[prost(bool, tag = "30")]
+    pub local: bool,
 }
 
 /// The target agrees.

@@ -22,6 +22,9 @@
 //! this last set is sent the target's memory is the guest's. Taking the log clears it. If an attempt fails, what it took
 //! and did not send is gone from the log, and therefore no attempt inherits anything: each begins with all pages.
 //!
+//! In an upgrade the target has taken over the memory itself before it answers the hello: nothing is pending, and the machine goes
+//! from Greeting straight to Pausing. The round after the pause is empty and tells the target that nothing writes any more.
+//!
 //! **Why no throttle outlives the attempt.** It is raised only between rounds, and whatever leaves pre-copy, the pause or
 //! any end, first lets go (`let_go`), before a word is written to a link that may hang.
 
@@ -288,8 +291,9 @@ struct Blackout {
 impl Machine {
     /// A machine that waits for `Connected`.
     pub fn new(config: Config) -> Self {
+        let lacking = if config.hello.local { 0 } else { config.total_pages };
         Self {
-            order: Order::full(config.total_pages, config.forget_put_off),
+            order: Order::full(lacking, config.forget_put_off),
             late_pages: false,
             looked_at: Duration::ZERO,
             look_every: LOOK_EVERY,
@@ -344,6 +348,11 @@ impl Machine {
                 self.answered(now);
                 let hopeless = convergence::hopeless(&self.config.costs, &self.config.intent);
                 match (handshake::check_choice(&ack, &self.config.hello), hopeless) {
+                    (Ok(agreed), None) if agreed.local => {
+                        let mut actions = vec![Action::Reach("source.after_hello")];
+                        actions.extend(self.switch(now, false));
+                        actions
+                    }
                     (Ok(agreed), None) => self.agreed(agreed, ack),
                     (Err(fault), _) | (_, Some(fault)) => self.give_up(fault),
                 }
@@ -709,7 +718,8 @@ impl Machine {
         blackout.before = now.saturating_sub(took).saturating_sub(self.connected_at);
         let mut actions = self.let_go();
         actions.push(Action::Reach("source.after_pause"));
-        if self.config.skip_final_pass {
+        // In an upgrade the target has the memory itself: what the guest wrote last is there.
+        if self.config.skip_final_pass || self.config.hello.local {
             actions.extend(self.last_pass(now));
         } else {
             self.state = State::Sweeping;

@@ -66,6 +66,8 @@ pub struct Params {
     pub cpu_profile: String,
     /// How dirty pages are found, for the receipt: `"bitmap"` or `"ring"`.
     pub tracker: &'static str,
+    /// Whether the link that `dial` makes has handed over the memory itself: no page is sent, no dirty log is needed.
+    pub local: bool,
     /// A link that moves no byte for so long counts as lost. Normally [`crate::transport::LINK_TIMEOUT`].
     pub link_timeout: Duration,
 }
@@ -186,9 +188,10 @@ impl Params {
                 regions: handshake::regions(layout),
                 device_model: self.device_model,
                 cpu_profile: self.cpu_profile.clone(),
-                streams: streams(&self.options),
+                streams: if self.local { 0 } else { streams(&self.options) },
                 plaintext: self.options.plaintext,
-                features: self.features(),
+                features: if self.local { 0 } else { self.features() },
+                local: self.local,
             },
             total_pages,
             intent: Intent::of(&self.options),

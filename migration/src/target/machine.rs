@@ -1,7 +1,7 @@
 //! The target's protocol without IO: an event goes in, a list of actions comes out.
 //!
 //! ```text
-//!  Waiting ──Hello──▶ Receiving ──RoundEnd{last}──▶ Swept ──State──▶ Restoring ──Restored──▶ Answering ──Ready went out──▶ Ended{Done}
+//!  Waiting ──Hello──▶ (Adopting ──MemoryAdopted──▶) Receiving ──RoundEnd{last}──▶ Swept ──State──▶ Restoring ──Restored──▶ Answering ──Ready went out──▶ Ended{Done}
 //!  post-copy: Receiving ──RoundEnd{post_copy}──▶ Arming ──Armed──▶ Swept ─▶ Restoring ─▶ Answering ─▶ Lacking ──nothing lacking──▶ Ended{Done}
 //!  any ──a frame out of place, a count that differs, the link, the VM──▶ Ended{Failed}
 //! ```
@@ -9,6 +9,9 @@
 //! Pages come on the link or, if that was agreed, on streams beside it. A round is over when the link says so *and* every stream has
 //! said that its part is over, and was written; only then is it acknowledged, and only then may a page come again. So no page is
 //! overtaken by its older content, whichever stream either takes.
+//!
+//! In an upgrade the memory itself came with the link. It is taken over as soon as the hello is found good, before the source pauses;
+//! no page may come, and the only round is the empty one after the pause, which says that the source stands still.
 //!
 //! It trusts no frame: a page beyond memory, a round that is not the one under way, more pages in a round than memory
 //! has, counts that differ from what came, a page that never came, pages after the last round, a digest that
@@ -44,6 +47,8 @@ const TRACKER_BYTES_MAX: usize = 16;
 pub enum Event<'a> {
     /// The source wrote this frame, of so many bytes.
     Received(Frame<'a>, usize),
+    /// The VM stands on the source's memory.
+    MemoryAdopted,
     /// The VM took the state.
     Restored,
     /// Whoever touches a page that is missing waits from now on.
@@ -60,7 +65,7 @@ pub enum Event<'a> {
     Cancelled,
 }
 
-/// What the driver is to do, in order. Unless the list holds a `Restore` or an `End`, the next frame is read after it.
+/// What the driver is to do, in order. Unless the list holds an `AdoptMemory`, a `Restore` or an `End`, the next frame is read after it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action<'a> {
     /// Wait at the pause point of this name, if a test holds it.
@@ -87,6 +92,8 @@ pub enum Action<'a> {
         /// Which pages.
         runs: Runs<'a>,
     },
+    /// Take over the memory that came with the link → `MemoryAdopted`.
+    AdoptMemory,
     /// Restore the VM from this encoded `VmSave` → `Restored`. In a post-copy it may touch pages that are missing: frames go on
     /// being read meanwhile, and faults being told.
     Restore(Vec<u8>),
@@ -157,6 +164,7 @@ pub struct Done {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Waiting,
+    Adopting,
     Receiving,
     /// What is missing is being discarded.
     Arming,
@@ -244,6 +252,14 @@ impl Machine {
                 self.bytes = self.bytes.saturating_add(bytes as u64);
                 self.receive(now, frame, bytes)
             }
+            Event::MemoryAdopted if self.state == State::Adopting => {
+                self.state = State::Receiving;
+                Ok(self.welcome(now))
+            }
+            Event::MemoryAdopted => Err(Fault::new(
+                Code::Internal,
+                "memory was taken over without being asked for",
+            )),
             Event::Restored if self.state == State::Restoring => Ok(self.restored(now)),
             Event::Restored => Err(Fault::new(
                 Code::Internal,
@@ -289,11 +305,17 @@ impl Machine {
                 {
                     self.unavailable = shortened(&why.message);
                 }
-                self.state = State::Receiving;
                 self.began_at = now;
+                if self.agreed.local {
+                    // All of it is there: no page is missing, and none may come.
+                    self.covered = None;
+                    self.state = State::Adopting;
+                    return Ok(vec![Action::AdoptMemory]);
+                }
+                self.state = State::Receiving;
                 Ok(self.welcome(now))
             }
-            (State::Receiving, frame) if self.agreed.streams == 0 && is_memory(&frame) => {
+            (State::Receiving, frame) if self.on_link() && is_memory(&frame) => {
                 self.memory(now, frame, bytes)
             }
             (State::Receiving, Frame::Message(Message::Missing(missing)))
@@ -325,12 +347,18 @@ impl Machine {
         self.agreed.features & feature != 0
     }
 
+    /// Whether pages come on the link itself.
+    fn on_link(&self) -> bool {
+        self.agreed.streams == 0 && !self.agreed.local
+    }
+
     fn welcome<'a>(&mut self, now: Duration) -> Vec<Action<'a>> {
         let Agreed {
             version,
             streams,
             plaintext,
             features,
+            ..
         } = self.agreed;
         let token = self.expected.token;
         let mut actions = vec![Action::Send(Message::HelloAck(HelloAck {

@@ -55,6 +55,8 @@ pub struct Params {
     pub cpu_profile: String,
     /// Whether pages may come unencrypted, if the source wants that too.
     pub plaintext: bool,
+    /// Whether the memory itself is handed over, on one host.
+    pub local: bool,
     /// A link that moves no byte for so long counts as lost. Normally [`crate::transport::LINK_TIMEOUT`].
     pub link_timeout: Duration,
 }
@@ -113,6 +115,7 @@ pub fn run<S: Stream>(
         device_model: params.device_model,
         cpu_profile: params.cpu_profile.clone(),
         plaintext: params.plaintext,
+        local: params.local,
         token: token()?,
         post_copy: vm.post_copy().map(drop),
     })?;
@@ -294,6 +297,10 @@ where
             Action::Unpack(packed) => self.streams.unpack(&packed, &mut self.desk),
             Action::Patch(deltas) => self.streams.patch(&deltas),
             Action::Zero { runs } => self.streams.zero(runs),
+            Action::AdoptMemory => match self.streams.vm().adopt_memory() {
+                Ok(()) => return Some(Event::MemoryAdopted),
+                Err(fault) => Err(fault),
+            },
             Action::Restore(state) => match self.streams.vm().restore(&state) {
                 Ok(()) => return Some(Event::Restored),
                 Err(fault) => Err(fault),

@@ -8,6 +8,7 @@
 
 mod link;
 mod listener;
+mod local;
 mod receiving;
 mod tls;
 
@@ -20,6 +21,7 @@ use drover_proto::{Code, Fault};
 
 pub use link::{Link, Stop, Watch};
 pub use listener::Listener;
+pub use local::{LocalListener, connect_local};
 pub use tls::{HostStream, Socket, connect, connect_plain};
 
 /// A link that moves no byte for so long counts as lost.

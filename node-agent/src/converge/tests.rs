@@ -1,5 +1,6 @@
 //! Every row of the table, and what holds whatever is desired and observed.
 
+use drover_proto::LOCAL_ADDR;
 use drover_proto::v1::VmRef;
 use proptest::prelude::*;
 
@@ -564,6 +565,127 @@ fn an_aborted_target_is_destroyed_and_forgotten_without_a_report() {
     );
 }
 
+/// An upgrade of the run of epoch 1, as its host is told of it before the commit.
+fn upgrading(phase: MigrationPhase) -> HostDesired {
+    let mut upgrade = migration("m1", HOST, HOST, 2, phase);
+    upgrade.target_addr = LOCAL_ADDR.into();
+    HostDesired {
+        revision: 1,
+        vms: vec![
+            wanted(VmRole::Run, 1, Some(upgrade.clone())),
+            wanted(VmRole::Incoming, 2, Some(upgrade)),
+        ],
+        stopping: vec![],
+    }
+}
+
+#[test]
+fn the_target_of_an_upgrade_is_started_beside_its_source_and_beside_nothing_else() {
+    let running = || seen(Key::start("vm1", 1), alive(VmmState::Running));
+    let target = Key::incoming("vm1", 2, "m1");
+    let starts = |vmms| {
+        let desired = upgrading(MigrationPhase::Preparing);
+        let actions = converge(&desired, &observed(vmms));
+        actions
+            .iter()
+            .any(|action| matches!(action, Action::StartVmm { key, .. } if *key == target))
+    };
+    assert!(starts(vec![running()]));
+    let earlier = Key::incoming("vm1", 2, "m0");
+    assert!(
+        !starts(vec![running(), seen(earlier, alive(VmmState::Ready))]),
+        "the target of an aborted one goes first"
+    );
+    // The source of a move to this host is on another: what is here of that epoch is a leftover.
+    let mut desired = upgrading(MigrationPhase::Preparing);
+    desired.vms.remove(0);
+    desired.vms[0].migration = Some(migration("m1", "host2", HOST, 2, MigrationPhase::Preparing));
+    let actions = converge(&desired, &observed(vec![running()]));
+    assert!(
+        matches!(&actions[..], [Action::Destroy { key, .. }] if key.epoch == 1),
+        "{actions:?}"
+    );
+}
+
+#[test]
+fn both_vmms_of_an_upgrade_are_told_what_the_log_says() {
+    let target = Key::incoming("vm1", 2, "m1");
+    let both = |source: Life, next: Life| {
+        let vmms = vec![seen(Key::start("vm1", 1), source), seen(target.clone(), next)];
+        observed(vmms)
+    };
+    let waiting = both(alive(VmmState::Running), alive(VmmState::Incoming));
+    let actions = converge(&upgrading(MigrationPhase::PreCopy), &waiting);
+    let [Action::StartOutgoing { key, request }] = &actions[..] else {
+        panic!("{actions:?}")
+    };
+    assert_eq!(*key, Key::start("vm1", 1));
+    assert_eq!(
+        (request.target_addr.as_str(), request.target_epoch),
+        (LOCAL_ADDR, 2)
+    );
+
+    let paused = both(handed_over("m1"), alive(VmmState::Ready));
+    assert_eq!(converge(&upgrading(MigrationPhase::PreCopy), &paused), []);
+
+    let committed = arrived(
+        2,
+        "m1",
+        Some(migration("m1", HOST, HOST, 2, MigrationPhase::Committed)),
+    );
+    let actions = converge(&committed, &paused);
+    assert!(
+        matches!(
+            &actions[..],
+            [
+                Action::Outcome { key: source, committed: true, .. },
+                Action::Committed { key: next },
+            ] if source.epoch == 1 && *next == target
+        ),
+        "{actions:?}"
+    );
+
+    let aborted = run(1, Some(migration("m1", HOST, HOST, 2, MigrationPhase::Aborted)));
+    let actions = converge(&aborted, &paused);
+    assert!(
+        matches!(
+            &actions[..],
+            [
+                Action::Outcome { key: source, committed: false, .. },
+                Action::Destroy { key: next, .. },
+            ] if source.epoch == 1 && *next == target
+        ),
+        "{actions:?}"
+    );
+}
+
+#[test]
+fn the_end_of_either_vmm_of_an_upgrade_is_its_own() {
+    let target = Key::incoming("vm1", 2, "m1");
+    let desired = upgrading(MigrationPhase::PreCopy);
+    let vmms = |source, next| {
+        observed(vec![
+            seen(Key::start("vm1", 1), source),
+            seen(target.clone(), next),
+        ])
+    };
+    let actions = converge(&desired, &vmms(alive(VmmState::Running), gone()));
+    assert!(
+        actions
+            .iter()
+            .any(|action| matches!(action, Action::Abort { migration, .. } if migration == "m1"))
+            && !actions
+                .iter()
+                .any(|action| matches!(action, Action::ReportEnd { .. })),
+        "the guest runs on: {actions:?}"
+    );
+    let actions = converge(&desired, &vmms(gone(), alive(VmmState::Incoming)));
+    assert!(
+        matches!(&actions[..], [Action::ReportEnd { key, state: VmState::Failed, .. }] if key.epoch == 1),
+        "{actions:?}"
+    );
+}
+
 fn key() -> impl Strategy<Value = Key> {
     (
         "vm[12]",
@@ -665,7 +787,11 @@ proptest! {
             prop_assert!(!observed.markers.contains(&key), "{key} has a marker");
             prop_assert!(observed.highest.get(&key.vm).is_none_or(|&highest| key.epoch >= highest));
             prop_assert!(desired.vms.contains(&wanted) && (key.vm.as_str(), key.epoch) == (&wanted.vm, wanted.epoch));
-            let beside = observed.vmms.iter().any(|seen| seen.key.vm == key.vm && !matches!(seen.life, Life::Gone(_)));
+            let upgrade = wanted.role() == VmRole::Incoming && wanted.migration.as_ref().is_some_and(|m| m.from == m.to);
+            let beside = observed.vmms.iter().any(|seen| {
+                let is_source = upgrade && seen.had_right && seen.key.epoch + 1 == key.epoch;
+                seen.key.vm == key.vm && !matches!(seen.life, Life::Gone(_)) && !is_source
+            });
             prop_assert!(!beside, "{key} beside a VMM that lives");
             prop_assert!(wanted.arrived_by.is_empty(), "{key} is booted, and arrived by {}", wanted.arrived_by);
             prop_assert_eq!(wanted.role() == VmRole::Run, key.kind == Kind::Start);

@@ -1,6 +1,7 @@
 //! What the host can offer: its size, its CPU and KVM features, its images.
 
 pub mod images;
+pub mod installed;
 
 use std::fs;
 use std::io;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use drover_proto::v1::vmm_server::{Vmm, VmmServer};
 use drover_proto::v1::*;
-use drover_proto::{Code, Fault};
+use drover_proto::{Code, Fault, LOCAL_ADDR};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use tokio::net::UnixListener;
@@ -50,6 +50,8 @@ struct Incoming {
     from_host: String,
     listen_ip: std::net::IpAddr,
     plaintext: bool,
+    #[serde(default)]
+    local: bool,
 }
 
 struct Fake {
@@ -225,10 +227,23 @@ impl Vmm for Fake {
     }
 }
 
+/// What every fake is.
+pub fn build() -> VmmBuild {
+    VmmBuild {
+        version: "0.0.1".to_owned(),
+        build: "f0".to_owned(),
+    }
+}
+
 /// The process's whole life.
 pub fn live() {
     // Orphans of a test that failed end with it.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).unwrap();
+    if std::env::args().nth(1).as_deref() == Some("--version") {
+        let VmmBuild { version, build } = build();
+        println!("drover-vmm {version} build {build}");
+        return;
+    }
     let path = PathBuf::from(std::env::args_os().nth(2).expect("--config FILE"));
     let folder = path.parent().unwrap();
     let Ok(_lock) = lock(folder) else {
@@ -255,7 +270,11 @@ pub fn live() {
             VmmState::Waiting
         }
         .into(),
-        listen_addr: receiving.map_or_else(String::new, |incoming| format!("{}:4711", incoming.listen_ip)),
+        listen_addr: receiving.map_or_else(String::new, |incoming| match incoming.local {
+            true => LOCAL_ADDR.to_owned(),
+            false => format!("{}:4711", incoming.listen_ip),
+        }),
+        build: Some(build()),
         migration,
         pid: std::process::id(),
         ..VmmInfo::default()

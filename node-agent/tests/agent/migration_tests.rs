@@ -67,6 +67,7 @@ pub async fn a_target_prepares_commits_and_runs_by_the_commits_lease() {
         vm: "vm1".into(),
         epoch: 2,
         post_copy: false,
+        vmm: Some(crate::fake_vmm::build()),
     };
     assert_eq!(commit, expected);
     world.happen(TARGET, "receipt").await;

@@ -141,8 +141,34 @@ fn segment<'a>(reader: &Reader<'a>, header: u64) -> Result<Option<Segment<'a>>, 
     }))
 }
 
-/// The entry that a segment of notes names, if one of them is the PVH note. Damaged notes end the search.
+/// The entry that a segment of notes names, if one of them is the PVH note.
 fn pvh_entry(notes: &[u8]) -> Option<u64> {
+    let entry = note(notes, NOTE_NAME, NOTE_PHYS32_ENTRY)?.get(..4)?;
+    Some(u64::from(u32::from_le_bytes(
+        entry.try_into().expect("four bytes were taken"),
+    )))
+}
+
+/// The content of the first note of `owner` and `kind` in an executable of which `head` is the beginning; `None` also for what is
+/// damaged, no ELF file, or lies beyond the head.
+pub fn find_note<'a>(head: &'a [u8], owner: &[u8], kind: u32) -> Option<&'a [u8]> {
+    let reader = Reader(head);
+    if head.get(..4)? != MAGIC || head.get(4) != Some(&CLASS_64) {
+        return None;
+    }
+    let (phoff, phnum) = (reader.u64(32).ok()?, reader.u16(56).ok()?);
+    (0..u64::from(phnum.min(PHDRS_MAX))).find_map(|index| {
+        let header = phoff.checked_add(index * PHDR_BYTES)?;
+        if reader.u32(header).ok()? != PT_NOTE {
+            return None;
+        }
+        let (offset, filesz) = (reader.u64(header + 8).ok()?, reader.u64(header + 32).ok()?);
+        note(reader.bytes(offset, filesz).ok()?, owner, kind)
+    })
+}
+
+/// The content of the first note of `owner` and `kind`. Damaged notes end the search.
+fn note<'a>(notes: &'a [u8], owner: &[u8], wanted: u32) -> Option<&'a [u8]> {
     let mut rest = notes;
     for _ in 0..NOTES_MAX {
         let field = |at: usize| {
@@ -157,11 +183,8 @@ fn pvh_entry(notes: &[u8]) -> Option<u64> {
         let desc_len = usize::try_from(desc_len).ok()?;
         let name = rest.get(NOTE_HEADER_BYTES..NOTE_HEADER_BYTES.checked_add(name_len)?)?;
         let desc = rest.get(desc_start..desc_start.checked_add(desc_len)?)?;
-        if kind == NOTE_PHYS32_ENTRY && name == NOTE_NAME {
-            let entry = desc.get(..4)?;
-            return Some(u64::from(u32::from_le_bytes(
-                entry.try_into().expect("four bytes were taken"),
-            )));
+        if kind == wanted && name == owner {
+            return Some(desc);
         }
         rest = rest.get(desc_start + desc_len.checked_next_multiple_of(4)?..)?;
     }

@@ -26,6 +26,9 @@ use crate::save::{SavedClock, SavedVcpu, bad, msr_entry};
 use crate::time::realtime_ns;
 
 const MSR_TSC: u32 = 0x10;
+const MSR_KVM_SYSTEM_TIME: u32 = 0x12;
+/// From `MSR_KVM_SYSTEM_TIME_NEW` to `MSR_KVM_PV_EOI_EN`.
+const MSRS_KVM_NEW: std::ops::RangeInclusive<u32> = 0x4b56_4d01..=0x4b56_4d04;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
@@ -125,6 +128,19 @@ fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<Option<kvm_msr_e
         }
     }
     Ok(None)
+}
+
+/// Of a vCPU's MSRs those by which the guest has told KVM where in its memory KVM is to write: its clock, stolen time, page-ready
+/// events, end of interrupt (Documentation/virt/kvm/x86/msr.rst). Not the wall clock, which KVM writes once, when it is asked for.
+pub fn written_through(msrs: &[kvm_msr_entry]) -> Vec<kvm_msr_entry> {
+    let through =
+        |msr: &&kvm_msr_entry| msr.index == MSR_KVM_SYSTEM_TIME || MSRS_KVM_NEW.contains(&msr.index);
+    msrs.iter().filter(through).copied().collect()
+}
+
+/// Tells KVM again where it writes in the guest's memory, which could not be written to when the vCPU was restored.
+pub fn restore_written_through(vcpu: &VcpuFd, msrs: &[kvm_msr_entry]) -> Result<(), Fault> {
+    restore_msrs(vcpu, msrs)
 }
 
 /// Reads a stopped vCPU's state. `cpuid` is what it was given: where guests run without hardware virtualization,

@@ -25,6 +25,8 @@ struct Killing {
     cluster: Cluster,
     console: Console,
     victim: Victim,
+    /// What is disturbed is an upgrade: source and target are two VMMs of one host, with one agent.
+    upgrades: bool,
 }
 
 impl Killing {
@@ -33,11 +35,15 @@ impl Killing {
         let victim = self.victim;
         eprintln!("kill {victim:?} at {point}");
         let (source, epoch) = self.cluster.await_runs_exactly_once(VM);
-        let target = next(source);
+        let target = if self.upgrades { source } else { next(source) };
         self.cluster.hold(point);
-        let planned = migrate_on(&self.cluster, source);
+        let planned = if self.upgrades {
+            self.cluster.client.upgrade(VM).expect("the upgrade is planned")
+        } else {
+            migrate_on(&self.cluster, source)
+        };
         self.cluster.await_reached(point);
-        self.kill(source, target, point);
+        self.kill((source, epoch), target, point);
 
         let ended = self.cluster.client.await_end(&planned.id);
         let ending = self.settle(&ended, point);
@@ -59,7 +65,7 @@ impl Killing {
         self.cluster.witness.assert_clean();
     }
 
-    fn kill(&mut self, source: usize, target: usize, point: &str) {
+    fn kill(&mut self, (source, epoch): (usize, u64), target: usize, point: &str) {
         match self.victim {
             Victim::Leader => {
                 // Started again once the others have dealt with it.
@@ -72,7 +78,7 @@ impl Killing {
             }
             Victim::SourceVmm => {
                 assert_eq!(
-                    self.cluster.kill_vmms(source, VM),
+                    self.cluster.kill_vmms_for(source, VM, epoch),
                     1,
                     "there is one source VMM at {point}"
                 );
@@ -80,7 +86,7 @@ impl Killing {
             }
             Victim::TargetVmm => {
                 assert_eq!(
-                    self.cluster.kill_vmms(target, VM),
+                    self.cluster.kill_vmms_for(target, VM, epoch + 1),
                     1,
                     "there is one target VMM at {point}"
                 );
@@ -128,15 +134,22 @@ impl Killing {
 }
 
 fn kill_at_each_point(victim: Victim) {
+    kill_at_each_point_of(false, victim);
+}
+
+fn kill_at_each_point_of(upgrades: bool, victim: Victim) {
     let Some(cluster) = cluster() else { return };
     let console = boot(&cluster, 1, STEADY);
     let mut killing = Killing {
         cluster,
         console,
         victim,
+        upgrades,
     };
     for point in points::all() {
-        if is_there(victim, point) {
+        // An upgrade has no rounds before its pause.
+        let is_met = !(upgrades && point.ends_with(".round_end"));
+        if is_met && is_there(victim, point) {
             killing.at(point);
         }
     }
@@ -146,6 +159,26 @@ fn kill_at_each_point(victim: Victim) {
 #[test]
 fn a_leader_killed_at_any_step_leaves_the_vm_running_once() {
     kill_at_each_point(Victim::Leader);
+}
+
+#[test]
+fn a_leader_killed_at_any_step_of_an_upgrade_leaves_the_vm_running_once() {
+    kill_at_each_point_of(true, Victim::Leader);
+}
+
+#[test]
+fn an_old_vmm_killed_at_any_step_of_its_upgrade_is_the_vms_failure_or_nothing_is_lost() {
+    kill_at_each_point_of(true, Victim::SourceVmm);
+}
+
+#[test]
+fn a_new_vmm_killed_at_any_step_of_an_upgrade_leaves_the_old_one_running_until_the_commit() {
+    kill_at_each_point_of(true, Victim::TargetVmm);
+}
+
+#[test]
+fn an_agent_killed_at_any_step_of_an_upgrade_finds_both_vmms_again() {
+    kill_at_each_point_of(true, Victim::SourceAgent);
 }
 
 #[test]

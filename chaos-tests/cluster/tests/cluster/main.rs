@@ -16,6 +16,7 @@ mod restarts;
 mod soak;
 mod switchover;
 mod tour;
+mod upgrade;
 
 use drover_chaos_cluster::client::probe_spec;
 use drover_chaos_cluster::cluster::{PARTIES, host_name};

@@ -5,6 +5,8 @@
 //!      └────────────┴────────────┴──abort──> ABORTED
 //! ```
 //!
+//! An upgrade, whose source and target are two VMMs of one host, goes the same way; its PRE_COPY copies nothing.
+//!
 //! Whichever of commit and abort comes first in the log wins, and the other is answered with the outcome. The commit
 //! raises the VM's epoch and moves its placement in one step, so at no entry do two epochs hold. SWITCHOVER and READY
 //! are not entries: no disk write but the commit's own stands inside the blackout.
@@ -13,13 +15,13 @@ use drover_proto::v1::{
     AbortMigrationRequest, AdvanceMigration, CommandResponse, CommitHandoverRequest, FinishMigration,
     Forecast, Migration, MigrationPhase, Placement, PlanMigration, Reason, Receipt, VmState,
 };
-use drover_proto::{Code, Fault};
+use drover_proto::{Code, Fault, LOCAL_ADDR};
 
 use super::{Applied, Effect, Tx, bounded, reason};
 use crate::limits::MIGRATIONS_ENDED_MAX;
 use crate::preflight::{Preflight, preflight};
 use crate::state::{epoch_of, host_of, is_committed, is_ended, migration_number};
-use crate::validate::quoted;
+use crate::validate::{self, quoted};
 
 impl Tx<'_> {
     pub(super) fn plan_migration(&mut self, plan: &PlanMigration) -> Applied {
@@ -53,10 +55,11 @@ impl Tx<'_> {
         vm.migration.clone_from(&id);
         vm.last_migration.clone_from(&id);
         let caller = self.caller;
+        let way = way(&from, &to);
         self.migration_event(
             "planned",
             &id,
-            format!("{}: {from} -> {to}, asked for by {caller}", plan.vm),
+            format!("{}: {way}, asked for by {caller}", plan.vm),
         );
         Ok(self.migration_response(&id, true))
     }
@@ -84,11 +87,14 @@ impl Tx<'_> {
             return Err(Fault::new(Code::InvalidArgument, message).field("phase"));
         }
         let addr = &advance.target_addr;
-        if to == MigrationPhase::PreCopy && addr.parse::<std::net::SocketAddr>().is_err() {
-            let message = format!(
-                "target_addr is {}; it is the ip:port where the target listens",
-                quoted(addr)
-            );
+        let (is_addr, right) = if migration.is_upgrade() {
+            (addr == LOCAL_ADDR, "\"local\" for an upgrade")
+        } else {
+            let parsed = addr.parse::<std::net::SocketAddr>();
+            (parsed.is_ok(), "the ip:port where the target listens")
+        };
+        if to == MigrationPhase::PreCopy && !is_addr {
+            let message = format!("target_addr is {}; it is {right}", quoted(addr));
             return Err(Fault::new(Code::InvalidArgument, message).field("target_addr"));
         }
         let now_ms = self.now_ms;
@@ -169,9 +175,11 @@ impl Tx<'_> {
             epoch: commit.epoch,
             arrived_by: commit.migration.clone(),
         });
+        vm.vmm = commit.vmm.as_ref().map(validate::vmm_build);
         self.set_vm_state(&name, VmState::Running, None);
+        let lost = if from == to { "the old VMM" } else { from.as_str() };
         let message = format!(
-            "{name} belongs to {to} as epoch {}; {from} has lost it",
+            "{name} belongs to {to} as epoch {}; {lost} has lost it",
             commit.epoch
         );
         self.migration_event("committed", &commit.migration, message);
@@ -245,8 +253,13 @@ impl Tx<'_> {
             .filter(|seen| *seen < MigrationPhase::Committed)
             .unwrap_or_default()
             .max(migration.phase());
+        let stays = if migration.is_upgrade() {
+            "stays in its VMM on"
+        } else {
+            "stays on"
+        };
         let message = format!(
-            "{} stays on {}: {} [{}]",
+            "{} {stays} {}: {} [{}]",
             migration.vm, migration.from, why.message, why.code
         );
         migration.set_ended_in(ended_in);
@@ -267,15 +280,10 @@ impl Tx<'_> {
         let blackout_us = receipt
             .and_then(|receipt| receipt.blackout_us.as_ref())
             .map(|blackout| blackout.total);
+        let way = way(&migration.from, &migration.to);
         let message = match blackout_us {
-            Some(us) => format!(
-                "{}: {} -> {}, blackout {us} us",
-                migration.vm, migration.from, migration.to
-            ),
-            None => format!(
-                "{}: {} -> {}, no receipt",
-                migration.vm, migration.from, migration.to
-            ),
+            Some(us) => format!("{}: {way}, blackout {us} us", migration.vm),
+            None => format!("{}: {way}, no receipt", migration.vm),
         };
         self.migration_event("done", id, message);
         self.ended(id);
@@ -344,6 +352,14 @@ impl Tx<'_> {
             ..CommandResponse::default()
         }
     }
+}
+
+/// Where a migration goes, in words.
+fn way(from: &str, to: &str) -> String {
+    if from == to {
+        return format!("another VMM on {to}");
+    }
+    format!("{from} -> {to}")
 }
 
 /// A forecast from outside, its texts and its list brought below their bounds.

@@ -98,8 +98,8 @@ fn known_answer(state: &State, command: &Command) -> Option<CommandResponse> {
     ))
 }
 
-/// Who asked for what, without when and under which id, and without what the leader adds from its memory: how far a
-/// migration that is cancelled has come, and what a dry run expected of one.
+/// Who asked for what, without when and under which id, and without what the leader adds: how far a migration that is
+/// cancelled has come, what a dry run expected of one, and where the VM is that is upgraded.
 fn digest_of(command: &Command) -> u64 {
     let mut body = Command {
         caller: command.caller.clone(),
@@ -111,6 +111,9 @@ fn digest_of(command: &Command) -> u64 {
     }
     if let Some(Kind::PlanMigration(plan)) = body.kind.as_mut() {
         plan.forecast = None;
+        if plan.upgrade {
+            plan.to.clear();
+        }
     }
     digest(&body.encode_to_vec())
 }

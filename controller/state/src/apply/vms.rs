@@ -167,6 +167,7 @@ impl Tx<'_> {
             epoch,
             arrived_by: String::new(),
         });
+        vm.vmm = None;
         self.set_vm_state(&place.vm, VmState::Starting, None);
         self.vm_event(
             "vm.placed",
@@ -242,7 +243,12 @@ impl Tx<'_> {
                 self.vm_mut(name).wanted_running = false;
                 self.run_is_over(name, "the guest shut itself down");
             }
-            (_, reported) => self.seen(name, reported, report.reason.as_ref()),
+            (_, reported) => {
+                if let Some(build) = &report.vmm {
+                    self.vm_mut(name).vmm = Some(validate::vmm_build(build));
+                }
+                self.seen(name, reported, report.reason.as_ref());
+            }
         }
         Ok(self.vm_response(name, true))
     }

@@ -7,6 +7,7 @@ use drover_proto::v1::{
     AbortMigrationRequest, AdvanceMigration, Command, CommandResponse, CommitHandoverRequest, CreateVm,
     DeleteVm, FinishMigration, HostCapacity, HostDown, HostSpec, HostUp, Image, MigrationPhase, PlaceVm,
     PlanMigration, Reason, Receipt, ReportVmRequest, StartVm, StopVm, Vm, VmPending, VmSpec, VmState,
+    VmmBuild,
 };
 use drover_proto::{Code, Fault};
 use drover_state::{State, apply, into_result};
@@ -34,7 +35,16 @@ pub fn host_spec(name: &str) -> HostSpec {
             image("probe", "elf-pvh"),
         ],
         boot_id: "boot-1".into(),
+        vmm: Some(vmm_build()),
         ..HostSpec::default()
+    }
+}
+
+/// What is installed on every host, and runs on it.
+pub fn vmm_build() -> VmmBuild {
+    VmmBuild {
+        version: "0.1.0".into(),
+        build: "b1".into(),
     }
 }
 
@@ -188,6 +198,7 @@ pub fn report(host: &str, vm: &str, epoch: u64, state: VmState) -> Kind {
         epoch,
         state: state.into(),
         reason,
+        vmm: Some(vmm_build()),
     })
 }
 
@@ -196,6 +207,15 @@ pub fn plan(vm: &str, to: &str) -> Kind {
         vm: vm.into(),
         to: to.into(),
         options: None,
+        ..PlanMigration::default()
+    })
+}
+
+pub fn upgrade(vm: &str, host: &str) -> Kind {
+    Kind::PlanMigration(PlanMigration {
+        vm: vm.into(),
+        to: host.into(),
+        upgrade: true,
         ..PlanMigration::default()
     })
 }
@@ -215,6 +235,7 @@ pub fn commit(id: &str, host: &str, vm: &str, epoch: u64) -> Kind {
         vm: vm.into(),
         epoch,
         post_copy: false,
+        vmm: Some(vmm_build()),
     })
 }
 

@@ -1,0 +1,169 @@
+//! The VMM that is installed on this host: which one it is, by its own word, asked again whenever the file changed.
+//!
+//! It is run for that, with `--version`, so that what is reported is known to run here at all: a program that is cut off, of another
+//! architecture or lacks a library answers nothing, and an upgrade to it is refused beforehand.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use drover_proto::v1::VmmBuild;
+use tokio::process::Command;
+use tokio::time::{Instant, timeout};
+
+use super::images::Stamp;
+
+/// A program that has not answered by then is none that should run a VM.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// One that did not answer is asked again after this, though it has not changed: the host may have been busy.
+const ASK_AGAIN: Duration = Duration::from_secs(30);
+/// Longest word of an answer that is believed, characters.
+const WORD_MAX: usize = 64;
+
+/// See the module.
+pub struct Installed {
+    program: PathBuf,
+    asked: Option<(Option<Stamp>, Instant)>,
+    build: Option<VmmBuild>,
+}
+
+impl Installed {
+    /// Nothing is asked yet.
+    pub fn new(program: &Path) -> Self {
+        Self {
+            program: program.to_owned(),
+            asked: None,
+            build: None,
+        }
+    }
+
+    /// What the program said of itself last; `None` when it could not be asked.
+    pub fn build(&self) -> Option<VmmBuild> {
+        self.build.clone()
+    }
+
+    /// Looks at the file, and asks the program if it is another. Says whether the answer is another.
+    pub async fn look(&mut self) -> bool {
+        let stamp = std::fs::metadata(&self.program).ok().as_ref().map(Stamp::of);
+        if let Some((known, at)) = &self.asked {
+            let patient = self.build.is_some() || at.elapsed() < ASK_AGAIN;
+            if *known == stamp && patient {
+                return false;
+            }
+        }
+        self.asked = Some((stamp, Instant::now()));
+        let build = match ask(&self.program).await {
+            Ok(build) => Some(build),
+            Err(why) => {
+                tracing::warn!(
+                    "{}: which VMM it is cannot be told: {why}",
+                    self.program.display()
+                );
+                None
+            }
+        };
+        let changed = build != self.build;
+        if let Some(build) = build.as_ref().filter(|_| changed) {
+            tracing::info!(version = build.version, build = build.build, "the installed VMM");
+        }
+        self.build = build;
+        changed
+    }
+}
+
+async fn ask(program: &Path) -> Result<VmmBuild, String> {
+    let answer = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let output = timeout(ANSWER_MAX, answer)
+        .await
+        .map_err(|_| format!("no answer to --version in {} s", ANSWER_MAX.as_secs()))?
+        .map_err(|error| error.to_string())?;
+    if !output.status.success() {
+        return Err(format!("--version ended with {}", output.status));
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    parse(&text).ok_or_else(|| {
+        let shown: String = text.chars().take(WORD_MAX).collect();
+        format!("its answer to --version is {shown:?}; \"drover-vmm 1.2.3 build 0a1b…\" is due")
+    })
+}
+
+fn parse(text: &str) -> Option<VmmBuild> {
+    let mut words = text.split_whitespace();
+    let (name, version) = (words.next()?, words.next()?);
+    let build = match (words.next(), words.next(), words.next()) {
+        (None, ..) => "",
+        (Some("build"), Some(build), None) => build,
+        _ => return None,
+    };
+    let sound = name == "drover-vmm"
+        && version.starts_with(|first: char| first.is_ascii_digit())
+        && build.bytes().all(|byte| byte.is_ascii_hexdigit())
+        && version.len().max(build.len()) <= WORD_MAX;
+    sound.then(|| VmmBuild {
+        version: version.to_owned(),
+        build: build.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    /// Puts a script in the program's place, as a package manager does: a new file over the old name.
+    fn install(program: &Path, script: &str) {
+        let staged = program.with_extension("new");
+        fs::write(&staged, script).unwrap();
+        fs::set_permissions(&staged, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::rename(&staged, program).unwrap();
+    }
+
+    #[test]
+    fn only_a_vmms_answer_is_taken() {
+        let build = |version: &str, build: &str| {
+            Some(VmmBuild {
+                version: version.to_owned(),
+                build: build.to_owned(),
+            })
+        };
+        assert_eq!(parse("drover-vmm 0.1.0 build 0aff\n"), build("0.1.0", "0aff"));
+        assert_eq!(parse("drover-vmm 0.2.0-rc1\n"), build("0.2.0-rc1", ""));
+        for wrong in [
+            "",
+            "drover-vmm",
+            "qemu 7.2",
+            "drover-vmm new",
+            "drover-vmm 1.0 build",
+            "drover-vmm 1.0 build x/",
+        ] {
+            assert_eq!(parse(wrong), None, "{wrong}");
+        }
+        let long = format!("drover-vmm 1.0 build {}", "a".repeat(WORD_MAX + 1));
+        assert_eq!(parse(&long), None);
+    }
+
+    #[tokio::test]
+    async fn another_program_in_its_place_is_noticed_and_one_that_does_not_run_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("drover-vmm");
+        let mut installed = Installed::new(&program);
+        assert!(!installed.look().await && installed.build().is_none());
+        install(&program, "#!/bin/sh\necho drover-vmm 0.1.0 build 01\n");
+        assert!(installed.look().await);
+        assert_eq!(installed.build().unwrap().build, "01");
+        assert!(!installed.look().await, "nothing changed");
+        install(&program, "#!/bin/sh\necho drover-vmm 0.1.0 build 02\n");
+        assert!(installed.look().await);
+        assert_eq!(installed.build().unwrap().build, "02");
+        install(&program, "#!/bin/sh\nexit 1\n");
+        assert!(installed.look().await);
+        assert_eq!(installed.build(), None);
+    }
+}
