@@ -6,7 +6,7 @@
 //! ([`Cache::exchange`], [`Cache::forget`]). The checksum beside each delta is for the day on which this reasoning fails.
 //!
 //! Pages are spread over shards by their number, so that streams rarely meet. A shard that is full takes a new page only in place of one
-//! that was not sent for [`KEPT_ROUNDS`] rounds: a hot set larger than the cache then keeps a part that stays, where replacing the oldest
+//! that was not sent for `KEPT_ROUNDS` rounds: a hot set larger than the cache then keeps a part that stays, where replacing the oldest
 //! would throw out each page just before it comes again.
 
 use std::collections::HashMap;

@@ -178,7 +178,7 @@ pub enum Action {
     SendBatch {
         /// The round.
         round: u32,
-        /// At most [`JOB_PAGES`] pages, ascending.
+        /// At most `JOB_PAGES` pages, ascending.
         runs: Vec<Run>,
         /// Whether the bandwidth's cap is to be kept: not in the blackout.
         capped: bool,
@@ -202,7 +202,7 @@ pub enum Action {
     Answer {
         /// The round.
         round: u32,
-        /// At most [`BATCH_PAGES`] pages, ascending.
+        /// At most `JOB_PAGES` pages, ascending.
         runs: Vec<Run>,
     },
     /// Post-copy: send these pages in the background. The VM serves from now on.
