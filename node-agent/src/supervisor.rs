@@ -37,7 +37,7 @@ const RETRY: Duration = Duration::from_millis(200);
 /// Where the target of an upgrade listens, in its folder.
 const HANDOVER_SOCKET: &str = "handover.sock";
 /// A VMM that was told to end and lives on is killed after this.
-const DESTROY_GRACE: Duration = Duration::from_secs(10);
+const DESTROY_GRACE: Duration = Duration::from_secs(3);
 
 /// What the supervisor hears.
 pub enum Event {
