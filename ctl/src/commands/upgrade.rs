@@ -55,8 +55,7 @@ async fn chosen(session: &Session, args: &UpgradeArgs) -> Result<Vec<v1::Vm>> {
         }
         let vms = session.client.vms(Patience::default()).await?;
         let runs_there = |vm: &v1::Vm| {
-            let at = vm.placement.as_ref().map(|placement| placement.host.as_str());
-            vm.state() == v1::VmState::Running && (args.host.is_none() || at == args.host.as_deref())
+            vm.state() == v1::VmState::Running && (args.host.is_none() || host_of(vm) == args.host.as_deref())
         };
         return Ok(vms.into_iter().filter(runs_there).collect());
     }
@@ -69,10 +68,16 @@ async fn chosen(session: &Session, args: &UpgradeArgs) -> Result<Vec<v1::Vm>> {
     Ok(vms)
 }
 
+fn host_of(vm: &v1::Vm) -> Option<&str> {
+    vm.placement.as_ref().map(|placement| placement.host.as_str())
+}
+
 fn installed_on(hosts: &[v1::Host], vm: &v1::Vm) -> Option<v1::VmmBuild> {
-    let at = vm.placement.as_ref().map(|placement| placement.host.as_str());
-    let spec = |host: &v1::Host| host.spec.clone().filter(|spec| Some(spec.name.as_str()) == at);
-    hosts.iter().find_map(spec).and_then(|spec| spec.vmm)
+    let mut specs = hosts.iter().filter_map(|host| host.spec.as_ref());
+    specs
+        .find(|spec| Some(spec.name.as_str()) == host_of(vm))?
+        .vmm
+        .clone()
 }
 
 async fn check(session: &Session, row: &mut UpgradeView, options: v1::MigrationOptions) -> Result<()> {

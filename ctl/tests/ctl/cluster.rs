@@ -287,15 +287,8 @@ fn a_vm_that_fails_to_start_ends_with_1_and_its_reason() {
     );
 }
 
-#[test]
-fn a_migration_is_watched_to_its_receipt() {
-    let fake = Fake::start();
-    fake.state()
-        .vms
-        .insert("vm1".into(), (vm("vm1", VmState::Running), vec![]));
-    let steps = || vec![migration(PreCopy), migration(Switchover), done()];
-    fake.state().migration = steps();
-    let ended = fake.run("migrate vm1 host2 --max-downtime 50ms");
+/// Its phases were told as they came, and the receipt of [`done`] at the end.
+pub fn assert_watched_to_its_receipt(ended: &Ended) {
     assert_eq!(ended.code, Some(0), "{ended:?}");
     assert!(
         ended.stdout.contains("blackout") && ended.stdout.contains("12.3 ms"),
@@ -305,6 +298,18 @@ fn a_migration_is_watched_to_its_receipt() {
         ended.stderr.contains("m1 pre-copy") && ended.stderr.contains("m1 switchover"),
         "{ended:?}"
     );
+}
+
+#[test]
+fn a_migration_is_watched_to_its_receipt() {
+    let fake = Fake::start();
+    fake.state()
+        .vms
+        .insert("vm1".into(), (vm("vm1", VmState::Running), vec![]));
+    let steps = || vec![migration(PreCopy), migration(Switchover), done()];
+    fake.state().migration = steps();
+    let ended = fake.run("migrate vm1 host2 --max-downtime 50ms");
+    assert_watched_to_its_receipt(&ended);
     fake.state().migration = steps();
     let json = fake.run("migrate vm1 host2 -o json");
     assert_eq!(json.stderr, "", "progress has no place beside JSON");
