@@ -15,6 +15,7 @@ use drover_chaos_cluster::cluster::{PARTIES, host_ip};
 use drover_chaos_cluster::network::Namespace;
 
 use crate::result::{Run, Side};
+use crate::warm;
 use crate::workload::Workload;
 
 /// One call moves so much.
@@ -33,6 +34,7 @@ pub fn measure(cluster: &Cluster, workload: &Workload, from: usize, to: usize, p
         ip: host_ip(to),
     };
     let reused = link.copy(chunks, false)?;
+    warm::memory(2 * workload.populated_mib)?;
     let whole = link.copy(chunks, true)?;
     Ok(Run {
         mib_per_s: Some(whole),

@@ -26,6 +26,7 @@ mod qmp;
 mod result;
 mod table;
 mod turns;
+mod warm;
 mod watch;
 mod workload;
 

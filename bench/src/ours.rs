@@ -16,6 +16,7 @@ use crate::guest::{Feed, GuestLog};
 use crate::interrupt;
 use crate::meter::Meter;
 use crate::result::{Cancelled, Measures, Run, Side, millis};
+use crate::warm;
 use crate::watch::{self, Watch};
 use crate::workload::Workload;
 use crate::{BOOT_LIMIT, DOWNTIME_MS, LOOK_AGAIN, MOVE_LIMIT, REPORTS_AFTER, SWEEP_S};
@@ -144,6 +145,7 @@ impl<'a> Vm<'a> {
         let (source, epoch) = self.running()?;
         self.catch_up()?;
         let before = self.log.reports.len();
+        warm::memory(self.workload.populated_mib)?;
         let known = find("drover-vmm", &source);
         let incoming = self.cluster.vm_dir(to, &self.name);
         let meter = {

@@ -1,6 +1,6 @@
 //! The other side: QEMU with the same guest, one process a host, moved by its own commands over the same links.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use drover_chaos_cluster::Cluster;
-use drover_chaos_cluster::cluster::host_ip;
+use drover_chaos_cluster::cluster::{host_ip, host_name};
 use drover_chaos_cluster::process::Daemon;
+use drover_pki::{Role, host_dns};
 use serde_json::{Value, json};
 
 use crate::guest::{Feed, GuestLog};
@@ -17,6 +18,7 @@ use crate::interrupt;
 use crate::meter::Meter;
 use crate::qmp::Qmp;
 use crate::result::{Measures, Run, Sample, Side, millis};
+use crate::warm;
 use crate::workload::Workload;
 use crate::{BOOT_LIMIT, DOWNTIME_MS, LOOK_AGAIN, MOVE_LIMIT, REPORTS_AFTER};
 
@@ -130,7 +132,8 @@ impl<'a> Vm<'a> {
         let port = FIRST_PORT + self.moves;
         let name = format!("{}-{}", self.name, self.moves);
         let mut target = start(self.cluster, self.probe, self.workload, &name, to, Some(port))?;
-        self.prepare()?;
+        self.prepare(to)?;
+        warm::memory(self.workload.populated_mib)?;
         // What it said until now, so that only what it says from now on counts as noticed of the move.
         let said = self.process.console.read()?;
         self.log.feed(&said);
@@ -184,12 +187,16 @@ impl<'a> Vm<'a> {
     }
 
     /// The same limits as ours.
-    fn prepare(&mut self) -> Result<()> {
+    fn prepare(&mut self, to: usize) -> Result<()> {
         let qmp = &mut self.process.qmp;
-        qmp.execute(
-            "migrate-set-parameters",
-            json!({"max-bandwidth": BANDWIDTH_MAX, "downtime-limit": DOWNTIME_MS}),
-        )?;
+        let mut parameters = json!({"max-bandwidth": BANDWIDTH_MAX, "downtime-limit": DOWNTIME_MS});
+        if self.workload.peer_tls {
+            let files = credentials(self.cluster, self.at, "client")?;
+            qmp.execute("object-add", files.object())?;
+            parameters["tls-creds"] = json!(files.id());
+            parameters["tls-hostname"] = json!(host_dns(&host_name(to)));
+        }
+        qmp.execute("migrate-set-parameters", parameters)?;
         let converge = json!({"capability": "auto-converge", "state": self.workload.throttle});
         qmp.execute("migrate-set-capabilities", json!({"capabilities": [converge]}))?;
         Ok(())
@@ -222,6 +229,42 @@ impl<'a> Vm<'a> {
             interrupt::check()?;
             std::thread::sleep(PERIOD);
         }
+    }
+}
+
+/// A host's certificate as QEMU wants it laid out.
+struct Credentials {
+    dir: PathBuf,
+    endpoint: &'static str,
+}
+
+/// The certificate of host `at` for one end of a connection, `client` or `server`.
+fn credentials(cluster: &Cluster, at: usize, endpoint: &'static str) -> Result<Credentials> {
+    let name = host_name(at);
+    let dir = cluster.scratch().join(format!("qemu-{name}-{endpoint}"));
+    if !dir.exists() {
+        let files = cluster.issue(Role::Host, &name)?;
+        fs::create_dir(&dir).with_context(|| format!("making {}", dir.display()))?;
+        let to = |what: &str| dir.join(format!("{endpoint}-{what}.pem"));
+        let copies = [
+            (files.ca, dir.join("ca-cert.pem")),
+            (files.cert, to("cert")),
+            (files.key, to("key")),
+        ];
+        for (from, to) in copies {
+            fs::copy(&from, &to).with_context(|| format!("copying {}", from.display()))?;
+        }
+    }
+    Ok(Credentials { dir, endpoint })
+}
+
+impl Credentials {
+    fn id(&self) -> String {
+        format!("tls-{}", self.endpoint)
+    }
+
+    fn object(&self) -> Value {
+        json!({"qom-type": "tls-creds-x509", "id": self.id(), "dir": self.dir, "endpoint": self.endpoint, "verify-peer": true})
     }
 }
 
@@ -263,16 +306,27 @@ fn start(
     command.args(["-append", workload.parameters]);
     command.args(["-serial", &format!("file:{}", serial.display())]);
     command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
-    if let Some(port) = port {
-        command.args(["-incoming", &format!("tcp:{}:{port}", host_ip(at))]);
+    if port.is_some() {
+        command.args(["-incoming", "defer"]);
     }
     let errors = File::create(&log).with_context(|| format!("making {}", log.display()))?;
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
     let daemon = cluster.start_at_host(at, command)?;
-    let qmp = Qmp::connect(&socket).with_context(|| {
-        let said = std::fs::read_to_string(&log).unwrap_or_default();
+    let mut qmp = Qmp::connect(&socket).with_context(|| {
+        let said = fs::read_to_string(&log).unwrap_or_default();
         format!("QEMU at host {}: {}", at + 1, said.trim())
     })?;
+    if let Some(port) = port {
+        let mut parameters = json!({});
+        if workload.peer_tls {
+            let files = credentials(cluster, at, "server")?;
+            qmp.execute("object-add", files.object())?;
+            parameters["tls-creds"] = json!(files.id());
+        }
+        qmp.execute("migrate-set-parameters", parameters)?;
+        let uri = format!("tcp:{}:{port}", host_ip(at));
+        qmp.execute("migrate-incoming", json!({"uri": uri}))?;
+    }
     let console = Console {
         file: serial,
         offset: 0,

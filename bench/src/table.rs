@@ -126,7 +126,7 @@ mod tests {
                 .all(|line| line.starts_with('|') || !line.contains('|')),
             "{text}"
         );
-        assert!(text.contains("| hot-64M"), "{text}");
+        assert!(text.contains("| idle-plaintext"), "{text}");
     }
 
     #[test]

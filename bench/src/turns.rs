@@ -1,4 +1,5 @@
-//! Whose turn it is: a plain copy, a guest of ours moved there and back, a guest of QEMU's moved there and back, again.
+//! Whose turn it is: a plain copy, a guest of ours moved there and back, a guest of QEMU's moved there and back, again. Which of the two guests goes
+//! first changes from turn to turn, so that neither always finds what the other left.
 //!
 //! A run that fails is kept with its reason, and its guest is given up; the next turn begins with a new one. What the
 //! harness itself cannot do ends the benchmark.
@@ -40,7 +41,7 @@ pub fn take(cluster: &Cluster, probe: &Path, workload: &Workload, pairs: usize) 
     let _shaped = workload.link_mbit_s.map(|rate| Shaped::new(cluster, rate));
     let mut runs = Vec::new();
     let all: Vec<usize> = (1..=pairs).collect();
-    for turn in all.chunks(workload.moves) {
+    for (number, turn) in all.chunks(workload.moves).enumerate() {
         let last = turn.last() == all.last();
         if workload.upgrade {
             our_turn(cluster, workload, turn, last, &mut runs)?;
@@ -50,8 +51,14 @@ pub fn take(cluster: &Cluster, probe: &Path, workload: &Workload, pairs: usize) 
             let copied = copy::measure(cluster, workload, from, to, pair).context("the plain copy")?;
             keep(&mut runs, workload, copied);
         }
+        let qemu_first = number % 2 == 1;
+        if qemu_first {
+            qemus_turn(cluster, probe, workload, turn, &mut runs)?;
+        }
         our_turn(cluster, workload, turn, last, &mut runs)?;
-        qemus_turn(cluster, probe, workload, turn, &mut runs)?;
+        if !qemu_first {
+            qemus_turn(cluster, probe, workload, turn, &mut runs)?;
+        }
     }
     Ok(Summary::new(workload, pairs, runs))
 }

@@ -21,8 +21,10 @@ pub struct Workload {
     pub link_mbit_s: Option<u32>,
     /// Whether a guest that writes faster than the link carries may be held back, by either side's means.
     pub throttle: bool,
-    /// Whether our pages go unencrypted, as QEMU's always do here.
+    /// Whether our pages go unencrypted, as QEMU's do by default.
     pub plaintext: bool,
+    /// Whether QEMU's go encrypted too, by its own TLS.
+    pub peer_tls: bool,
     /// Moves a guest makes before it is ended: there and back, or only there.
     pub moves: usize,
     /// Whether the guest reads back everything at the end: that takes a while.
@@ -55,6 +57,7 @@ const PLAIN: Workload = Workload {
     link_mbit_s: None,
     throttle: false,
     plaintext: false,
+    peer_tls: false,
     moves: 2,
     sweep: true,
     upgrade: false,
@@ -70,8 +73,20 @@ const HANDOVER: Workload = Workload {
 };
 
 /// All of them, in the order in which they are run.
-pub const ALL: [Workload; 12] = [
+pub const ALL: [Workload; 13] = [
     IDLE,
+    Workload {
+        name: "idle-plaintext",
+        about: "idle, our pages unencrypted as QEMU's are",
+        plaintext: true,
+        ..IDLE
+    },
+    Workload {
+        name: "idle-tls",
+        about: "idle, QEMU's pages encrypted as ours are",
+        peer_tls: true,
+        ..IDLE
+    },
     Workload {
         name: "hot-64M",
         about: "512 MiB of random pages, 64 MiB of them written flat out",
@@ -137,13 +152,6 @@ pub const ALL: [Workload; 12] = [
         ..HANDOVER
     },
     Workload {
-        name: "idle-plaintext",
-        about: "idle, our pages unencrypted as QEMU's are",
-        plaintext: true,
-        by_default: false,
-        ..IDLE
-    },
-    Workload {
         name: "smoke",
         about: "a small guest that shows in seconds that the benchmark itself works",
         memory_mib: 64,
@@ -186,6 +194,8 @@ mod tests {
             all,
             [
                 "idle",
+                "idle-plaintext",
+                "idle-tls",
                 "hot-64M",
                 "hot-256M",
                 "zipf",
@@ -200,7 +210,7 @@ mod tests {
         assert_eq!(names(&["zipf", "idle"]).unwrap(), ["idle", "zipf"]);
         let wrong = names(&["idel"]).unwrap_err().to_string();
         assert!(
-            wrong.contains("\"idel\"") && wrong.contains("idle, hot-64M"),
+            wrong.contains("\"idel\"") && wrong.contains("idle, idle-plaintext"),
             "{wrong}"
         );
     }
