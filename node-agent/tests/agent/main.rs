@@ -76,11 +76,6 @@ fn main() -> ExitCode {
         fake_vmm::live();
         return ExitCode::SUCCESS;
     }
-    if drover_node_agent::inventory::kvm_caps().is_err() {
-        // Each test's agent registers what KVM offers, and does not start without any.
-        println!("SKIPPED: no usable /dev/kvm");
-        return ExitCode::SUCCESS;
-    }
     drover_pki::install_provider();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let filter = args.iter().find(|arg| !arg.starts_with('-'));
@@ -89,6 +84,11 @@ fn main() -> ExitCode {
         .filter(|(name, _)| filter.is_none_or(|filter| name.contains(filter.as_str())));
     if args.iter().any(|arg| arg == "--list") {
         chosen.for_each(|(name, _)| println!("{name}: test"));
+        return ExitCode::SUCCESS;
+    }
+    if drover_node_agent::inventory::kvm_caps().is_err() {
+        // Each test's agent registers what KVM offers, and does not start without any.
+        println!("SKIPPED: no usable /dev/kvm");
         return ExitCode::SUCCESS;
     }
     let chosen: Vec<&Test> = chosen.collect();
