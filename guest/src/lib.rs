@@ -9,6 +9,7 @@
 extern crate std;
 
 pub mod clock;
+pub mod journal;
 pub mod layout;
 pub mod ledger;
 pub mod pace;

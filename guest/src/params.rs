@@ -75,6 +75,8 @@ pub struct Params {
     pub cpus: Option<u32>,
     /// Timer ticks a second on each processor.
     pub hz: u32,
+    /// Whether to keep a journal on a disk.
+    pub disk: bool,
     /// How to end, and after how many seconds.
     pub fault: Option<(Fault, u64)>,
 }
@@ -128,7 +130,7 @@ impl fmt::Display for BadParam<'_> {
         write!(f, "probe bad parameter \"{}\": ", self.word)?;
         match self.why {
             Why::Unknown => f.write_str(
-                "unknown name, known are own, hot, rate, pattern, content, cpus, hz, fault, fault_after",
+                "unknown name, known are own, hot, rate, pattern, content, cpus, hz, disk, fault, fault_after",
             ),
             Why::NotOneOf(words) => write!(f, "must be one of {words}"),
             Why::OutOfRange { low, high } => write!(f, "must be a number from {low} to {high}"),
@@ -159,6 +161,7 @@ impl Params {
             content: Content::Random,
             cpus: None,
             hz: 1000,
+            disk: false,
             fault: None,
         };
         let mut hot_word = None;
@@ -178,6 +181,7 @@ impl Params {
                     let hz = number(value, *HZ_RANGE.start(), *HZ_RANGE.end()).map_err(bad)?;
                     params.hz = u32::try_from(hz).unwrap_or(u32::MAX);
                 }
+                "disk" => params.disk = journal(value).map_err(bad)?,
                 "fault" => fault = Some(fault_kind(value).map_err(bad)?),
                 "fault_after" => {
                     fault_after = Some((word, number(value, 0, FAULT_AFTER_MAX_S).map_err(bad)?))
@@ -279,6 +283,14 @@ fn content(text: &str) -> Result<Content, Why> {
     }
 }
 
+fn journal(text: &str) -> Result<bool, Why> {
+    match text {
+        "none" => Ok(false),
+        "journal" => Ok(true),
+        _ => Err(Why::NotOneOf("none, journal")),
+    }
+}
+
 fn fault_kind(text: &str) -> Result<Fault, Why> {
     match text {
         "triple" => Ok(Fault::Triple),
@@ -306,7 +318,7 @@ mod tests {
 
     #[test]
     fn every_parameter_is_followed() {
-        let line = "console=ttyS0 own=1G hot=256K rate=500 pattern=zipf content=repeat cpus=2 hz=100 fault=triple fault_after=3";
+        let line = "console=ttyS0 own=1G hot=256K rate=500 pattern=zipf content=repeat cpus=2 hz=100 disk=journal fault=triple fault_after=3";
         let expected = Params {
             own_pages: 262_144,
             hot_pages: 64,
@@ -315,6 +327,7 @@ mod tests {
             content: Content::Repeat,
             cpus: Some(2),
             hz: 100,
+            disk: true,
             fault: Some((Fault::Triple, 3)),
         };
         assert_eq!(Params::parse(line), Ok(expected));
@@ -346,6 +359,7 @@ mod tests {
             ("cpus=17", "cpus=17", "from 1 to 16"),
             ("hz=9", "hz=9", "from 10 to 4000"),
             ("fault=quad", "fault=quad", "triple, emulation, shutdown"),
+            ("disk=sda", "disk=sda", "none, journal"),
             ("fault_after=1", "fault_after=1", "needs fault="),
             ("own=64M patern=zipf", "patern=zipf", "unknown name"),
             ("quiet", "quiet", "unknown name"),

@@ -50,6 +50,32 @@ pub struct Second {
     pub lost: u64,
     /// Times that the tick count, the counter or kvmclock went back.
     pub back: u64,
+    /// The journal's, where there is one.
+    pub disk: Option<DiskSecond>,
+}
+
+/// Of the journal on the disk, with each line of a second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskSecond {
+    /// The last sequence that a flush has covered, ever.
+    pub sequence: u64,
+    /// Blocks since boot that did not hold what they must, requests that failed, and requests that were never answered.
+    pub lost: u64,
+    /// Interrupts of the disk since boot.
+    pub interrupts: u64,
+}
+
+/// Said once, when the journal that was on the disk has been read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskFound {
+    /// The disk's size in sectors of 512 bytes.
+    pub sectors: u64,
+    /// The journal's blocks.
+    pub blocks: u64,
+    /// The last sequence that must have been acknowledged.
+    pub sequence: u64,
+    /// Blocks that do not hold what they must.
+    pub lost: u64,
 }
 
 impl fmt::Display for Up {
@@ -72,6 +98,35 @@ impl fmt::Display for Up {
     }
 }
 
+impl fmt::Display for DiskFound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let DiskFound {
+            sectors,
+            blocks,
+            sequence,
+            lost,
+        } = self;
+        write!(
+            f,
+            "probe disk sectors={sectors} blocks={blocks} found_seq={sequence} lost={lost}"
+        )
+    }
+}
+
+impl DiskFound {
+    /// Reads the line back; `None` for any other line.
+    #[must_use]
+    pub fn parse(line: &str) -> Option<DiskFound> {
+        let fields = line.trim_end().strip_prefix("probe disk ")?;
+        Some(DiskFound {
+            sectors: number(fields, "sectors")?,
+            blocks: number(fields, "blocks")?,
+            sequence: number(fields, "found_seq")?,
+            lost: number(fields, "lost")?,
+        })
+    }
+}
+
 impl fmt::Display for Second {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Second {
@@ -83,12 +138,21 @@ impl fmt::Display for Second {
             verified,
             lost,
             back,
+            disk,
         } = self;
         write!(
             f,
             "probe t={t_s} ticks={ticks} gap_us={gap_us} max_gap_us={max_gap_us} written={written} verified={verified} \
              lost={lost} back={back}"
-        )
+        )?;
+        match disk {
+            None => Ok(()),
+            Some(DiskSecond {
+                sequence,
+                lost,
+                interrupts,
+            }) => write!(f, " disk_seq={sequence} disk_lost={lost} disk_irqs={interrupts}"),
+        }
     }
 }
 
@@ -149,6 +213,13 @@ impl Second {
             verified: number(fields, "verified")?,
             lost: number(fields, "lost")?,
             back: number(fields, "back")?,
+            disk: number(fields, "disk_irqs").and_then(|interrupts| {
+                Some(DiskSecond {
+                    sequence: number(fields, "disk_seq")?,
+                    lost: number(fields, "disk_lost")?,
+                    interrupts,
+                })
+            }),
         })
     }
 }
@@ -202,6 +273,7 @@ mod tests {
             verified: 6,
             lost: 1,
             back: 0,
+            disk: None,
         };
         let line = "probe t=3 ticks=3001 gap_us=1002 max_gap_us=9000 written=5 verified=6 lost=1 back=0";
         assert_eq!(second.to_string(), line);
@@ -211,6 +283,35 @@ mod tests {
             ),
             Some(second)
         );
+    }
+
+    #[test]
+    fn what_is_said_of_a_disk_is_as_documented_and_reads_back() {
+        let second = Second {
+            disk: Some(DiskSecond {
+                sequence: 80,
+                lost: 0,
+                interrupts: 33,
+            }),
+            ..Second::default()
+        };
+        let line = second.to_string();
+        assert!(
+            line.ends_with(" back=0 disk_seq=80 disk_lost=0 disk_irqs=33"),
+            "{line}"
+        );
+        assert_eq!(Second::parse(&line), Some(second));
+        let found = DiskFound {
+            sectors: 8192,
+            blocks: 256,
+            sequence: 72,
+            lost: 0,
+        };
+        assert_eq!(
+            found.to_string(),
+            "probe disk sectors=8192 blocks=256 found_seq=72 lost=0"
+        );
+        assert_eq!(DiskFound::parse(&found.to_string()), Some(found));
     }
 
     #[test]

@@ -148,6 +148,17 @@ timer_entry:
     incq 24(%rcx)           // the time-stamp counter went back
     jmp 2b
 
+.globl disk_entry
+disk_entry:                 // the disk's message: counted, no more
+    pushq %rcx
+    movq %rsp, %rcx
+    andq $-CPU_AREA, %rcx
+    incq 32(%rcx)
+    movl $LAPIC, %ecx
+    movl $0, LAPIC_EOI(%rcx)
+    popq %rcx
+    iretq
+
 .globl spurious_entry
 spurious_entry:
     iretq
@@ -242,6 +253,21 @@ service_emulation:          // a 16-byte exchange with the APIC's page: KVM has 
     movl $LAPIC, %esi
     lock cmpxchg16b (%rsi)
     iretq
+service_config_read:        // edi = PCI bus, device, function and register, as port 0xcf8 takes them
+    movl $0xcf8, %edx
+    movl %edi, %eax
+    outl %eax, %dx
+    movl $0xcfc, %edx
+    inl %dx, %eax
+    iretq
+service_config_write:       // edi = as above, esi = value
+    movl $0xcf8, %edx
+    movl %edi, %eax
+    outl %eax, %dx
+    movl $0xcfc, %edx
+    movl %esi, %eax
+    outl %eax, %dx
+    iretq
 stop:
     cli
     hlt
@@ -250,7 +276,8 @@ stop:
 .balign 8
 services:
     .quad service_idle, service_wrmsr, service_lapic_read, service_lapic_write, service_cpuid, service_no_idt, service_emulation, stop
-.set SERVICES, 8
+    .quad service_config_read, service_config_write
+.set SERVICES, 10
 
 // The first instructions of an application processor, copied to TRAMPOLINE.
 .globl trampoline_start

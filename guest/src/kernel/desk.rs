@@ -4,7 +4,7 @@ use core::sync::atomic::Ordering;
 
 use drover_probe::clock::microseconds;
 use drover_probe::params::Fault;
-use drover_probe::report::Second;
+use drover_probe::report::{DiskSecond, Second};
 
 use super::console::{self, say};
 use super::machine;
@@ -50,8 +50,8 @@ impl Desk {
         }
     }
 
-    /// Does what is due.
-    pub fn tend(&mut self) {
+    /// Does what is due; `disk` is how the journal stands.
+    pub fn tend(&mut self, disk: Option<DiskSecond>) {
         let now = machine::counter();
         let second = self.plan.clock.ticks_per_s();
         if now >= self.next_look {
@@ -61,7 +61,10 @@ impl Desk {
         if now >= self.next_line {
             // After a stop the seconds missed are left out.
             self.next_line = (self.next_line + second).max(now);
-            let report = self.report(now);
+            let report = Second {
+                disk,
+                ..self.report(now)
+            };
             say!("{report}");
             self.fail_if_due(report.t_s);
         }

@@ -38,6 +38,8 @@ pub mod lapic {
 }
 
 const TIMER_VECTOR: usize = 0x20;
+/// The disk's interrupt.
+pub const DISK_VECTOR: u32 = 0x21;
 const INVALID_OPCODE_VECTOR: usize = 6;
 const SPURIOUS_VECTOR: usize = 0xff;
 
@@ -52,7 +54,9 @@ pub struct CpuArea {
     pub gap: AtomicU64,
     /// Ticks at which the counter was lower than at the tick before.
     pub back: AtomicU64,
-    reserved: [AtomicU64; 4],
+    /// Interrupts of the disk.
+    pub disk: AtomicU64,
+    reserved: [AtomicU64; 3],
     /// The hypervisor's clock page.
     pub clock_page: [AtomicU32; 8],
     stack: [AtomicU8; 4000],
@@ -70,6 +74,7 @@ unsafe extern "C" {
     static trampoline_end: u8;
     static image_end: u8;
     fn timer_entry();
+    fn disk_entry();
     fn spurious_entry();
     fn invalid_opcode_entry();
     fn service_call();
@@ -111,6 +116,8 @@ enum Service {
     NoInterruptTable = 5,
     Emulation = 6,
     Stop = 7,
+    ConfigRead = 8,
+    ConfigWrite = 9,
 }
 
 fn call(service: Service, first: u64, second: u64) -> u64 {
@@ -177,6 +184,19 @@ pub fn cpuid(leaf: u32) -> [u32; 4] {
     unsafe { (&raw const answer).read_volatile() }
 }
 
+/// Reads 32 bits of PCI configuration space at `address`, in the form of port 0xcf8.
+pub fn config_read(address: u32) -> u32 {
+    (call(Service::ConfigRead, u64::from(address), 0) & 0xffff_ffff) as u32
+}
+
+/// Writes 32 bits of PCI configuration space.
+///
+/// # Safety
+/// Whatever the device does then, it does not write to memory that Rust owns.
+pub unsafe fn config_write(address: u32, value: u32) {
+    call(Service::ConfigWrite, u64::from(address), u64::from(value));
+}
+
 /// Writes a byte to a port below 0x800.
 pub fn port_write(port: u16, value: u8) {
     // SAFETY: the task state's bitmap opens the port; no device that the guest programs writes to memory.
@@ -205,6 +225,7 @@ pub fn fill_interrupt_table() {
     }
     gate(TIMER_VECTOR, timer_entry as *const () as u64);
     gate(INVALID_OPCODE_VECTOR, invalid_opcode_entry as *const () as u64);
+    gate(DISK_VECTOR as usize, disk_entry as *const () as u64);
     gate(SPURIOUS_VECTOR, spurious_entry as *const () as u64);
     fence(Ordering::SeqCst);
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! boot.s (ring 0) -> probe_entry (ring 3)
-//!   processor 0:  boot information -> clock -> timer -> wakes the others -> publishes the plan -> fills -> "probe up" -> work + desk
+//!   processor 0:  boot information -> clock -> timer -> wakes the others -> publishes the plan -> fills -> (journal) -> "probe up" -> work + desk
 //!   the others:                                            wait for the plan -> timer -> fill -> work
 //! ```
 //!
@@ -11,6 +11,7 @@
 mod boot;
 mod console;
 mod desk;
+mod disk;
 mod machine;
 mod plan;
 mod time;
@@ -21,6 +22,7 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 use self::boot::BootInfo;
 use self::console::say;
 use self::desk::Desk;
+use self::disk::Disk;
 use self::plan::{PLAN, Plan};
 use self::time::Clock;
 use self::worker::Worker;
@@ -62,17 +64,27 @@ fn first(kind: u64, boot_address: u64) -> ! {
         say!("probe no timer: the local APIC's counter does not move");
         machine::stop()
     };
+    let disk_memory = plan.disk;
     let cpus = machine::wake_others(plan.params.cpus, &clock);
     let plan = PLAN.publish(plan.with_machine(clock, timer, cpus));
     let mut worker = start_work(plan, 0);
     while FILLED.load(Ordering::Acquire) < plan.cpus {
         machine::idle();
     }
+    let mut disk = match disk_memory.map(|memory| Disk::open(memory, &plan.clock)) {
+        None => None,
+        Some(Ok(disk)) => Some(disk),
+        Some(Err(why)) => {
+            say!("probe no disk: {why}");
+            machine::stop()
+        }
+    };
     say!("{}", plan.up());
     let mut desk = Desk::new(plan);
     loop {
         let worked = worker.step();
-        desk.tend();
+        let journal = disk.as_mut().map(Disk::step);
+        desk.tend(journal);
         if !worked {
             machine::idle();
         }

@@ -9,8 +9,8 @@ use drover_probe::layout::Layout;
 use drover_probe::params::{BadParam, Params, Why};
 use drover_probe::report::Up;
 
-use super::machine;
 use super::time::Clock;
+use super::{disk, machine};
 
 const RECORD_BYTES: u64 = 8;
 
@@ -20,6 +20,8 @@ pub struct Draft {
     pub params: Params,
     layout: Layout,
     record: u64,
+    /// Memory for the disk, where there is to be one: see [`super::disk`].
+    pub disk: Option<u64>,
 }
 
 /// The same, and the machine as it was found.
@@ -44,11 +46,17 @@ impl Plan {
         let params = Params::parse(line)?;
         let mut layout = memory.clone();
         let room = layout.pages();
+        let disk = if params.disk {
+            layout.take(disk::PAGES)
+        } else {
+            None
+        };
         let record_pages = params.own_pages.saturating_mul(RECORD_BYTES).div_ceil(PAGE_SIZE);
         let record = layout
             .take(record_pages)
-            .filter(|_| layout.pages() >= params.own_pages);
+            .filter(|_| layout.pages() >= params.own_pages && params.disk == disk.is_some());
         let Some(record) = record else {
+            let room = room.saturating_sub(if params.disk { disk::PAGES } else { 0 });
             let pages = room - room.div_ceil(1 + PAGE_SIZE / RECORD_BYTES);
             let word = line
                 .split_ascii_whitespace()
@@ -64,6 +72,7 @@ impl Plan {
             params,
             layout,
             record,
+            disk,
         })
     }
 

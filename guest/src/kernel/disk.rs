@@ -1,0 +1,427 @@
+//! A virtio disk and the journal on it: found by a scan of PCI's root bus, driven from ring 3 by one queue.
+//!
+//! Sources: Virtual I/O Device 1.2, 2.7 (the queue), 4.1 (PCI) and 5.2 (disks). Each request is three descriptors of its own: header, data,
+//! answer. Answers are seen by polling, a step at a time between the worker's; interrupts are only counted, which shows that they arrive.
+//!
+//! ```text
+//!   idle ─► 8 writes ─► flush: acknowledged ─► one block is read back and compared ─► idle
+//! ```
+//!
+//! A request that is not answered for ten seconds of the timer's ticks, which stand while the guest does, is lost.
+#![allow(unsafe_code, reason = "a driver shares memory with its device")]
+
+use core::sync::atomic::{Ordering, fence};
+
+use drover_probe::journal::{BATCH, BLOCKS_MAX, Journal, TORN, blocks_on};
+use drover_probe::page::Page;
+use drover_probe::params::Content;
+use drover_probe::report::{DiskFound, DiskSecond};
+
+use super::console::say;
+use super::machine;
+use super::time::Clock;
+
+/// Pages that the driver and the device share.
+pub const PAGES: u64 = DATA + SLOTS as u64;
+
+/// One request for each block of a batch, and one for flushes and reads.
+const SLOTS: usize = BATCH as usize + 1;
+const OTHER: usize = BATCH as usize;
+const QUEUE_SIZE: u16 = 32;
+// Which page holds what: descriptors and the available ring, the used ring, headers and answers, data by slot.
+const RINGS: u64 = 0;
+const USED: u64 = 1;
+const HEADERS: u64 = 2;
+const DATA: u64 = 3;
+const PAGE: u64 = 4096;
+const AVAILABLE_OFFSET: u64 = 2048;
+const HEADER_BYTES: u64 = 16;
+const ANSWERS_OFFSET: u64 = 2048;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const SECTORS_A_BLOCK: u64 = PAGE / 512;
+const NO_ANSWER: u8 = 0xff;
+
+/// Virtio's vendor, and a disk that follows the standard.
+const DISK_ID: u32 = 0x1042_1af4;
+const SLOTS_OF_BUS: u32 = 32;
+const CAPABILITIES_MAX: u32 = 48;
+const MSIX: u32 = 0x11;
+const VENDORS_OWN: u32 = 9;
+/// Memory space and bus master.
+const COMMAND: u32 = 6;
+const MSIX_ENABLE: u32 = 1 << 31;
+
+const F_FLUSH: u32 = 1 << 9;
+const F_VERSION_1: u32 = 1;
+const ACKNOWLEDGE: u8 = 1;
+const DRIVER: u8 = 2;
+const DRIVER_OK: u8 = 4;
+const FEATURES_OK: u8 = 8;
+
+/// Between two batches.
+const PAUSE_MS: u64 = 5;
+/// Ticks, at the default rate, without an answer: see the module's head.
+const PATIENCE_TICKS: u64 = 10_000;
+/// While it boots the guest waits by the counter.
+const BOOT_PATIENCE_S: u64 = 30;
+/// Losses that are said one by one.
+const LOSSES_SAID_MAX: u64 = 16;
+
+/// Reads shared memory or a register.
+fn get<T: Copy>(at: u64) -> T {
+    // SAFETY: `at` lies in the pages that the plan set aside for this driver, or in the region of the device's registers that its
+    // configuration space names, both mapped one to one; `T` is an integer, and the access is aligned and volatile.
+    unsafe { core::ptr::with_exposed_provenance::<T>(at as usize).read_volatile() }
+}
+
+/// Writes shared memory or a register.
+fn put<T: Copy>(at: u64, value: T) {
+    // SAFETY: as for `get`; nothing in Rust refers to these addresses but a page of data while no request has it.
+    unsafe { core::ptr::with_exposed_provenance_mut::<T>(at as usize).write_volatile(value) }
+}
+
+/// Where the device's registers are.
+#[derive(Clone, Copy, Default)]
+struct Registers {
+    common: u64,
+    doorbell: u64,
+    device: u64,
+    msix_table: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Doing {
+    Nothing,
+    Writing,
+    Flushing,
+    Reading { block: u64 },
+}
+
+/// The disk with its journal.
+pub struct Disk {
+    memory: u64,
+    registers: Registers,
+    clock_khz: u64,
+    journal: Journal,
+    doing: Doing,
+    next_batch: u64,
+    /// Chains offered and given back, counted without end.
+    offered: u16,
+    returned: u16,
+    asked_at_tick: u64,
+    given_up: bool,
+    next_read: u64,
+    lost: u64,
+}
+
+fn config(slot: u32, register: u32) -> u32 {
+    1 << 31 | slot << 11 | register
+}
+
+/// Finds the first disk, places nothing anew, and switches it on.
+fn find() -> Result<Registers, &'static str> {
+    let slot = (0..SLOTS_OF_BUS)
+        .find(|&slot| machine::config_read(config(slot, 0)) == DISK_ID)
+        .ok_or("no virtio disk on PCI's root bus")?;
+    let bar = |index: u32| u64::from(machine::config_read(config(slot, 0x10 + 4 * index)) & !0xf);
+    let mut found = Registers::default();
+    let mut msix = None;
+    let mut at = machine::config_read(config(slot, 0x34)) & 0xfc;
+    for _ in 0..CAPABILITIES_MAX {
+        if at == 0 {
+            break;
+        }
+        let head = machine::config_read(config(slot, at));
+        let second = machine::config_read(config(slot, at + 4));
+        let place = |offset: u32| bar(second & 7) + u64::from(offset);
+        match (head & 0xff, head >> 24) {
+            (MSIX, _) => {
+                msix = Some((at, head));
+                found.msix_table = place(second & !7);
+            }
+            (VENDORS_OWN, 1) => found.common = place(machine::config_read(config(slot, at + 8))),
+            (VENDORS_OWN, 2) => found.doorbell = place(machine::config_read(config(slot, at + 8))),
+            (VENDORS_OWN, 4) => found.device = place(machine::config_read(config(slot, at + 8))),
+            _ => {}
+        }
+        at = head >> 8 & 0xfc;
+    }
+    if found.common < PAGE || found.doorbell < PAGE || found.device < PAGE {
+        return Err("its registers are nowhere");
+    }
+    // SAFETY: the device writes to memory only once its queue is set up, and then to this driver's pages.
+    unsafe { machine::config_write(config(slot, 4), COMMAND) };
+    if let Some((at, head)) = msix {
+        for vector in 0..2 {
+            let entry = found.msix_table + 16 * vector;
+            put(entry, 0xfee0_0000u32);
+            put(entry + 4, 0u32);
+            put(entry + 8, machine::DISK_VECTOR);
+            put(entry + 12, 0u32);
+        }
+        // SAFETY: its messages go to the local APIC of processor 0.
+        unsafe { machine::config_write(config(slot, at), head & 0xffff | MSIX_ENABLE) };
+    }
+    Ok(found)
+}
+
+impl Disk {
+    /// Finds the disk, sets it up, and reads the journal on it. `memory`: [`PAGES`] pages.
+    pub fn open(memory: u64, clock: &Clock) -> Result<Disk, &'static str> {
+        let registers = find()?;
+        for word in 0..PAGES * PAGE / 8 {
+            put(memory + 8 * word, 0u64);
+        }
+        let mut disk = Disk {
+            memory,
+            registers,
+            clock_khz: clock.tsc_khz,
+            journal: Journal::recover(&[0; BLOCKS_MAX as usize]).0,
+            doing: Doing::Nothing,
+            next_batch: 0,
+            offered: 0,
+            returned: 0,
+            asked_at_tick: 0,
+            given_up: false,
+            next_read: 0,
+            lost: 0,
+        };
+        disk.set_up()?;
+        disk.recover()?;
+        Ok(disk)
+    }
+
+    fn page(&self, index: u64) -> u64 {
+        self.memory + PAGE * index
+    }
+
+    fn set_up(&self) -> Result<(), &'static str> {
+        let common = self.registers.common;
+        let status = common + 20;
+        put(status, 0u8);
+        for bits in [ACKNOWLEDGE, ACKNOWLEDGE | DRIVER] {
+            put(status, bits);
+        }
+        for (half, features) in [(0u32, F_FLUSH), (1, F_VERSION_1)] {
+            put(common + 8, half);
+            put(common + 12, features);
+        }
+        put(status, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        if get::<u8>(status) & FEATURES_OK == 0 {
+            return Err("it does not know flushes");
+        }
+        put(common + 16, 0u16);
+        put(common + 22, 0u16);
+        if get::<u16>(common + 24) < QUEUE_SIZE {
+            return Err("its queue is too small");
+        }
+        put(common + 24, QUEUE_SIZE);
+        put(common + 26, 1u16);
+        for (register, place) in [
+            (32, self.page(RINGS)),
+            (40, self.page(RINGS) + AVAILABLE_OFFSET),
+            (48, self.page(USED)),
+        ] {
+            put(common + register, (place & 0xffff_ffff) as u32);
+            put(common + register + 4, (place >> 32) as u32);
+        }
+        put(common + 28, 1u16);
+        put(status, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        Ok(())
+    }
+
+    fn answer(&self, slot: usize) -> u64 {
+        self.page(HEADERS) + ANSWERS_OFFSET + slot as u64
+    }
+
+    /// Offers a request in its slot; the doorbell is rung apart.
+    fn offer(&mut self, slot: usize, kind: u32, block: u64) {
+        let header = self.page(HEADERS) + HEADER_BYTES * slot as u64;
+        put(header, u64::from(kind));
+        put(header + 8, SECTORS_A_BLOCK * block);
+        put(self.answer(slot), NO_ANSWER);
+        let first = 3 * slot as u16;
+        let data_flags = if kind == IN { NEXT | WRITE } else { NEXT };
+        let answer_at = if kind == FLUSH { first + 1 } else { first + 2 };
+        self.describe(first, header, HEADER_BYTES as u32, NEXT, first + 1);
+        if kind != FLUSH {
+            let data = self.page(DATA + slot as u64);
+            self.describe(first + 1, data, PAGE as u32, data_flags, answer_at);
+        }
+        self.describe(answer_at, self.answer(slot), 1, WRITE, 0);
+        let available = self.page(RINGS) + AVAILABLE_OFFSET;
+        put(available + 4 + 2 * u64::from(self.offered % QUEUE_SIZE), first);
+        self.offered = self.offered.wrapping_add(1);
+        fence(Ordering::SeqCst);
+        put(available + 2, self.offered);
+    }
+
+    fn describe(&self, index: u16, at: u64, len: u32, flags: u16, next: u16) {
+        let descriptor = self.page(RINGS) + 16 * u64::from(index);
+        put(descriptor, at);
+        put(descriptor + 8, len);
+        put(descriptor + 12, flags);
+        put(descriptor + 14, next);
+    }
+
+    fn ring(&mut self) {
+        fence(Ordering::SeqCst);
+        put(self.registers.doorbell, 0u16);
+        self.asked_at_tick = machine::area(0).ticks.load(Ordering::Relaxed);
+    }
+
+    /// Whether everything that was offered has been given back.
+    fn all_answered(&mut self) -> bool {
+        self.returned = get::<u16>(self.page(USED) + 2);
+        fence(Ordering::SeqCst);
+        self.returned == self.offered
+    }
+
+    fn succeeded(&self, slot: usize) -> bool {
+        get::<u8>(self.answer(slot)) == 0
+    }
+
+    fn data(&self, slot: usize) -> Page {
+        let mut page = Page::zero();
+        for (at, word) in (0..).zip(&mut page.0) {
+            *word = get(self.page(DATA + slot as u64) + 8 * at);
+        }
+        page
+    }
+
+    fn set_data(&self, slot: usize, page: &Page) {
+        for (at, &word) in (0..).zip(&page.0) {
+            put(self.page(DATA + slot as u64) + 8 * at, word);
+        }
+    }
+
+    fn read_now(&mut self, block: u64) -> Result<Page, &'static str> {
+        self.offer(OTHER, IN, block);
+        self.ring();
+        let began = machine::counter();
+        while !self.all_answered() {
+            if machine::counter().wrapping_sub(began) > BOOT_PATIENCE_S * 1000 * self.clock_khz {
+                return Err("it does not answer");
+            }
+            core::hint::spin_loop();
+        }
+        if !self.succeeded(OTHER) {
+            return Err("it cannot be read");
+        }
+        Ok(self.data(OTHER))
+    }
+
+    fn recover(&mut self) -> Result<(), &'static str> {
+        let sectors: u64 = get::<u32>(self.registers.device).into();
+        let sectors = sectors | u64::from(get::<u32>(self.registers.device + 4)) << 32;
+        let blocks = blocks_on(sectors.saturating_mul(512)).ok_or("it is too small for a journal")?;
+        let mut found = [0; BLOCKS_MAX as usize];
+        let found = &mut found[..blocks as usize];
+        for (block, found) in (0..).zip(found.iter_mut()) {
+            let page = self.read_now(block)?;
+            let sequence = page.sequence();
+            *found = match page.verify(block, sequence) {
+                Ok(()) => sequence,
+                Err(_) => TORN,
+            };
+        }
+        let (journal, lost, first) = Journal::recover(found);
+        if let Some((block, due, at)) = first {
+            say!("probe DISK LOST block={block} expected_seq={due} found_seq={at} why=boot");
+        }
+        self.journal = journal;
+        self.lost = lost;
+        let found = DiskFound {
+            sectors,
+            blocks,
+            sequence: journal.acknowledged(),
+            lost,
+        };
+        say!("{found}");
+        Ok(())
+    }
+
+    fn lose(&mut self, block: u64, found: u64, why: &str) {
+        self.lost += 1;
+        if self.lost <= LOSSES_SAID_MAX {
+            let due = self.journal.due(block);
+            say!("probe DISK LOST block={block} expected_seq={due} found_seq={found} why={why}");
+        }
+    }
+
+    /// Does what is due, and says how the journal stands.
+    pub fn step(&mut self) -> DiskSecond {
+        if !self.given_up {
+            self.advance();
+        }
+        DiskSecond {
+            sequence: self.journal.acknowledged(),
+            lost: self.lost,
+            interrupts: machine::area(0).disk.load(Ordering::Relaxed),
+        }
+    }
+
+    fn advance(&mut self) {
+        if self.doing != Doing::Nothing && !self.all_answered() {
+            let ticks = machine::area(0).ticks.load(Ordering::Relaxed);
+            if ticks.wrapping_sub(self.asked_at_tick) > PATIENCE_TICKS {
+                self.given_up = true;
+                self.lose(0, 0, "no-answer");
+            }
+            return;
+        }
+        self.doing = match self.doing {
+            Doing::Nothing => self.begin_batch(),
+            Doing::Writing => {
+                if !(0..OTHER).all(|slot| self.succeeded(slot)) {
+                    self.lose(0, 0, "write-failed");
+                }
+                self.offer(OTHER, FLUSH, 0);
+                self.ring();
+                Doing::Flushing
+            }
+            Doing::Flushing => {
+                if !self.succeeded(OTHER) {
+                    self.lose(0, 0, "flush-failed");
+                }
+                self.journal.acknowledge();
+                let block = self.next_read % self.journal.blocks();
+                // A step that no number of blocks has as a factor: all are read in turn.
+                self.next_read += 37;
+                self.offer(OTHER, IN, block);
+                self.ring();
+                Doing::Reading { block }
+            }
+            Doing::Reading { block } => {
+                let page = self.data(OTHER);
+                if !self.succeeded(OTHER) || page.verify(block, self.journal.due(block)).is_err() {
+                    self.lose(block, page.sequence(), "read");
+                }
+                Doing::Nothing
+            }
+        };
+    }
+
+    fn begin_batch(&mut self) -> Doing {
+        let now = machine::counter();
+        if now < self.next_batch {
+            return Doing::Nothing;
+        }
+        self.next_batch = now + PAUSE_MS * self.clock_khz;
+        let mut page = Page::zero();
+        for (slot, ahead) in (1..=BATCH).enumerate() {
+            let sequence = self.journal.acknowledged() + ahead;
+            let block = self.journal.block_of(sequence);
+            page.write(block, sequence, Content::Random);
+            self.set_data(slot, &page);
+            self.offer(slot, OUT, block);
+        }
+        self.ring();
+        Doing::Writing
+    }
+}
