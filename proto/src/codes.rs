@@ -125,6 +125,8 @@ codes! {
     PostCopyLost = "postcopy_lost", Aborted;
     /// Only post-copy would do, it is allowed, and a host cannot.
     PostCopyUnavailable = "postcopy_unavailable", Aborted;
+    /// A disk of the VM cannot be opened, is not of its size, or is locked by another.
+    DiskUnusable = "disk_unusable", Aborted;
 }
 
 impl Code {

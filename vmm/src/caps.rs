@@ -47,6 +47,10 @@ pub struct Caps {
     pub kvmclock_ctrl: bool,
     /// The real-mode identity map's address can be set.
     pub identity_map: bool,
+    /// Interrupts can be routed as messages: without it a VM has no bus.
+    pub irq_routing: bool,
+    /// A write to an address can ring an eventfd: without it doorbells ring through exits.
+    pub ioeventfd: bool,
 }
 
 impl Caps {
@@ -101,6 +105,12 @@ impl Caps {
                 Cap::SetIdentityMapAddr,
                 "SET_IDENTITY_MAP_ADDR",
                 "KVM's default is used",
+            ),
+            irq_routing: offered(Cap::IrqRouting, "IRQ_ROUTING", "VMs with disks cannot run here"),
+            ioeventfd: offered(
+                Cap::Ioeventfd,
+                "IOEVENTFD",
+                "doorbells of devices ring through exits",
             ),
         })
     }

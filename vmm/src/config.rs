@@ -11,6 +11,9 @@ use drover_proto::{Code, Fault};
 use serde::Deserialize;
 
 use crate::cpu::profile::Profile;
+use crate::devices::attached::Equipment;
+use crate::devices::virtio::blk::SERIAL_BYTES;
+use crate::devices::virtio::blk::disk::Disk;
 
 /// Most vCPUs of a VM.
 pub const VCPUS_MAX: u32 = 32;
@@ -18,6 +21,8 @@ pub const VCPUS_MAX: u32 = 32;
 pub const MEMORY_MIB_MIN: u64 = 16;
 /// Most memory of a VM, MiB.
 pub const MEMORY_MIB_MAX: u64 = 1 << 20;
+/// Most disks of a VM; the bus has 31 slots.
+pub const DISKS_MAX: usize = 24;
 /// Longest kernel command line, bytes.
 pub const CMDLINE_BYTES_MAX: usize = 2048;
 /// The socket of an upgrade, in the VMM's folder.
@@ -58,6 +63,26 @@ pub struct Config {
     pub tls: TlsFiles,
     /// Set where the VM is to be received from another host.
     pub incoming: Option<Incoming>,
+    /// Whether it has a source of random numbers.
+    #[serde(default)]
+    pub rng: bool,
+    /// Its disks, in the order of their slots.
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+}
+
+/// A disk of the VM.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// A raw file or a block device, of whole sectors of 512 bytes.
+    pub path: PathBuf,
+    /// Whether the guest cannot write to it.
+    #[serde(default)]
+    pub read_only: bool,
+    /// What the guest is told as its serial number: at most 20 printable ASCII characters.
+    #[serde(default)]
+    pub serial: String,
 }
 
 /// From whom an incoming VMM receives.
@@ -107,6 +132,9 @@ impl Config {
         config.initrd = config.initrd.map(|initrd| base.join(initrd));
         config.socket = base.join(&config.socket);
         config.tls = config.tls.resolve(base);
+        for disk in &mut config.disks {
+            disk.path = base.join(&disk.path);
+        }
         Ok(config)
     }
 
@@ -126,6 +154,38 @@ impl Config {
     /// Guest memory, bytes.
     pub fn memory_bytes(&self) -> u64 {
         self.memory_mib << 20
+    }
+
+    /// What the VM is given on its bus; the disks' files are opened.
+    pub fn equipment(&self) -> Result<Equipment, Fault> {
+        let open = |disk: &DiskConfig| Disk::open(&disk.path, disk.read_only, &disk.serial);
+        Ok(Equipment {
+            rng: self.rng,
+            disks: self.disks.iter().map(open).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Whether the VM has a bus.
+    pub fn has_bus(&self) -> bool {
+        self.rng || !self.disks.is_empty()
+    }
+
+    fn check_disks(&self) -> Result<(), Fault> {
+        if self.disks.len() > DISKS_MAX {
+            let message = format!("{} disks are too many, at most {DISKS_MAX} are", self.disks.len());
+            return Err(invalid("disks", message));
+        }
+        let printable = |serial: &str| serial.bytes().all(|byte| byte.is_ascii_graphic());
+        for disk in &self.disks {
+            if disk.serial.len() > SERIAL_BYTES || !printable(&disk.serial) {
+                let message = format!(
+                    "the serial number {:?} of a disk, must be at most {SERIAL_BYTES} printable ASCII characters without blanks",
+                    disk.serial
+                );
+                return Err(invalid("disks", message));
+            }
+        }
+        Ok(())
     }
 
     fn check(&self) -> Result<(), Fault> {
@@ -158,7 +218,7 @@ impl Config {
             let message = format!("cmdline must be at most {CMDLINE_BYTES_MAX} bytes without a zero byte");
             return Err(invalid("cmdline", message));
         }
-        Ok(())
+        self.check_disks()
     }
 }
 
@@ -203,6 +263,31 @@ mod tests {
             let fault = Config::parse(&text(|v| v[field] = value)).unwrap_err();
             assert_eq!((fault.code, fault.field.as_str()), (Code::InvalidArgument, field));
         }
+    }
+
+    #[test]
+    fn disks_are_taken_from_the_files_folder_and_checked() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        let disks =
+            serde_json::json!([{"path": "a.raw", "serial": "vol-1"}, {"path": "/b", "read_only": true}]);
+        std::fs::write(&path, text(|v| v["disks"] = disks)).unwrap();
+        let config = Config::read(&path).unwrap();
+        assert!(config.has_bus() && !config.disks[0].read_only && config.disks[1].read_only);
+        assert_eq!(config.disks[0].path, dir.path().join("a.raw"));
+        assert_eq!(config.equipment().unwrap_err().code, Code::DiskUnusable);
+        for serial in ["x".repeat(21), "with blank".to_owned()] {
+            let bad = serde_json::json!([{"path": "a", "serial": serial}]);
+            assert_eq!(
+                Config::parse(&text(|v| v["disks"] = bad)).unwrap_err().field,
+                "disks"
+            );
+        }
+        let many = serde_json::json!(vec![serde_json::json!({"path": "a"}); DISKS_MAX + 1]);
+        assert_eq!(
+            Config::parse(&text(|v| v["disks"] = many)).unwrap_err().field,
+            "disks"
+        );
     }
 
     #[test]

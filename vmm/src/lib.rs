@@ -8,7 +8,7 @@
 //!                                                     ├── memory · dirty
 //!                                                     ├── cpu (profile, state, clock) · vcpu (threads)
 //!                                                     ├── boot (kernel images)
-//!                                                     └── devices (serial console, power ports)
+//!                                                     └── devices (serial console, power ports, PCI with virtio)
 //! ```
 //!
 //! Threads, not async: one a vCPU, one that watches the lease, one for a migration; the control socket alone is served by
@@ -39,4 +39,4 @@ pub mod version;
 pub mod vm;
 
 /// Version of the save-state this build writes; it reads every version up to it.
-pub const DEVICE_MODEL: u32 = 1;
+pub const DEVICE_MODEL: u32 = 2;

@@ -19,7 +19,7 @@ use drover_proto::v1::{
     GrantRequest, MigrationPhase, OutcomeRequest, Progress, Reason, Receipt, StartOutgoingRequest, VmmInfo,
     VmmMigration,
 };
-use drover_proto::{Code, Fault};
+use drover_proto::{Code, Fault, LOCAL_PREFIX};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
@@ -42,6 +42,8 @@ const WATCH_PERIOD_MS: u16 = 1000;
 struct Migration {
     id: String,
     outgoing: bool,
+    /// To another VMM of this host.
+    local: bool,
     control: Arc<Control>,
     progress: Option<Progress>,
     failure: Option<Fault>,
@@ -90,6 +92,7 @@ fn build(config: &Config) -> Result<Option<Vm>, Fault> {
         return Ok(None);
     }
     let vm = Vm::build(shape(config))?;
+    vm.equip(config.equipment()?)?;
     if config.incoming.is_none() {
         let entry = boot::load(vm.memory(), config)?;
         vm.boot(config.cpu_profile, entry)?;
@@ -196,11 +199,8 @@ impl Machine {
     fn settle(&self, core: &mut Core) {
         let mut may_run = core.right.may_run(boottime_ns());
         if let Some(vm) = self.vm() {
-            if may_run
-                && !core.ran_before
-                && let Err(fault) = vm.open_memory()
-            {
-                error!(%fault, "the memory that was handed over cannot be written to");
+            if may_run && let Err(fault) = Self::open(core, vm) {
+                error!(%fault, "the VM may run and cannot");
                 Self::note_end(core, GuestEnd::Failed(fault));
                 may_run = false;
             }
@@ -211,6 +211,8 @@ impl Machine {
                 }
                 vm.resume(core.right.deadline_ns());
                 core.ran_before = true;
+            } else if core.running && core.right.handed_over() {
+                vm.pause_to_hand_over();
             } else if core.running {
                 vm.pause();
             }
@@ -220,6 +222,14 @@ impl Machine {
             self.over.send_replace(true);
         }
         self.publish(core);
+    }
+
+    /// What must be had before the VM runs: the memory that was handed over can be written to, and the disks are locked.
+    fn open(core: &Core, vm: &Vm) -> Result<(), Fault> {
+        if !core.ran_before {
+            vm.open_memory()?;
+        }
+        vm.open_devices(core.right.deadline_ns())
     }
 
     fn arm(&self, deadline_ns: u64) {
@@ -456,7 +466,10 @@ impl Machine {
             let control = self.control(&request.migration);
             self.watch.claim(self.built());
             core.engine_busy = true;
-            core.migration = Some(Migration::new(&request.migration, true, control.clone()));
+            core.migration = Some(Migration {
+                local: request.target_addr.starts_with(LOCAL_PREFIX),
+                ..Migration::new(&request.migration, true, control.clone())
+            });
             let machine = self.clone();
             let thread = std::thread::Builder::new().name("outgoing".to_owned());
             if let Err(error) = thread.spawn(move || outgoing::run(&machine, &request, &control)) {
@@ -510,8 +523,16 @@ impl Machine {
         }
     }
 
-    /// Stops the VM for the switchover of migration `id`.
+    /// Stops the VM for the switchover of migration `id`: on return no vCPU executes, no device writes to memory, and what the guest was told
+    /// is on its disks is there for whoever opens them next, on this host or another.
     pub(crate) fn hand_over(&self, id: &str) -> Result<(), Fault> {
+        let local = self.stop_to_hand_over(id)?;
+        // Without the core's lock: an abort must not wait for a disk. If it comes now, the VM runs again and this is a fault.
+        self.built().drain(!local)
+    }
+
+    /// Whether the migration `id`, for which the VM stands now, goes to another VMM of this host.
+    fn stop_to_hand_over(&self, id: &str) -> Result<bool, Fault> {
         let mut core = self.core();
         Self::check_current(&core, id)?;
         core.right.hand_over()?;
@@ -524,7 +545,7 @@ impl Machine {
                 "the VM ended as it was paused for the switchover",
             ));
         }
-        Ok(())
+        Ok(core.migration.as_ref().is_some_and(|migration| migration.local))
     }
 
     /// Holds the vCPUs back for the pre-copy of migration `id`, or lets them go. Of a migration that is over, only the latter.
@@ -606,6 +627,7 @@ impl Machine {
     /// Builds the VM on the memory that the VMM before this one has handed over.
     pub(crate) fn adopt(self: &Arc<Self>, memory: &File) -> Result<(), Fault> {
         let vm = Vm::build_on(shape(&self.config), memory, self.console.clone())?;
+        vm.equip(self.config.equipment()?)?;
         if self.vm.set(vm).is_err() {
             return Err(Fault::new(Code::Internal, "memory was handed over twice"));
         }
@@ -656,6 +678,7 @@ impl Migration {
         Self {
             id: id.to_owned(),
             outgoing,
+            local: false,
             control,
             progress: None,
             failure: None,

@@ -18,8 +18,8 @@ use drover_proto::v1::StartOutgoingRequest;
 use drover_proto::{Code, Fault, LOCAL_PREFIX};
 use tracing::{info, warn};
 
-use crate::DEVICE_MODEL;
 use crate::machine::Machine;
+use crate::save;
 
 struct Source<'a> {
     machine: &'a Machine,
@@ -99,7 +99,7 @@ fn params(machine: &Machine, request: &StartOutgoingRequest) -> Params {
         source_epoch: config.epoch,
         target_epoch: request.target_epoch,
         options: request.options.unwrap_or_default(),
-        device_model: DEVICE_MODEL,
+        device_model: save::device_model(config.has_bus()),
         cpu_profile: config.cpu_profile.name().to_owned(),
         tracker: if is_local(request) {
             "none"

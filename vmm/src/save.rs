@@ -15,10 +15,13 @@ use prost::Message;
 use crate::DEVICE_MODEL;
 use crate::abi::{self, Abi};
 use crate::config::VCPUS_MAX;
+use crate::devices::saved::{self, SavedPci};
 use crate::devices::serial::{REGISTERS, SavedSerial};
 
 /// Largest encoded state: 32 vCPUs of some 20 KiB each and the console's 256 KiB, with room to grow.
 pub const SAVE_BYTES_MAX: usize = 8 << 20;
+/// The device model of VMs without a PCI bus.
+const MODEL_WITHOUT_BUS: u32 = 1;
 /// Most MSRs of a vCPU; KVM lists under 200.
 pub const MSRS_MAX: usize = 1024;
 
@@ -34,6 +37,20 @@ pub struct Saved {
     pub serial: SavedSerial,
     /// Guest memory, bytes.
     pub memory_bytes: u64,
+    /// The PCI bus and its devices, where the VM has one.
+    pub pci: Option<SavedPci>,
+}
+
+impl Saved {
+    /// The least device model that has all of it: a VM without a bus can still go to a VMM that knows none.
+    pub fn device_model(&self) -> u32 {
+        device_model(self.pci.is_some())
+    }
+}
+
+/// The least device model of a VM with or without a bus.
+pub fn device_model(bus: bool) -> u32 {
+    if bus { DEVICE_MODEL } else { MODEL_WITHOUT_BUS }
 }
 
 /// The state of one vCPU.
@@ -130,6 +147,7 @@ pub fn decode(bytes: &[u8]) -> Result<Saved, Fault> {
         clock: decode_clock(save.clock.ok_or_else(|| absent("clock"))?)?,
         serial: decode_serial(save.serial.ok_or_else(|| absent("serial"))?)?,
         memory_bytes: save.memory_bytes,
+        pci: save.pci.map(saved::decode).transpose().map_err(bad)?,
     })
 }
 
@@ -253,7 +271,7 @@ fn decode_serial(save: SerialSave) -> Result<SavedSerial, Fault> {
 pub fn encode(saved: &Saved) -> Vec<u8> {
     let [master, slave, ioapic] = &saved.irqchip.chips;
     let save = VmSave {
-        device_model: DEVICE_MODEL,
+        device_model: saved.device_model(),
         vcpus: (0u32..)
             .zip(&saved.vcpus)
             .map(|(id, vcpu)| encode_vcpu(id, vcpu))
@@ -276,6 +294,7 @@ pub fn encode(saved: &Saved) -> Vec<u8> {
             input: saved.serial.input.clone(),
         }),
         memory_bytes: saved.memory_bytes,
+        pci: saved.pci.as_ref().map(saved::encode),
     };
     save.encode_to_vec()
 }
@@ -371,6 +390,7 @@ pub(crate) mod tests {
                 input: b"x".to_vec(),
             },
             memory_bytes: 64 << 20,
+            pci: None,
         }
     }
 
@@ -394,7 +414,7 @@ pub(crate) mod tests {
     fn a_state_of_the_wrong_shape_is_refused_with_what_is_wrong() {
         type Change = fn(&mut VmSave);
         let cases: [(Change, &str); 11] = [
-            (|save| save.device_model = 2, "device model 2"),
+            (|save| save.device_model = DEVICE_MODEL + 1, "device model 3"),
             (|save| save.device_model = 0, "device model 0"),
             (|save| save.vcpus.clear(), "0 vCPUs"),
             (|save| save.vcpus[1].id = 0, "vCPU 0 stands where vCPU 1"),

@@ -351,7 +351,11 @@ fn execute(context: &Context, timer: &mut raw::DeadlineTimer) -> Option<GuestEnd
                 devices.mmio_read(gpa, data);
                 None
             }
-            VcpuExit::MmioWrite(..) | VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => None,
+            VcpuExit::MmioWrite(gpa, data) => {
+                devices.mmio_write(gpa, data);
+                None
+            }
+            VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => None,
             other => {
                 let seen = Ended::of(&other);
                 Some(seen.describe(&mut fd, memory, cell.id))

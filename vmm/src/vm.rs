@@ -31,7 +31,9 @@ use crate::caps::Caps;
 use crate::cpu::profile::{self, Profile};
 use crate::cpu::state;
 use crate::devices::Devices;
+use crate::devices::attached::{Attached, Equipment};
 use crate::devices::console::Console;
+use crate::devices::gate::IoGate;
 use crate::devices::serial::{IRQ, SerialPort};
 use crate::dirty::{Bitmap, DirtyTracker};
 use crate::irqchip;
@@ -51,6 +53,10 @@ const VCPU_STATE_TIME: Duration = Duration::from_micros(200);
 /// At most so large is a vCPU's state: registers, XSAVE area, MSRs, CPUID.
 const VCPU_STATE_BYTES: u64 = 16 << 10;
 
+/// So long a hand-over waits for requests of disks that are under way. A request moves at most 16 MiB, so a disk that takes longer hangs, and
+/// the VM is better off where it is.
+const DRAIN_BOUND: Duration = Duration::from_secs(5);
+
 /// What a VM is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
@@ -66,12 +72,14 @@ pub struct Shape {
 
 /// A VM.
 pub struct Vm {
-    fd: VmFd,
+    fd: Arc<VmFd>,
     caps: Caps,
     msr_indices: Vec<u32>,
     supported_cpuid: Vec<kvm_cpuid_entry2>,
     memory: Arc<Memory>,
     devices: Arc<Devices>,
+    /// When the devices may work.
+    io: Arc<IoGate>,
     console: Arc<Console>,
     cells: Vec<Arc<VcpuCell>>,
     gate: Arc<Gate>,
@@ -137,6 +145,7 @@ impl Vm {
             .try_clone()
             .map_err(|error| start_failed("eventfd", error))?;
         let vm = Self {
+            io: Arc::default(),
             msr_indices: state::msr_indices(&kvm)?,
             supported_cpuid: supported_cpuid(&kvm)?,
             cells: cells(&fd, shape.vcpus)?,
@@ -144,7 +153,7 @@ impl Vm {
             gate: Arc::new(Gate::new(announce)),
             threads: Mutex::default(),
             guarded: Mutex::default(),
-            fd,
+            fd: Arc::new(fd),
             caps,
             memory,
             devices,
@@ -153,6 +162,20 @@ impl Vm {
         };
         vm.start_threads()?;
         Ok(vm)
+    }
+
+    /// Gives the VM a bus with `equipment`, if there is any. Once, before it is booted or restored.
+    pub fn equip(&self, equipment: Equipment) -> Result<(), Fault> {
+        if equipment.is_empty() {
+            return Ok(());
+        }
+        if !self.caps.irq_routing {
+            let message = "this host's KVM lacks IRQ_ROUTING, without which a VM has no disks";
+            return Err(Fault::new(Code::KvmUnusable, message));
+        }
+        let attached = Attached::build(&self.fd, &self.memory, &self.io, equipment)?;
+        self.devices.attach(attached);
+        Ok(())
     }
 
     /// Prepares the vCPUs for the kernel that was loaded at `entry`.
@@ -203,6 +226,12 @@ impl Vm {
         self.gate.open(deadline_ns);
     }
 
+    /// Lets the devices on the bus work until the `CLOCK_BOOTTIME` `deadline_ns`, at the latest. A fault: a disk cannot be locked for this
+    /// VM; nothing of it may run then.
+    pub fn open_devices(&self, deadline_ns: u64) -> Result<(), Fault> {
+        self.io.open(deadline_ns)
+    }
+
     /// Waits, but not for long, until a vCPU executes after [`Vm::resume`].
     pub fn await_running(&self) {
         self.gate.await_running();
@@ -219,9 +248,23 @@ impl Vm {
         }
     }
 
-    /// Stops the vCPUs; on return none executes, and none has a half-done instruction.
+    /// Stops the vCPUs; on return none executes, and none has a half-done instruction. Devices begin no further request; what they have
+    /// begun may end later, and disks are unlocked when the last has.
     pub fn pause(&self) {
         self.gate.stop(&self.cells);
+        self.io.close(false);
+    }
+
+    /// [`Vm::pause`], but disks stay locked until [`Vm::drain`].
+    pub fn pause_to_hand_over(&self) {
+        self.gate.stop(&self.cells);
+        self.io.close(true);
+    }
+
+    /// Waits until the devices of a VM that was paused have ended what they had begun, for at most five seconds; with `sync` what they
+    /// wrote is on the medium then. Disks are unlocked. After it no device writes to memory, so the last dirty pages can be asked for.
+    pub fn drain(&self, sync: bool) -> Result<(), Fault> {
+        self.io.drain(DRAIN_BOUND, sync)
     }
 
     /// Keeps each vCPU out of the guest for `percent` of its time, 0 to 99; 0 lets it run freely, at once.
@@ -281,8 +324,12 @@ impl Vm {
         self.devices.serial().type_in(bytes)
     }
 
-    /// The state of a paused VM.
+    /// The state of a paused and drained VM.
     pub fn save(&self) -> Result<Saved, Fault> {
+        if !self.io.is_drained() {
+            let message = "a device's request is under way";
+            return Err(Fault::new(Code::Internal, message));
+        }
         let mut vcpus = Vec::with_capacity(self.cells.len());
         // All clocks are read before and together: the TSC offsets belong to this instant.
         let clock = state::save_clock(&self.fd)?;
@@ -305,6 +352,7 @@ impl Vm {
             clock,
             serial: self.devices.serial().save(),
             memory_bytes: self.memory.bytes(),
+            pci: self.devices.attached().map(Attached::save),
         })
     }
 
@@ -334,8 +382,18 @@ impl Vm {
                 .map(|vcpu| state::written_through(&vcpu.msrs))
                 .collect();
         }
-        // Last: it may raise its interrupt, which the controllers restored above must not forget.
-        self.devices.serial().restore(&saved.serial)
+        // Last: they may raise their interrupts, which the controllers restored above must not forget.
+        self.devices.serial().restore(&saved.serial)?;
+        match (self.devices.attached(), &saved.pci) {
+            (Some(attached), Some(pci)) => attached.restore(pci).map_err(bad),
+            (None, None) => Ok(()),
+            (Some(_), None) => Err(bad(
+                "the saved VM has no devices on a bus, this one was built with some",
+            )),
+            (None, Some(_)) => Err(bad(
+                "the saved VM has devices on a bus, this one was built without",
+            )),
+        }
     }
 
     /// Lets this VM, built on another VMM's memory, write to it: that one never runs again. Nothing to do for any other, or twice.

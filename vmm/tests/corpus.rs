@@ -4,11 +4,16 @@
 
 #[path = "../fuzz/exercise.rs"]
 mod exercise;
+#[path = "../fuzz/exercise_virtio.rs"]
+mod exercise_virtio;
 
 use std::mem::size_of;
 use std::path::{Path, PathBuf};
 
-use drover_proto::v1::{ClockSave, CpuidEntry, IrqchipSave, Msr, SerialSave, VcpuSave, VmSave};
+use drover_proto::v1::{
+    ClockSave, CpuidEntry, IrqchipSave, Msr, PciSave, SerialSave, VcpuSave, VirtioBlkSave, VirtioQueueSave,
+    VirtioSave, VmSave, virtio_save,
+};
 use kvm_bindings::{
     kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_pit_state2, kvm_regs, kvm_sregs,
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -68,6 +73,45 @@ fn vm(vcpus: u32) -> VmSave {
             input: b"x".to_vec(),
         }),
         memory_bytes: 64 << 20,
+        pci: None,
+    }
+}
+
+/// A VM with a bus and a disk whose driver is at work.
+fn with_disk() -> VmSave {
+    let queue = VirtioQueueSave {
+        size: 64,
+        enabled: true,
+        descriptors: 0x1000,
+        available: 0x2000,
+        used: 0x3000,
+        vector: 1,
+        next_available: 9,
+        next_used: 9,
+    };
+    let device = VirtioSave {
+        config: vec![0; 256],
+        msix_table: vec![0; 32],
+        msix_pending: vec![0],
+        offered: 1 << 32,
+        accepted: 1 << 32,
+        status: 15,
+        queues: vec![queue],
+        device: Some(virtio_save::Device::Blk(VirtioBlkSave {
+            sectors: 2048,
+            read_only: false,
+            serial: "vol-1".to_owned(),
+        })),
+        ..Default::default()
+    };
+    VmSave {
+        device_model: 2,
+        pci: Some(PciSave {
+            address: 0x8000_0800,
+            bridge: vec![0; 256],
+            devices: vec![device],
+        }),
+        ..vm(1)
     }
 }
 
@@ -83,7 +127,7 @@ fn saves() -> Vec<(&'static str, Vec<u8>)> {
         ("one-vcpu", whole.clone()),
         ("two-vcpus", vm(2).encode_to_vec()),
         ("truncated", whole[..whole.len() / 2].to_vec()),
-        ("newer-model", encoded(|save| save.device_model = 2)),
+        ("newer-model", encoded(|save| save.device_model = 3)),
         ("no-vcpus", encoded(|save| save.vcpus.clear())),
         ("wrong-order", encoded(|save| save.vcpus[0].id = 1)),
         ("short-xsave", encoded(|save| save.vcpus[0].xsave.truncate(100))),
@@ -96,6 +140,17 @@ fn saves() -> Vec<(&'static str, Vec<u8>)> {
             encoded(|save| save.serial.as_mut().unwrap().console_next = 1),
         ),
         ("many-xcrs", encoded(|save| save.vcpus[0].xcrs[0] = 200)),
+        ("one-disk", with_disk().encode_to_vec()),
+        ("no-such-device", {
+            let mut save = with_disk();
+            save.pci.as_mut().unwrap().devices[0].device = None;
+            save.encode_to_vec()
+        }),
+        ("wide-status", {
+            let mut save = with_disk();
+            save.pci.as_mut().unwrap().devices[0].status = 256;
+            save.encode_to_vec()
+        }),
         ("not-ours", b"hello, who is there?".to_vec()),
     ]
 }
@@ -151,6 +206,60 @@ fn kernels() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
+/// Accesses, then the memory of a queue: see `exercise_virtio.rs`.
+fn drivers() -> Vec<(&'static str, Vec<u8>)> {
+    let descriptor = |gpa: u64, len: u32, flags: u16, next: u16| {
+        [
+            gpa.to_le_bytes().as_slice(),
+            &len.to_le_bytes(),
+            &flags.to_le_bytes(),
+            &next.to_le_bytes(),
+        ]
+        .concat()
+    };
+    let queue = |descriptors: Vec<Vec<u8>>, heads: &[u16]| {
+        let mut memory = vec![0; 0x2100];
+        let descriptors = descriptors.concat();
+        memory[..descriptors.len()].copy_from_slice(&descriptors);
+        memory[0x2002] = u8::try_from(heads.len()).unwrap();
+        for (at, head) in heads.iter().enumerate() {
+            memory[0x2004 + 2 * at..][..2].copy_from_slice(&head.to_le_bytes());
+        }
+        memory
+    };
+    let bytes = |accesses: &[[u8; 12]], memory: Vec<u8>| {
+        let count = u8::try_from(accesses.len()).unwrap();
+        [vec![count], accesses.concat(), memory].concat()
+    };
+    let reset = [0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let move_region = [2, 0x10, 0, 3, 0, 0, 0, 0xd0, 0, 0, 0, 0];
+    let request = vec![
+        descriptor(0x11_0000, 16, 1, 1),
+        descriptor(0x12_0000, 1024, 3, 2),
+        descriptor(0x13_0000, 1, 2, 0),
+    ];
+    vec![
+        ("empty", vec![]),
+        ("a-read", bytes(&[], queue(request.clone(), &[0, 0, 0]))),
+        (
+            "a-loop",
+            bytes(&[], queue(vec![descriptor(0x11_0000, 16, 3, 0)], &[0])),
+        ),
+        (
+            "a-table",
+            bytes(
+                &[],
+                queue(
+                    vec![descriptor(0x10_0010, 16, 4, 0), descriptor(0x11_0000, 16, 2, 0)],
+                    &[0],
+                ),
+            ),
+        ),
+        ("far-head", bytes(&[], queue(request.clone(), &[9]))),
+        ("reset", bytes(&[reset, move_region, reset], queue(request, &[0]))),
+    ]
+}
+
 fn folder(target: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("fuzz/corpus")
@@ -183,7 +292,7 @@ fn check(target: &str, made: &[(&str, Vec<u8>)], exercise: fn(&[u8])) {
 #[test]
 fn the_corpus_of_saved_states_is_replayed() {
     check("save", &saves(), exercise::save);
-    for whole in ["one-vcpu", "two-vcpus"] {
+    for whole in ["one-vcpu", "two-vcpus", "one-disk"] {
         let bytes = std::fs::read(folder("save").join(whole)).unwrap();
         assert!(
             drover_vmm::save::decode(&bytes).is_ok(),
@@ -201,6 +310,31 @@ fn the_corpus_of_kernels_is_replayed() {
             drover_vmm::boot::image::parse(&bytes).is_ok(),
             "{whole} is no longer a kernel"
         );
+    }
+}
+
+#[test]
+fn the_corpus_of_drivers_is_replayed() {
+    check("virtio", &drivers(), exercise_virtio::virtio);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn a_mutated_driver_breaks_nothing(
+        pick in any::<prop::sample::Index>(),
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..12),
+    ) {
+        let made = drivers();
+        let mut bytes = made[pick.index(made.len())].1.clone();
+        for (at, value) in changes {
+            if !bytes.is_empty() {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+        }
+        exercise_virtio::virtio(&bytes);
     }
 }
 

@@ -3,67 +3,18 @@
 #![allow(clippy::unwrap_used, reason = "a test may, its helpers too")]
 
 mod common;
+#[path = "common/process.rs"]
+mod running;
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use common::World;
-use drover_proto::v1::vmm_client::VmmClient;
 use drover_proto::v1::{
     DestroyRequest, GrantRequest, ReadConsoleRequest, VmmState, WatchInfoRequest, WriteConsoleRequest,
 };
 use drover_proto::{Code, Fault};
 use drover_vmm::time::{NS_PER_S, boottime_ns};
-use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint};
-
-struct Process {
-    child: Child,
-    socket: PathBuf,
-}
-
-impl Process {
-    fn start(config: &Path) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_drover-vmm"))
-            .arg("--config")
-            .arg(config)
-            .stderr(Stdio::inherit())
-            .spawn()
-            .unwrap();
-        Self {
-            child,
-            socket: config.with_file_name("vmm.sock"),
-        }
-    }
-
-    async fn client(&self) -> VmmClient<Channel> {
-        let began = Instant::now();
-        loop {
-            let socket = self.socket.clone();
-            let connect = tower::service_fn(move |_| {
-                let socket = socket.clone();
-                async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-            });
-            match Endpoint::from_static("http://vmm")
-                .connect_with_connector(connect)
-                .await
-            {
-                Ok(channel) => return VmmClient::new(channel),
-                Err(error) => assert!(began.elapsed() < common::PATIENCE, "{error}"),
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use running::Process;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_starts_watches_types_reads_and_destroys() {

@@ -4,14 +4,22 @@
 //! table remains for small kernels without an ACPI interpreter. Source: ACPI Specification 6.4, chapter 5.
 //!
 //! ```text
-//!   RSDP ─► XSDT ─► FADT ─► DSDT: \_S5 alone
+//!   RSDP ─► XSDT ─► FADT ─► DSDT: \_S5, and the PCI root where there is one
 //!              │        └──► FACS
 //!              └──► MADT: local APICs, the I/O APIC, what differs from ISA's interrupts
 //! ```
 //!
-//! Nothing here describes a device that can come or go; buses will bring their own tables.
+//! The PCI root says where its registers may lie and how it is configured; what is on it the guest finds by itself. It has no table of
+//! interrupt pins (`_PRT`), since no device has a pin, and no MCFG, since there is no extended configuration space.
+//! Nothing here describes a device that can come or go.
 
-use super::ACPI;
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Name, ResourceTemplate, Scope,
+};
+use acpi_tables::{Aml, AmlSink};
+
+use super::{ACPI, Board};
+use crate::devices::pci;
 
 const LOCAL_APIC: u32 = 0xfee0_0000;
 const IO_APIC: u32 = 0xfec0_0000;
@@ -32,6 +40,57 @@ const RESET_VALUE: u8 = 0xfe;
 
 /// `Name (\_S5, Package () { 0, 0, 0, 0 })`: sleep type 0 powers off.
 const SOFT_OFF: [u8; 12] = [0x08, b'_', b'S', b'5', b'_', 0x12, 0x06, 0x04, 0, 0, 0, 0];
+
+/// Ports that devices of the PCI bus could have; none has any.
+const PCI_PORTS: (u16, u16) = (0x1000, 0xffff);
+
+/// The PCI root bus (PCI Firmware Specification 3.3, 4.1), as the bytes of a definition block.
+fn pci_root() -> Vec<u8> {
+    let address = |gpa: u64| u32::try_from(gpa).expect("the window lies below 4 GiB");
+    let mmio = (address(pci::MMIO.start), address(pci::MMIO.end - 1));
+    let resources = bytes_of(&ResourceTemplate::new(vec![
+        &AddressSpace::new_bus_number(0u16, 0u16),
+        &IO::new(pci::ADDRESS_PORT, pci::ADDRESS_PORT, 1, 8),
+        &AddressSpace::new_io(PCI_PORTS.0, PCI_PORTS.1, None),
+        &AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, mmio.0, mmio.1, None),
+    ]));
+    let (hid, cid, zero) = (EISAName::new("PNP0A08"), EISAName::new("PNP0A03"), 0u8);
+    let root = bytes_of(&Device::new(
+        "PCI0".into(),
+        vec![
+            &Name::new("_HID".into(), &hid),
+            &Name::new("_CID".into(), &cid),
+            &Name::new("_UID".into(), &zero),
+            &Name::new("_SEG".into(), &zero),
+            &Name::new("_BBN".into(), &zero),
+            &Name::new("_CRS".into(), &Raw(resources)),
+        ],
+    ));
+    Scope::raw("\\_SB_".into(), root)
+}
+
+/// Bytes that are AML already.
+struct Raw(Vec<u8>);
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+fn bytes_of(aml: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    aml.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+fn dsdt(board: Board) -> Vec<u8> {
+    let mut body = Vec::from(SOFT_OFF);
+    if board.pci {
+        body.extend(pci_root());
+    }
+    table(b"DSDT", 2, &body)
+}
 
 fn sum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte))
@@ -122,14 +181,14 @@ fn rsdp(xsdt: u32) -> Vec<u8> {
     rsdp
 }
 
-/// All tables of a guest with `vcpus` CPUs in one piece, to stand at [`ACPI`]; the RSDP comes first.
-pub fn build(vcpus: u32) -> Vec<u8> {
-    let vcpus = u8::try_from(vcpus).expect("a VM has at most 32 vCPUs");
+/// All tables of a guest on `board` in one piece, to stand at [`ACPI`]; the RSDP comes first.
+pub fn build(board: Board) -> Vec<u8> {
+    let vcpus = u8::try_from(board.vcpus).expect("a VM has at most 32 vCPUs");
     let base = u32::try_from(ACPI).expect("the tables stand in low memory");
     let at = |offset: usize| base + u32::try_from(offset).expect("the tables are a few hundred bytes");
     // The FACS alone must be aligned, to 64 bytes; everything has its place before anything names it.
     let facs_at = RSDP_BYTES.next_multiple_of(64);
-    let dsdt = table(b"DSDT", 2, &SOFT_OFF);
+    let dsdt = dsdt(board);
     let dsdt_at = facs_at + FACS_BYTES;
     let fadt_at = (dsdt_at + dsdt.len()).next_multiple_of(8);
     let madt = madt(vcpus);
@@ -171,8 +230,8 @@ mod tests {
 
     #[test]
     fn every_table_is_reached_from_the_first_and_its_sum_is_zero() {
-        for vcpus in [1, 2, 32] {
-            let bytes = build(vcpus);
+        for (vcpus, pci) in [(1, false), (2, true), (32, true)] {
+            let bytes = build(Board { vcpus, pci });
             assert!(ACPI + (bytes.len() as u64) < super::super::HIGH_START);
             assert_eq!((sum(&bytes[..20]), sum(&bytes[..36])), (0, 0));
             let xsdt = table_at(&bytes, word(&bytes, 24));

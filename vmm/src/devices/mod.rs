@@ -6,17 +6,25 @@
 //! | 0x600..=0x603 | ACPI's PM1a status and enable: no event ever happens |
 //! | 0x604 | ACPI's PM1a control as QEMU places it: sleep type 0 with the enable bit (0x2000) powers off |
 //! | 0x64 | keyboard controller, of which only the reset line exists: writing 0xfe resets |
+//! | 0xcf8..=0xcff | PCI configuration, where the VM has a bus: see [`pci`] |
 //!
 //! Everything else reads as all ones, as an empty bus does, and ignores writes. Guests are never reset in place: a reset ends
 //! the VM with a reason, and its restart policy decides.
 
+pub mod attached;
 pub mod console;
+pub mod gate;
+pub mod pci;
+pub mod saved;
 pub mod serial;
+pub mod virtio;
+pub mod wires;
 
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use drover_proto::{Code, Fault};
 
+use self::attached::Attached;
 use self::serial::SerialPort;
 use crate::boot::acpi;
 use crate::vcpu::GuestEnd;
@@ -43,14 +51,26 @@ fn powers_off(data: &[u8]) -> bool {
 /// The devices of one VM.
 pub struct Devices {
     serial: Mutex<SerialPort>,
+    attached: OnceLock<Attached>,
 }
 
 impl Devices {
-    /// The devices; today the serial port alone has a state.
+    /// The devices of a VM without a bus.
     pub fn new(serial: SerialPort) -> Self {
         Self {
             serial: Mutex::new(serial),
+            attached: OnceLock::new(),
         }
+    }
+
+    /// Adds a bus with its devices, once, before any vCPU has run.
+    pub fn attach(&self, attached: Attached) {
+        assert!(self.attached.set(attached).is_ok(), "a VM has one bus");
+    }
+
+    /// The bus with its devices, if the VM has one.
+    pub fn attached(&self) -> Option<&Attached> {
+        self.attached.get()
     }
 
     /// The serial port.
@@ -69,6 +89,11 @@ impl Devices {
                 let message = "the guest reset itself through the keyboard controller";
                 return Some(GuestEnd::Failed(Fault::new(Code::GuestTripleFault, message)));
             }
+            pci::ADDRESS_PORT..=pci::DATA_PORT_LAST => {
+                if let Some(attached) = self.attached() {
+                    attached.bus.port_write(port, data);
+                }
+            }
             _ => {}
         }
         None
@@ -85,12 +110,26 @@ impl Devices {
                     .zip(POWER_STATE.to_le_bytes())
                     .for_each(|(byte, value)| *byte = value);
             }
+            pci::ADDRESS_PORT..=pci::DATA_PORT_LAST => match self.attached() {
+                Some(attached) => attached.bus.port_read(port, data),
+                None => data.fill(0xff),
+            },
             _ => data.fill(0xff),
         }
     }
 
     /// The guest reads an address that is not memory.
-    pub fn mmio_read(&self, _gpa: u64, data: &mut [u8]) {
-        data.fill(0xff);
+    pub fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        match self.attached() {
+            Some(attached) => attached.bus.mmio_read(gpa, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// The guest writes an address that is not memory.
+    pub fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        if let Some(attached) = self.attached() {
+            attached.bus.mmio_write(gpa, data);
+        }
     }
 }

@@ -1,0 +1,76 @@
+//! What the fuzz target `virtio` does with its bytes; the corpus test of the main workspace does the same.
+//!
+//! The first byte is a number of accesses, 12 bytes each: what kind, where (16 bits), how many bytes, and the bytes. What follows is the memory
+//! that the queue stands in, beginning with its descriptors.
+
+#[path = "../tests/common/driver.rs"]
+mod driver;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use driver::{DATA, DESCRIPTORS, Rig};
+use drover_vmm::devices::pci::PciDevice;
+use drover_vmm::devices::virtio::blk::Blk;
+use drover_vmm::devices::virtio::blk::disk::Disk;
+
+const DISK_BYTES: u64 = 64 << 10;
+const ACCESS_BYTES: usize = 12;
+const ACCESSES_MAX: usize = 64;
+/// Steps of the device after each access.
+const STEPS: usize = 16;
+
+/// A disk whose file is gone when it is closed.
+fn disk() -> Disk {
+    let name = format!(
+        "drover-fuzz-{}-{:?}",
+        std::process::id(),
+        std::thread::current().id()
+    );
+    let path: PathBuf = std::env::temp_dir().join(name);
+    std::fs::File::create(&path)
+        .and_then(|file| file.set_len(DISK_BYTES))
+        .expect("a temporary file");
+    let disk = Disk::open(&path, false, "fuzz").expect("a disk");
+    std::fs::remove_file(&path).expect("the file was there");
+    disk
+}
+
+/// Whatever a driver does, its device ends each step, leaves a state that restores, and works again after a reset.
+pub fn virtio(bytes: &[u8]) {
+    let Some((&count, bytes)) = bytes.split_first() else {
+        return;
+    };
+    let accesses = ACCESSES_MAX.min(usize::from(count)) * ACCESS_BYTES;
+    let (accesses, memory) = bytes.split_at(accesses.min(bytes.len()));
+    let model = Arc::new(Blk::new(Arc::new(disk())));
+    let mut rig = Rig::new(model.clone());
+    rig.start();
+    // From the descriptors on, and again where requests' data is: a driver that is not all wrong places its headers there.
+    rig.write(DESCRIPTORS, &memory[..memory.len().min(0x8000)]);
+    rig.write(DATA, &memory[..memory.len().min(0x8000)]);
+    let step = |rig: &Rig| (0..STEPS).take_while(|_| rig.device.step()).count();
+    step(&rig);
+    for access in accesses.chunks_exact(ACCESS_BYTES) {
+        let offset = u16::from_le_bytes([access[1], access[2]]);
+        let mut data = access[4..5 + usize::from(access[3] % 8)].to_vec();
+        let register = usize::from(offset % 256);
+        match access[0] % 4 {
+            0 => rig.device.bar_write(0, u64::from(offset), &data),
+            1 => rig.device.bar_read(0, u64::from(offset), &mut data),
+            2 => rig.device.config_write(register, &data),
+            _ => rig.device.config_read(register, &mut data),
+        }
+        step(&rig);
+    }
+    let target = Rig::new(model);
+    if let Err(what) = target.device.restore(&rig.device.save()) {
+        panic!("a saved device is refused: {what}");
+    }
+    rig.start();
+    assert_eq!(
+        rig.request(4, 0, &[], 0).0,
+        0,
+        "the device does not work after a reset"
+    );
+}

@@ -1,0 +1,50 @@
+//! Virtio 1.2 devices on the PCI bus. Source: Virtual I/O Device (VIRTIO) 1.2; numbers in comments are its sections.
+//!
+//! ```text
+//!   guest ──► pci        registers in one region, interrupts, doorbells        (4.1)
+//!               ├── transport   status, features, queue set-up                 (2.1–2.4, 4.1.4.3; pure)
+//!               ├── queue       chains of buffers in guest memory              (2.7)
+//!               └── worker ──►  device: rng, blk                               (5; a folder each)
+//! ```
+//!
+//! One worker thread a device takes chains, has the device serve them, and gives them back. It works only while the VM may run (see
+//! [`super::gate`]). What a driver does wrong makes its device ask to be reset (`DEVICE_NEEDS_RESET`) and stand until then; nothing else.
+
+pub mod blk;
+pub mod buffers;
+pub mod pci;
+pub mod queue;
+pub mod rng;
+pub mod transport;
+pub mod worker;
+
+use self::queue::{Broken, Chain};
+use super::saved::SavedDevice;
+use crate::memory::Mapped;
+
+/// The device follows this standard, not the drafts before it (6).
+pub const F_VERSION_1: u64 = 1 << 32;
+/// Descriptors may stand in a table of their own (6).
+pub const F_INDIRECT: u64 = 1 << 28;
+/// No MSI-X vector (4.1.4.3).
+pub const NO_VECTOR: u16 = 0xffff;
+
+/// What a device does, apart from how it is reached.
+pub trait Device: Send + Sync + 'static {
+    /// Its number (5).
+    fn id(&self) -> u16;
+    /// PCI class: base, sub, interface.
+    fn class(&self) -> [u8; 3];
+    /// The features it offers of its own, beside the transport's.
+    fn features(&self) -> u64;
+    /// The largest size of each of its queues.
+    fn queues(&self) -> &'static [u16];
+    /// The guest reads its configuration, at `offset`; beyond its end stand zeroes, with which `data` comes.
+    fn read_config(&self, offset: usize, data: &mut [u8]);
+    /// Serves a chain of queue `queue`; the driver has accepted `features`. Returns how many bytes were written to the buffers.
+    fn serve(&self, queue: usize, chain: &Chain, memory: &Mapped, features: u64) -> Result<u32, Broken>;
+    /// What is its own of a saved state.
+    fn save(&self) -> SavedDevice;
+    /// Takes that over, or says why it is another device's.
+    fn restore(&self, saved: &SavedDevice) -> Result<(), String>;
+}

@@ -1,0 +1,391 @@
+//! A virtio device on the PCI bus (4.1): its configuration space, one region of registers, its interrupts and doorbells.
+//!
+//! ```text
+//!   region 0   0x0000  common registers: transport     0x3000  doorbells, one a queue
+//!              0x1000  interrupt status                0x4000  MSI-X table
+//!              0x2000  the device's configuration      0x5000  MSI-X pending bits
+//! ```
+//!
+//! All registers are under one lock, held for moments: the worker takes it to take a chain and to give it back, not while it serves.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use tracing::warn;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::queue::{Broken, Chain};
+use super::transport::{self, Transport};
+use super::{Device, F_INDIRECT, NO_VECTOR};
+use crate::devices::gate::IoGate;
+use crate::devices::pci::PciDevice;
+use crate::devices::pci::config::{ConfigSpace, Ident};
+use crate::devices::pci::msix::{self, Msix};
+use crate::devices::saved::{SavedRegisters, SavedVirtio};
+use crate::devices::wires::{DOORBELL_STRIDE, Wires};
+use crate::memory::Memory;
+
+/// Bytes of a device's one region.
+pub const REGION_BYTES: u32 = 0x8000;
+const ISR: u64 = 0x1000;
+const DEVICE: u64 = 0x2000;
+const DOORBELLS: u64 = 0x3000;
+const TABLE: u64 = 0x4000;
+const PENDING: u64 = 0x5000;
+const PAGE: u64 = 0x1000;
+const BAR: u8 = 0;
+
+/// The standard's vendor; its devices are numbered from this one on (4.1.2).
+const VENDOR: u16 = 0x1af4;
+const DEVICE_BASE: u16 = 0x1040;
+/// A device without the drafts' interface (4.1.2.2).
+const REVISION: u8 = 1;
+
+/// Capability of a vendor's own, and what it points to (4.1.4).
+const VENDOR_CAPABILITY: u8 = 9;
+const CFG_COMMON: u8 = 1;
+const CFG_NOTIFY: u8 = 2;
+const CFG_ISR: u8 = 3;
+const CFG_DEVICE: u8 = 4;
+const CFG_PCI: u8 = 5;
+const CAPABILITY_BYTES: u8 = 16;
+/// Of the capability that accesses the region through the configuration space: where bar, offset, length and data stand in it.
+const WINDOW_BAR: usize = 4;
+const WINDOW_OFFSET: usize = 8;
+const WINDOW_LENGTH: usize = 12;
+const WINDOW_DATA: usize = 16;
+
+struct Inner {
+    config: ConfigSpace,
+    msix: Msix,
+    transport: Transport,
+    /// A chain was taken and not given back.
+    under_way: bool,
+    /// The queue that is looked at first, so that none starves the others.
+    turn: usize,
+}
+
+/// A virtio device on the bus.
+pub struct VirtioPci {
+    inner: Mutex<Inner>,
+    device: Arc<dyn Device>,
+    memory: Arc<Memory>,
+    gate: Arc<IoGate>,
+    wires: Box<dyn Wires>,
+    bell: EventFd,
+    /// Where its capabilities for MSI-X and for access through the configuration space stand.
+    msix_at: usize,
+    window_at: usize,
+}
+
+/// MSI-X vectors of a device: one for its configuration and one a queue.
+pub fn vectors(device: &dyn Device) -> usize {
+    1 + device.queues().len()
+}
+
+fn capability(kind: u8, offset: u64, len: u64, more: &[u8]) -> Vec<u8> {
+    let total = CAPABILITY_BYTES + u8::try_from(more.len()).expect("a few bytes");
+    let mut body = vec![total, kind, BAR, 0, 0, 0];
+    for value in [offset, len] {
+        body.extend(u32::try_from(value).expect("within the region").to_le_bytes());
+    }
+    body.extend(more);
+    body
+}
+
+impl VirtioPci {
+    /// `device`, with its region at `gpa` until the guest moves it. `bell` wakes its worker.
+    pub fn new(
+        device: Arc<dyn Device>,
+        gpa: u32,
+        memory: Arc<Memory>,
+        gate: Arc<IoGate>,
+        wires: Box<dyn Wires>,
+        bell: EventFd,
+    ) -> Self {
+        let mut config = ConfigSpace::new(Ident {
+            id: (VENDOR, DEVICE_BASE + device.id()),
+            class: device.class(),
+            revision: REVISION,
+            subsystem: (VENDOR, DEVICE_BASE),
+        });
+        config.add_bar(usize::from(BAR), REGION_BYTES, gpa);
+        let count = vectors(&*device);
+        let msix = Msix::new(count);
+        let [table, pending] = [TABLE, PENDING].map(|at| u32::try_from(at).expect("within the region"));
+        let (body, writable) = msix.capability(BAR, table, pending);
+        let msix_at = config.add_capability(msix::CAPABILITY, &body, &writable);
+        let stride = u32::try_from(DOORBELL_STRIDE).expect("a few bytes").to_le_bytes();
+        for (kind, offset, len, more) in [
+            (CFG_COMMON, 0, transport::BYTES as u64, &[] as &[u8]),
+            (CFG_ISR, ISR, 1, &[]),
+            (CFG_DEVICE, DEVICE, PAGE, &[]),
+            (CFG_NOTIFY, DOORBELLS, PAGE, &stride),
+        ] {
+            config.add_capability(VENDOR_CAPABILITY, &capability(kind, offset, len, more), &[]);
+        }
+        let mut writable = [0xff; 18];
+        writable[..2].fill(0);
+        writable[3..6].fill(0);
+        let window_at =
+            config.add_capability(VENDOR_CAPABILITY, &capability(CFG_PCI, 0, 0, &[0; 4]), &writable);
+        let vectors = u16::try_from(count).expect("a device has few queues");
+        let transport = Transport::new(device.features() | F_INDIRECT, device.queues(), vectors);
+        Self {
+            inner: Mutex::new(Inner {
+                config,
+                msix,
+                transport,
+                under_way: false,
+                turn: 0,
+            }),
+            device,
+            memory,
+            gate,
+            wires,
+            bell,
+            msix_at,
+            window_at,
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("no holder of a device's lock panics")
+    }
+
+    /// What wakes the worker.
+    pub(super) fn bell(&self) -> &EventFd {
+        &self.bell
+    }
+
+    /// When it may work.
+    pub(super) fn gate(&self) -> &IoGate {
+        &self.gate
+    }
+
+    fn ring(&self) {
+        if let Err(error) = self.bell.write(1) {
+            warn!(%error, "a device's worker cannot be woken");
+        }
+    }
+
+    fn raise(&self, inner: &mut Inner, vector: u16) {
+        if vector != NO_VECTOR
+            && inner.msix.raise(usize::from(vector))
+            && let Some(message) = inner.msix.message(usize::from(vector))
+        {
+            self.wires.send(usize::from(vector), message);
+        }
+    }
+
+    fn broke(&self, inner: &mut Inner, broken: &Broken) {
+        warn!(device = self.device.id(), "the guest's driver: {}", broken.0);
+        if let Some(vector) = inner.transport.break_down() {
+            self.raise(inner, vector);
+        }
+    }
+
+    /// Serves one chain, if there is one and it may be served now.
+    pub fn step(&self) -> bool {
+        let Some(_begun) = self.gate.begin() else {
+            return false;
+        };
+        let Some((queue, chain, features)) = self.take(&mut self.inner()) else {
+            return false;
+        };
+        let served = self.device.serve(queue, &chain, self.memory.mapped(), features);
+        let mut inner = self.inner();
+        inner.under_way = false;
+        if inner.transport.resetting {
+            inner.transport.reset();
+            return true;
+        }
+        let given = served.and_then(|written| {
+            inner.transport.queues[queue].push(self.memory.mapped(), chain.head, written)
+        });
+        match given {
+            Ok(true) => {
+                let vector = inner.transport.used(queue);
+                self.raise(&mut inner, vector);
+            }
+            Ok(false) => {}
+            Err(broken) => self.broke(&mut inner, &broken),
+        }
+        true
+    }
+
+    fn take(&self, inner: &mut Inner) -> Option<(usize, Chain, u64)> {
+        if !inner.transport.works() || !inner.config.is_master() {
+            return None;
+        }
+        let count = inner.transport.queues.len();
+        for index in (0..count).map(|ahead| (inner.turn + ahead) % count) {
+            let queue = &mut inner.transport.queues[index];
+            if !queue.enabled {
+                continue;
+            }
+            match queue.pop(self.memory.mapped()) {
+                Ok(None) => {}
+                Ok(Some(chain)) => {
+                    inner.under_way = true;
+                    inner.turn = (index + 1) % count;
+                    return Some((index, chain, inner.transport.accepted));
+                }
+                Err(broken) => {
+                    self.broke(inner, &broken);
+                    return None;
+                }
+            }
+        }
+        None
+    }
+
+    fn region_read(&self, inner: &mut Inner, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let within = offset % PAGE;
+        let at = usize::try_from(within).expect("within a page");
+        match offset - within {
+            0 => inner.transport.read(at, data),
+            ISR if within == 0 => {
+                if let Some(byte) = data.first_mut() {
+                    *byte = inner.transport.take_isr();
+                }
+            }
+            DEVICE => self.device.read_config(at, data),
+            TABLE => inner.msix.read_table(within, data),
+            PENDING => inner.msix.read_pending(within, data),
+            _ => {}
+        }
+    }
+
+    fn region_write(&self, inner: &mut Inner, offset: u64, data: &[u8]) {
+        let within = offset % PAGE;
+        match offset - within {
+            0 => {
+                let at = usize::try_from(within).expect("within a page");
+                let busy = inner.under_way;
+                if let Err(broken) = inner.transport.write(at, data, busy, self.memory.mapped()) {
+                    self.broke(inner, &broken);
+                }
+                // A queue that was filled before the driver said that it is ready.
+                self.ring();
+            }
+            DOORBELLS => self.ring(),
+            TABLE => {
+                inner.msix.write_table(within, data);
+                self.send_due(inner);
+            }
+            _ => {}
+        }
+    }
+
+    fn send_due(&self, inner: &mut Inner) {
+        for vector in inner.msix.take_due() {
+            if let Some(message) = inner.msix.message(vector) {
+                self.wires.send(vector, message);
+            }
+        }
+    }
+
+    /// What follows from a change of the configuration space.
+    fn follow_config(&self, inner: &mut Inner) {
+        let control = inner.config.word(self.msix_at) >> 16;
+        inner.msix.set_control((control & 0xffff) as u16);
+        self.send_due(inner);
+        let region = inner.config.bar(usize::from(BAR));
+        self.wires.place_doorbells(region.map(|gpa| gpa + DOORBELLS));
+    }
+
+    /// The access that the window in the configuration space asks for (4.1.4.9): where in the region, and how many bytes.
+    fn window(&self, inner: &Inner) -> Option<(u64, usize)> {
+        let bar = inner.config.word(self.window_at + WINDOW_BAR) & 0xff;
+        let offset = u64::from(inner.config.word(self.window_at + WINDOW_OFFSET));
+        let len = inner.config.word(self.window_at + WINDOW_LENGTH);
+        let fits = bar == u32::from(BAR)
+            && matches!(len, 1 | 2 | 4)
+            && offset.is_multiple_of(u64::from(len))
+            && offset + u64::from(len) <= u64::from(REGION_BYTES);
+        fits.then_some((offset, len as usize))
+    }
+
+    fn touches_window(&self, offset: usize, len: usize) -> bool {
+        let at = self.window_at + WINDOW_DATA;
+        offset < at + 4 && offset + len > at
+    }
+
+    /// Its state. A request that is under way is not part of it: the gate is drained before a state is saved to go on from.
+    pub fn save(&self) -> SavedVirtio {
+        let inner = self.inner();
+        let (msix_table, msix_pending) = inner.msix.save();
+        SavedVirtio {
+            config: inner.config.save(),
+            msix_table,
+            msix_pending,
+            registers: SavedRegisters::of(&inner.transport),
+            device: self.device.save(),
+        }
+    }
+
+    /// Takes over a saved device's. On return its doorbells ring, and its driver has had an interrupt for whatever it may have missed: one
+    /// too many is harmless.
+    pub fn restore(&self, saved: &SavedVirtio) -> Result<(), String> {
+        self.device.restore(&saved.device)?;
+        let mut inner = self.inner();
+        let inner = &mut *inner;
+        inner.config.restore(&saved.config)?;
+        let control = (inner.config.word(self.msix_at) >> 16 & 0xffff) as u16;
+        inner
+            .msix
+            .restore(&saved.msix_table, &saved.msix_pending, control)?;
+        saved.registers.put_into(&mut inner.transport)?;
+        inner.transport.check(self.memory.mapped())?;
+        self.follow_config(inner);
+        if inner.transport.works() {
+            for queue in 0..inner.transport.queues.len() {
+                if inner.transport.queues[queue].enabled {
+                    let vector = inner.transport.used(queue);
+                    self.raise(inner, vector);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl PciDevice for VirtioPci {
+    fn config_read(&self, offset: usize, data: &mut [u8]) {
+        let mut inner = self.inner();
+        if self.touches_window(offset, data.len())
+            && let Some((at, len)) = self.window(&inner)
+        {
+            let mut bytes = [0; 4];
+            self.region_read(&mut inner, at, &mut bytes[..len]);
+            inner.config.write(self.window_at + WINDOW_DATA, &bytes);
+        }
+        inner.config.read(offset, data);
+    }
+
+    fn config_write(&self, offset: usize, data: &[u8]) {
+        let mut inner = self.inner();
+        inner.config.write(offset, data);
+        if self.touches_window(offset, data.len())
+            && let Some((at, len)) = self.window(&inner)
+        {
+            let mut bytes = [0; 4];
+            inner.config.read(self.window_at + WINDOW_DATA, &mut bytes);
+            self.region_write(&mut inner, at, &bytes[..len]);
+        }
+        self.follow_config(&mut inner);
+    }
+
+    fn decode(&self, gpa: u64, len: usize) -> Option<(usize, u64)> {
+        self.inner().config.decode(gpa, len)
+    }
+
+    fn bar_read(&self, _bar: usize, offset: u64, data: &mut [u8]) {
+        self.region_read(&mut self.inner(), offset, data);
+    }
+
+    fn bar_write(&self, _bar: usize, offset: u64, data: &[u8]) {
+        self.region_write(&mut self.inner(), offset, data);
+    }
+}

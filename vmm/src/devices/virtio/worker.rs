@@ -1,0 +1,27 @@
+//! A device's worker: sleeps until its bell rings, then serves until nothing is left or nothing may be served.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use drover_proto::{Code, Fault};
+use tracing::error;
+
+use super::pci::VirtioPci;
+
+/// Starts the worker of `device`, which ends when the gate says so.
+pub fn start(device: Arc<VirtioPci>, slot: usize) -> Result<JoinHandle<()>, Fault> {
+    std::thread::Builder::new()
+        .name(format!("device{slot}"))
+        .spawn(move || run(&device))
+        .map_err(|error| Fault::new(Code::VmmStartFailed, format!("a device's thread: {error}")))
+}
+
+fn run(device: &VirtioPci) {
+    while !device.gate().quits() {
+        while device.step() {}
+        if let Err(error) = device.bell().read() {
+            error!(%error, "a device's worker cannot wait; the device stands");
+            return;
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! The program as a process of its own, and a client of its socket.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use drover_proto::v1::vmm_client::VmmClient;
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+/// A `drover-vmm` process, killed when dropped.
+pub struct Process {
+    pub child: Child,
+    socket: PathBuf,
+}
+
+impl Process {
+    pub fn start(config: &Path) -> Self {
+        let child = Command::new(env!("CARGO_BIN_EXE_drover-vmm"))
+            .arg("--config")
+            .arg(config)
+            .stderr(Stdio::inherit())
+            .spawn()
+            .unwrap();
+        Self {
+            child,
+            socket: config.with_file_name("vmm.sock"),
+        }
+    }
+
+    pub async fn client(&self) -> VmmClient<Channel> {
+        let began = Instant::now();
+        loop {
+            let socket = self.socket.clone();
+            let connect = tower::service_fn(move |_| {
+                let socket = socket.clone();
+                async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+            });
+            match Endpoint::from_static("http://vmm")
+                .connect_with_connector(connect)
+                .await
+            {
+                Ok(channel) => return VmmClient::new(channel),
+                Err(error) => assert!(began.elapsed() < super::common::PATIENCE, "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
