@@ -27,7 +27,7 @@ const BUSYBOX: [&str; 2] = ["/usr/bin/busybox", "/bin/busybox"];
 const MEMORY_MIB: &str = "3072";
 const QEMU: &str = "qemu-system-x86_64";
 
-/// The guest's first program: a shell on its serial console.
+/// The guest's first program: its disk's drivers, then a shell on its serial console.
 const GUEST_INIT: &str = "#!/bin/sh
 /bin/busybox mkdir -p /proc /sys /dev /tmp
 /bin/busybox --install -s /bin
@@ -36,6 +36,7 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp
+for module in $(cat /modules/order); do insmod /modules/$module || echo \"insmod $module failed\"; done
 exec setsid sh -c 'exec sh -i </dev/ttyS0 >/dev/ttyS0 2>&1'
 ";
 
@@ -96,6 +97,7 @@ pub fn initramfs(kernel: &Kernel, programs: &Programs) -> Result<Vec<u8>, String
         .copy("bin/busybox", busybox)
         .map_err(failed)?
         .link("bin/sh", "busybox");
+    add_modules(&mut guest, &kernel.guest_modules)?;
     let mut host = Archive::new();
     host.file("init", HOST_INIT.as_bytes());
     host.copy("bin/busybox", busybox)
@@ -103,17 +105,7 @@ pub fn initramfs(kernel: &Kernel, programs: &Programs) -> Result<Vec<u8>, String
         .link("bin/sh", "busybox");
     host.copy("bin/driver", &programs.driver).map_err(failed)?;
     host.copy("bin/drover-vmm", &programs.vmm).map_err(failed)?;
-    let mut order = String::new();
-    for module in &kernel.modules {
-        let name = module
-            .file_name()
-            .and_then(|name| name.to_str())
-            .ok_or("a module without a name")?;
-        host.copy(&format!("modules/{name}"), module).map_err(failed)?;
-        order += name;
-        order += "\n";
-    }
-    host.file("modules/order", order.as_bytes());
+    add_modules(&mut host, &kernel.modules)?;
     for library in libraries(programs)? {
         host.copy(library.to_string_lossy().trim_start_matches('/'), &library)
             .map_err(failed)?;
@@ -121,6 +113,24 @@ pub fn initramfs(kernel: &Kernel, programs: &Programs) -> Result<Vec<u8>, String
     host.copy("guest/vmlinuz", &kernel.image).map_err(failed)?;
     host.file("guest/initrd", &guest.finish());
     Ok(host.finish())
+}
+
+/// Adds modules and the list that says in which order they are loaded.
+fn add_modules(archive: &mut Archive, modules: &[PathBuf]) -> Result<(), String> {
+    let mut order = String::new();
+    for module in modules {
+        let name = module
+            .file_name()
+            .and_then(|name| name.to_str())
+            .ok_or("a module without a name")?;
+        archive
+            .copy(&format!("modules/{name}"), module)
+            .map_err(|error| error.to_string())?;
+        order += name;
+        order += "\n";
+    }
+    archive.file("modules/order", order.as_bytes());
+    Ok(())
 }
 
 /// The shared libraries of the programs and the loader, by the paths they are looked for at.

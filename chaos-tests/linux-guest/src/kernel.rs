@@ -12,6 +12,16 @@ const MODULES: [(&str, bool); 4] = [
     ("kvm", true),
     ("kvm-amd", true),
 ];
+/// What the guest needs for its disk and its random numbers, in loading order. `virtio_pci_legacy_dev` exists in newer kernels only.
+const GUEST_MODULES: [(&str, bool); 7] = [
+    ("virtio_ring", true),
+    ("virtio", true),
+    ("virtio_pci_modern_dev", true),
+    ("virtio_pci_legacy_dev", false),
+    ("virtio_pci", true),
+    ("virtio_blk", true),
+    ("virtio-rng", true),
+];
 
 /// An unpacked kernel package.
 #[derive(Clone, Debug)]
@@ -20,6 +30,8 @@ pub struct Kernel {
     pub image: PathBuf,
     /// KVM's modules, in loading order.
     pub modules: Vec<PathBuf>,
+    /// The guest's, in loading order.
+    pub guest_modules: Vec<PathBuf>,
 }
 
 impl Kernel {
@@ -42,16 +54,25 @@ impl Kernel {
             .ok_or_else(|| format!("{}: no boot/vmlinuz-*", unpacked.display()))?;
         let release = file_name(&image).replacen("vmlinuz-", "", 1);
         let folder = unpacked.join("lib/modules").join(release).join("kernel");
-        let mut modules = Vec::new();
-        for (name, needed) in MODULES {
-            match find_file(&folder, &format!("{name}.ko"))? {
-                Some(path) => modules.push(path),
-                None if needed => return Err(format!("{}: no module {name}", folder.display())),
-                None => {}
-            }
-        }
-        Ok(Self { image, modules })
+        Ok(Self {
+            image,
+            modules: find_modules(&folder, &MODULES)?,
+            guest_modules: find_modules(&folder, &GUEST_MODULES)?,
+        })
     }
+}
+
+/// The modules of these names, where they are needed or there.
+fn find_modules(folder: &Path, names: &[(&str, bool)]) -> Result<Vec<PathBuf>, String> {
+    let mut modules = Vec::new();
+    for (name, needed) in names {
+        match find_file(folder, &format!("{name}.ko"))? {
+            Some(path) => modules.push(path),
+            None if *needed => return Err(format!("{}: no module {name}", folder.display())),
+            None => {}
+        }
+    }
+    Ok(modules)
 }
 
 fn download(cache: &Path, unpacked: &Path) -> Result<(), String> {

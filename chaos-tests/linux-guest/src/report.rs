@@ -73,6 +73,23 @@ pub struct GuestFacts {
     pub complaints: u64,
     /// Processors online.
     pub cpus: u64,
+    /// What Linux's own drivers found on the bus.
+    pub devices: DeviceFacts,
+}
+
+/// What the guest's drivers say of the devices on its bus.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceFacts {
+    /// The disk's size, sectors of 512 bytes.
+    pub sectors: u64,
+    /// Its serial number.
+    pub serial: String,
+    /// Digest of what was written to it, read back past the page cache.
+    pub digest: String,
+    /// Interrupts of its queue that are messages of the bus, as `/proc/interrupts` names them: at least one line.
+    pub message_lines: u64,
+    /// The source of random numbers in use.
+    pub random: String,
 }
 
 impl Report {

@@ -95,6 +95,17 @@ fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
         "{before:?}"
     );
     assert_eq!((before.cpus, before.complaints), (2, 0), "{before:?}");
+    // Linux's own drivers found disk and random numbers, and the disk holds what was written, before and after.
+    let devices = &before.devices;
+    assert_eq!(
+        (devices.sectors, devices.serial.as_str(), &devices.digest),
+        (32768, "vol-1", &before.digest),
+        "{before:?}"
+    );
+    assert!(
+        devices.message_lines > 0 && devices.random.starts_with("virtio_rng"),
+        "{before:?}"
+    );
     // Time goes on, at its pace; everything else is as it was: the same shell, the same memory, nothing new to complain about.
     assert!(
         after.uptime_cs > before.uptime_cs && after.wall_s > before.wall_s,

@@ -54,12 +54,12 @@ fn pci_root() -> Vec<u8> {
         &AddressSpace::new_io(PCI_PORTS.0, PCI_PORTS.1, None),
         &AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, mmio.0, mmio.1, None),
     ]));
-    let (hid, cid, zero) = (EISAName::new("PNP0A08"), EISAName::new("PNP0A03"), 0u8);
+    // A conventional bus: PNP0A08 would promise the extended configuration space.
+    let (hid, zero) = (EISAName::new("PNP0A03"), 0u8);
     let root = bytes_of(&Device::new(
         "PCI0".into(),
         vec![
             &Name::new("_HID".into(), &hid),
-            &Name::new("_CID".into(), &cid),
             &Name::new("_UID".into(), &zero),
             &Name::new("_SEG".into(), &zero),
             &Name::new("_BBN".into(), &zero),
@@ -241,6 +241,7 @@ mod tests {
                 assert_eq!((&table[..4], sum(table)), (signature.as_slice(), 0));
             }
             assert_eq!((fadt.len(), word(fadt, 36) % 64), (FADT_BYTES, 0));
+            assert_eq!(dsdt.windows(4).any(|name| name == b"PCI0"), pci);
             assert_eq!(&table_at(&bytes, word(fadt, 36))[..4], b"FACS");
             assert_eq!(word(fadt, 140), word(fadt, 40));
         }

@@ -24,6 +24,9 @@ const CLUSTER: &str = "linux-guest";
 const MIGRATION: &str = "m1";
 const GUEST_MEMORY_MIB: u64 = 256;
 const GUEST_VCPUS: u32 = 2;
+/// The guest's disk, which both VMMs open.
+const DISK: &str = "disk.raw";
+const DISK_BYTES: u64 = 16 << 20;
 /// The longest that booting may take in an emulated host.
 const BOOT_MAX: Duration = Duration::from_secs(240);
 /// The longest that a migration may take there.
@@ -69,6 +72,8 @@ async fn drive() -> Result<()> {
         .context("opening /dev/kvm")?;
     say(&Report::HostUp);
     let ca = ClusterCa::create(CLUSTER)?;
+    let disk = std::fs::File::create(Path::new(&folder("disks")?).join(DISK)).context("making the disk")?;
+    disk.set_len(DISK_BYTES).context("making the disk")?;
     let (host1, host2) = (identity(&ca, "host1")?, identity(&ca, "host2")?);
 
     let started = Instant::now();
@@ -91,6 +96,7 @@ async fn drive() -> Result<()> {
         .write_random_file()
         .await
         .context("filling a file in the guest")?;
+    shell.write_disk().await.context("writing the guest's disk")?;
     let (before, asked) = shell
         .facts()
         .await
@@ -138,6 +144,7 @@ fn config(host: &str, epoch: u64, tls: &TlsFiles, incoming: Option<serde_json::V
         "cluster_id": CLUSTER, "host": host, "vm": "linux", "epoch": epoch, "vcpus": GUEST_VCPUS, "memory_mib": GUEST_MEMORY_MIB,
         "kernel": "/guest/vmlinuz", "initrd": "/guest/initrd", "cmdline": "console=ttyS0 quiet panic=-1",
         "cpu_profile": "host", "socket": "vmm.sock", "tls": tls, "incoming": incoming,
+        "rng": true, "disks": [{ "path": Path::new(ROOT).join("disks").join(DISK), "serial": "vol-1" }],
     })
 }
 

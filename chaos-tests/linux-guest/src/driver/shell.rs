@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use drover_linux_guest::report::{Asked, GuestFacts};
+use drover_linux_guest::report::{Asked, DeviceFacts, GuestFacts};
 use drover_proto::v1::vmm_client::VmmClient;
 use drover_proto::v1::{ReadConsoleRequest, WriteConsoleRequest};
 use tokio::time::{Instant, sleep};
@@ -87,8 +87,37 @@ impl Shell {
                 .number("dmesg | grep -c -E 'Oops|Kernel panic|BUG:|lockup|stalls on'")
                 .await?,
             cpus: self.number("nproc").await?,
+            devices: self.devices().await?,
         };
         Ok((facts, asked))
+    }
+
+    /// Writes the file to the disk, as far as its medium.
+    pub async fn write_disk(&mut self) -> Result<()> {
+        let answer = self
+            .ask("test -b /dev/vda && dd if=/tmp/file of=/dev/vda bs=1M conv=fsync 2>/dev/null && echo ok")
+            .await?;
+        if answer != "ok" {
+            let log = self
+                .ask("lsmod; dmesg | grep -i -E 'pci|virtio|acpi' | tail -60")
+                .await?;
+            bail!("the disk cannot be written: {answer:?}; modules and the kernel's log: {log}");
+        }
+        Ok(())
+    }
+
+    async fn devices(&mut self) -> Result<DeviceFacts> {
+        Ok(DeviceFacts {
+            sectors: self.number("cat /sys/block/vda/size").await?,
+            serial: self.ask("cat /sys/block/vda/serial").await?,
+            digest: self
+                .ask("echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda bs=1M count=8 2>/dev/null | md5sum")
+                .await?,
+            message_lines: self
+                .number("grep -c 'PCI-MSI.*virtio.-req' /proc/interrupts")
+                .await?,
+            random: self.ask("cat /sys/class/misc/hw_random/rng_current").await?,
+        })
     }
 
     async fn number(&mut self, command: &str) -> Result<u64> {
