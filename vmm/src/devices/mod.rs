@@ -12,6 +12,7 @@
 //! the VM with a reason, and its restart policy decides.
 
 pub mod attached;
+mod complaints;
 pub mod console;
 pub mod gate;
 pub mod pci;

@@ -17,6 +17,7 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use tracing::{debug, error};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::complaints::complain;
 use super::pci::msix::Message;
 
 /// Inputs of the I/O APIC; messages are numbered after them.
@@ -148,7 +149,7 @@ impl Router {
             });
         if let Err(error) = routed {
             // Only the guest's choice of a message can be at fault: it gets no interrupt then.
-            error!(error, ?to, "KVM does not route a device's interrupt");
+            complain(|| format!("KVM does not route a device's interrupt to {to:?}: {error}"));
         }
     }
 }

@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::queue::{Broken, Chain};
 use super::transport::{self, Transport};
 use super::{Device, F_INDIRECT, NO_VECTOR};
+use crate::devices::complaints::complain;
 use crate::devices::gate::IoGate;
 use crate::devices::pci::PciDevice;
 use crate::devices::pci::config::{ConfigSpace, Ident};
@@ -178,7 +179,13 @@ impl VirtioPci {
     }
 
     fn broke(&self, inner: &mut Inner, broken: &Broken) {
-        warn!(device = self.device.id(), "the guest's driver: {}", broken.0);
+        complain(|| {
+            format!(
+                "the guest's driver of its device of kind {}: {}",
+                self.device.id(),
+                broken.0
+            )
+        });
         if let Some(vector) = inner.transport.break_down() {
             self.raise(inner, vector);
         }

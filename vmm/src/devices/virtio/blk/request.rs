@@ -5,10 +5,9 @@
 
 use std::io;
 
-use tracing::warn;
-
 use super::disk::Disk;
 use super::{DATA_BYTES_MAX, DISCARD_ALIGNMENT, RANGE_SECTORS_MAX, RANGES_MAX, SECTOR, SERIAL_BYTES};
+use crate::devices::complaints::complain;
 use crate::devices::virtio::buffers::Cursor;
 use crate::devices::virtio::queue::{Broken, Chain};
 use crate::memory::Mapped;
@@ -51,7 +50,7 @@ impl From<Broken> for Refused {
 
 impl From<io::Error> for Refused {
     fn from(error: io::Error) -> Self {
-        warn!(%error, "a disk request failed");
+        complain(|| format!("a disk request failed: {error}"));
         Self::Status(Status::IoError)
     }
 }
