@@ -1,9 +1,11 @@
 //! Pause points and seeded bugs, for tests that break things at an exact step.
 //!
-//! Only a build with the feature `chaos` contains them; in any other build both functions compile to nothing.
+//! Only a build with the feature `chaos` contains them; in any other build these functions compile to nothing.
 //!
 //! A process waits at the point `name` while the file `$DROVER_POINTS_DIR/<name>` exists, after it has written its
 //! process id to `<name>.reached`. A test creates the file, awaits `.reached`, breaks something, and deletes the file.
+//!
+//! `DROVER_LIMIT_<NAME>=<number>` makes something scarce ([`limit`]).
 //!
 //! `DROVER_SEEDED_BUG=<name>` turns on one deliberate mistake; `cargo xtask test seeded-bugs` expects each to be caught.
 
@@ -28,8 +30,15 @@ pub const fn seeded_bug(_name: &str) -> bool {
 #[inline(always)]
 pub fn reach(_name: &str) {}
 
+/// How much of `name` there is to be, if a test says so. Always `None` without the feature `chaos`.
+#[cfg(not(feature = "chaos"))]
+#[inline(always)]
+pub const fn limit(_name: &str) -> Option<u64> {
+    None
+}
+
 #[cfg(feature = "chaos")]
-pub use chaos::{reach, seeded_bug};
+pub use chaos::{limit, reach, seeded_bug};
 
 #[cfg(feature = "chaos")]
 mod chaos {
@@ -44,6 +53,11 @@ mod chaos {
         BUG.get_or_init(|| std::env::var("DROVER_SEEDED_BUG").ok())
             .as_deref()
             == Some(name)
+    }
+
+    /// How much of `name` there is to be, if a test says so in `DROVER_LIMIT_<name>`.
+    pub fn limit(name: &str) -> Option<u64> {
+        std::env::var(format!("DROVER_LIMIT_{name}")).ok()?.parse().ok()
     }
 
     /// Waits while the file `$DROVER_POINTS_DIR/<name>` exists. Blocks the calling thread: call it where that is allowed

@@ -115,6 +115,8 @@ codes! {
     DigestMismatch = "digest_mismatch", Aborted;
     /// Saved state could not be decoded or restored.
     BadState = "bad_state", Aborted;
+    /// The host has no memory left for a page of the guest's.
+    MemoryExhausted = "memory_exhausted", Aborted;
     /// The VM was stopped or deleted meanwhile.
     VmStopped = "vm_stopped", Aborted;
     /// The target's host was declared down.

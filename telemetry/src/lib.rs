@@ -8,6 +8,8 @@
 //! A value that cannot be read is refused by name: a daemon that logged something else than was asked for would be found out
 //! only when its log is needed.
 //!
+//! A line that cannot be written, because the disk is full, is lost; the daemon goes on.
+//!
 //! What it does not do: it collects no metrics, and it writes and rotates no files.
 
 use std::env::{self, VarError};
@@ -65,6 +67,8 @@ pub fn init(default_filter: &str) -> Result<(), LogError> {
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // It would be said on standard error too, and panic where a full disk takes no line: a daemon does not end for its log.
+        .log_internal_errors(false)
         .with_ansi(false);
     match format {
         Format::Text => log.try_init(),

@@ -32,10 +32,19 @@ pub fn create(bytes: u64, huge_pages: bool) -> Result<File, Fault> {
     let broken = |what: &str, error: io::Error| {
         Fault::new(Code::VmmStartFailed, format!("guest memory: {what}: {error}"))
     };
-    let huge = huge_pages.then(in_own_tmpfs).and_then(|made| {
-        made.inspect_err(|error| debug!(%error, "guest memory has huge pages only if memfds have"))
-            .ok()
-    });
+    let limit = drover_points::limit("GUEST_MEMORY_BYTES");
+    if let Some(limit) = limit {
+        let huge = if huge_pages { "within_size" } else { "never" };
+        let file = in_own_tmpfs(huge, limit).map_err(|error| broken("a limited tmpfs", error))?;
+        file.set_len(bytes).map_err(|error| broken("size", error))?;
+        return Ok(file);
+    }
+    let huge = huge_pages
+        .then(|| in_own_tmpfs("within_size", 0))
+        .and_then(|made| {
+            made.inspect_err(|error| debug!(%error, "guest memory has huge pages only if memfds have"))
+                .ok()
+        });
     let file = match huge {
         Some(file) => file,
         None => memfd_create(NAME, MFdFlags::MFD_CLOEXEC)
@@ -46,10 +55,11 @@ pub fn create(bytes: u64, huge_pages: bool) -> Result<File, Fault> {
     Ok(file)
 }
 
-/// A file without a name in a tmpfs that only it holds. As large as need be: what limits memory is the host, as with a memfd.
-fn in_own_tmpfs() -> io::Result<File> {
+/// A file without a name in a tmpfs that only it holds, with huge pages as its mount's option says, of `limit` bytes; 0: as large as need be,
+/// what limits memory is the host, as with a memfd.
+pub(crate) fn in_own_tmpfs(huge: &str, limit: u64) -> io::Result<File> {
     let context = fsopen(c"tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    for (key, value) in [("huge", "within_size"), ("size", "0"), ("mode", "0700")] {
+    for (key, value) in [("huge", huge), ("size", &limit.to_string()), ("mode", "0700")] {
         fsconfig_set_string(&context, key, value)?;
     }
     fsconfig_create(&context)?;

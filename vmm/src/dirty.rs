@@ -90,7 +90,7 @@ impl DirtyTracker for Bitmap {
 
     fn take(&mut self, vm: &VmFd, memory: &Memory, into: &mut PageSet) -> Result<(), Fault> {
         let mut first = 0;
-        for (slot, region) in (0u32..).zip(memory.layout()) {
+        for (slot, region) in (0u32..).zip(memory.pieces()) {
             let pages = region.len / PAGE;
             let words = log_of(vm, slot, region)?;
             if self.manual_protect && words.iter().any(|&word| word != 0) {
@@ -114,7 +114,7 @@ impl DirtyTracker for Bitmap {
     /// With manual protection the log is only read: the pages stay in it, and the guest writes on without a fault.
     fn look(&mut self, vm: &VmFd, memory: &Memory, into: &mut PageSet) -> Result<(), Fault> {
         let mut first = 0;
-        for (slot, region) in (0u32..).zip(memory.layout()) {
+        for (slot, region) in (0u32..).zip(memory.pieces()) {
             let pages = region.len / PAGE;
             merge_at(&mut into.words, first, &log_of(vm, slot, region)?, pages);
             first += pages;

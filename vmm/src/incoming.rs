@@ -43,7 +43,7 @@ impl TargetVm for Target<'_> {
     }
 
     fn read_back(&self, first: u64, out: &mut [u8]) -> Result<(), Fault> {
-        self.machine.built().memory().read_pages(first, out)
+        self.machine.built().memory().read_received(first, out)
     }
 
     fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault> {

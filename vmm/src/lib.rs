@@ -32,6 +32,7 @@ pub mod memory;
 pub mod outgoing;
 pub mod right;
 pub mod save;
+pub mod sigbus;
 pub mod throttle;
 pub mod time;
 pub mod vcpu;

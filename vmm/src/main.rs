@@ -12,6 +12,7 @@ use clap::Parser;
 use drover_vmm::config::Config;
 use drover_vmm::control;
 use drover_vmm::machine::Machine;
+use drover_vmm::sigbus;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
 use tracing::{error, info};
@@ -74,6 +75,9 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     abort_on_panic();
+    if let Err(error) = sigbus::say_why() {
+        error!("a lack of memory would not be explained: {error}");
+    }
     drover_pki::install_provider();
     // The socket and whatever else this process creates is its user's alone.
     umask(Mode::from_bits_truncate(0o077));

@@ -1,4 +1,4 @@
-//! Guest memory: one shared file ([`backing`]), mapped in at most two regions around the 32-bit hole.
+//! Guest memory: one shared file ([`backing`]), mapped in two regions around the 32-bit hole; a very large one in pieces.
 //!
 //! ```text
 //!   0 ............ 3 GiB | hole: PCI, I/O APIC, local APIC | 4 GiB ............
@@ -34,6 +34,10 @@ pub const HOLE_START: u64 = 3 << 30;
 /// Where the hole ends and the rest of the memory begins.
 pub const HOLE_END: u64 = 4 << 30;
 
+/// What is mapped, and told to KVM, in one piece at most. KVM tells which pages of a piece were written all at once: that of a large guest would take
+/// tens of MiB.
+const PIECE_BYTES_MAX: u64 = 64 << 30;
+
 /// [`PAGE_SIZE`] as an address difference.
 pub const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -44,6 +48,9 @@ pub type Mapped = GuestMemoryMmap<AtomicBitmap>;
 #[derive(Debug)]
 pub struct Memory {
     mapped: Mapped,
+    /// What is mapped, piece by piece.
+    pieces: Layout,
+    /// The guest's regions, which may be of several pieces.
     layout: Layout,
     bytes: u64,
 }
@@ -63,9 +70,23 @@ pub fn layout(bytes: u64) -> Layout {
     regions
 }
 
-/// The pieces of regions that pages `first .. first + count` cover: (region, offset in it, length), bytes.
-fn pieces(layout: &Layout, first: u64, count: u64) -> Result<Vec<(usize, u64, u64)>, Fault> {
-    let total: u64 = layout.iter().map(|region| region.len).sum();
+/// The same memory, cut up so that no piece is larger than `most`.
+fn cut(regions: &Layout, most: u64) -> Layout {
+    let pieces = |region: &Region| {
+        let Region { gpa, len } = *region;
+        (0..len)
+            .step_by(usize::try_from(most).unwrap_or(usize::MAX))
+            .map(move |from| Region {
+                gpa: gpa + from,
+                len: most.min(len - from),
+            })
+    };
+    regions.iter().flat_map(pieces).collect()
+}
+
+/// Where pages `first .. first + count` lie: (piece, offset in it, length), bytes.
+fn covered(pieces: &Layout, first: u64, count: u64) -> Result<Vec<(usize, u64, u64)>, Fault> {
+    let total: u64 = pieces.iter().map(|region| region.len).sum();
     let end = first
         .checked_add(count)
         .and_then(|end| end.checked_mul(PAGE))
@@ -78,7 +99,7 @@ fn pieces(layout: &Layout, first: u64, count: u64) -> Result<Vec<(usize, u64, u6
         return Err(Fault::new(Code::BadFrame, message));
     };
     let (mut start, mut base, mut found) = (first * PAGE, 0, Vec::with_capacity(1));
-    for (index, region) in layout.iter().enumerate() {
+    for (index, region) in pieces.iter().enumerate() {
         let stop = end.min(base + region.len);
         if start < stop {
             found.push((index, start - base, stop - start));
@@ -91,6 +112,19 @@ fn pieces(layout: &Layout, first: u64, count: u64) -> Result<Vec<(usize, u64, u6
 
 fn broken(what: &str, error: impl std::fmt::Display) -> Fault {
     Fault::new(Code::VmmStartFailed, format!("guest memory: {what}: {error}"))
+}
+
+/// A write to the file failed. One for which there is no memory is the host's lack, and no mistake.
+fn unwritten(error: &io::Error, at: u64) -> Fault {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ENOSPC | Errno::ENOMEM) => Fault::new(
+            Code::MemoryExhausted,
+            format!(
+                "guest memory: the host has none left for what lies at {at:#x} ({error}): free some, or move the VM to another host"
+            ),
+        ),
+        _ => broken("write", error),
+    }
 }
 
 /// What was handed over as guest memory must be a file of exactly its size that can be read and written: a shorter one would end this
@@ -164,9 +198,10 @@ impl Memory {
 
     fn of_file(file: &File, bytes: u64, huge_pages: bool) -> Result<Self, Fault> {
         let layout = layout(bytes);
-        let mut ranges = Vec::with_capacity(layout.len());
+        let pieces = cut(&layout, PIECE_BYTES_MAX);
+        let mut ranges = Vec::with_capacity(pieces.len());
         let mut offset = 0;
-        for region in &layout {
+        for region in &pieces {
             let len = usize::try_from(region.len).map_err(|error| broken("size", error))?;
             let file = file.try_clone().map_err(|error| broken("duplicate", error))?;
             ranges.push((GuestAddress(region.gpa), len, Some(FileOffset::new(file, offset))));
@@ -178,6 +213,7 @@ impl Memory {
         }
         Ok(Self {
             mapped,
+            pieces,
             layout,
             bytes,
         })
@@ -188,9 +224,18 @@ impl Memory {
         &self.mapped
     }
 
-    /// The regions, lowest first.
+    /// The guest's regions, lowest first.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// The pieces that are mapped, lowest first: the regions, large ones cut up.
+    pub fn pieces(&self) -> &Layout {
+        &self.pieces
+    }
+
+    fn covered(&self, first: u64, count: u64) -> Result<Vec<(usize, u64, u64)>, Fault> {
+        covered(&self.pieces, first, count)
     }
 
     /// All memory, bytes.
@@ -203,22 +248,19 @@ impl Memory {
         self.bytes / PAGE
     }
 
-    /// The mapped regions, in the order of [`Self::layout`].
+    /// The mapped pieces, in the order of [`Self::pieces`].
     pub fn regions(&self) -> impl Iterator<Item = &GuestRegionMmap<AtomicBitmap>> {
         self.mapped.iter()
     }
 
     fn region(&self, index: usize) -> &GuestRegionMmap<AtomicBitmap> {
-        self.mapped
-            .iter()
-            .nth(index)
-            .expect("every region of the layout is mapped")
+        self.mapped.iter().nth(index).expect("every piece is mapped")
     }
 
     /// Copies whole pages from `first` on.
     pub fn read_pages(&self, first: u64, out: &mut [u8]) -> Result<(), Fault> {
         let mut rest = out;
-        for (index, offset, len) in pieces(&self.layout, first, page_count(rest.len())?)? {
+        for (index, offset, len) in self.covered(first, page_count(rest.len())?)? {
             let (now, later) =
                 rest.split_at_mut(usize::try_from(len).expect("a piece of a slice fits usize"));
             self.region(index)
@@ -229,12 +271,27 @@ impl Memory {
         Ok(())
     }
 
+    /// As [`Self::read_pages`], of pages that this VMM received: one that it did not write is zero, and is not touched. That would take
+    /// memory for it, or end this process where there is none.
+    pub fn read_received(&self, first: u64, out: &mut [u8]) -> Result<(), Fault> {
+        let count = page_count(out.len())?;
+        for (page, content) in (first..first + count).zip(out.chunks_exact_mut(PAGE_SIZE)) {
+            let (index, offset, _) = self.covered(page, 1)?[0];
+            if run_of(self.region(index), offset, offset + PAGE).written {
+                self.read_pages(page, content)?;
+            } else {
+                content.fill(0);
+            }
+        }
+        Ok(())
+    }
+
     /// Writes whole pages from `first` on. A page that the VMM never wrote is written through the file: the kernel then takes a
-    /// page without clearing it first and without a fault. One that is written again (hot, most likely) goes through the
-    /// mapping, so that the guest finds it mapped.
+    /// page without clearing it first and without a fault, and where the host has no memory left that is an error, while a fault
+    /// would end the process. One that is written again (hot, most likely) goes through the mapping, so that the guest finds it mapped.
     pub fn write_pages(&self, first: u64, data: &[u8]) -> Result<(), Fault> {
         let mut rest = data;
-        for (index, offset, len) in pieces(&self.layout, first, page_count(rest.len())?)? {
+        for (index, offset, len) in self.covered(first, page_count(rest.len())?)? {
             let (region, mut at, end) = (self.region(index), offset, offset + len);
             while at < end {
                 let run = run_of(region, at, end);
@@ -245,7 +302,7 @@ impl Memory {
                         .write_slice(now, MemoryRegionAddress(at))
                         .map_err(|error| broken("write", error))?;
                 } else {
-                    fill(region, at, now).map_err(|error| broken("write", error))?;
+                    fill(region, at, now).map_err(|error| unwritten(&error, at))?;
                 }
                 (at, rest) = (at + run.len, later);
             }
@@ -271,7 +328,7 @@ impl Memory {
     /// Makes pages read as zero and gives their memory back. Pages that the VMM never wrote are skipped, so this is meant
     /// for a guest that has not run here yet.
     pub fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault> {
-        for (index, offset, len) in pieces(&self.layout, first, count)? {
+        for (index, offset, len) in self.covered(first, count)? {
             let region = self.region(index);
             let mut at = offset;
             while at < offset + len {
@@ -290,7 +347,13 @@ impl Memory {
         let signed = |value: u64| i64::try_from(value).map_err(|error| broken("punch", error));
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(file.file(), mode, signed(file.start() + offset)?, signed(len)?)
-            .map_err(|error| broken("punch", error))
+            .map_err(|error| broken("punch", error))?;
+        // There is no memory behind them any more: what comes next for them goes through the file again.
+        let (offset, len) = (usize::try_from(offset), usize::try_from(len));
+        if let (Ok(offset), Ok(len)) = (offset, len) {
+            (**region).bitmap().reset_addr_range(offset, len);
+        }
+        Ok(())
     }
 
     /// Forgets which pages the VMM wrote.
@@ -488,6 +551,66 @@ mod tests {
             }
             assert_eq!(memory.hole_ahead(HUGE_PAGES, 100), 100, "the huge page after it");
         }
+    }
+
+    #[test]
+    fn a_large_guest_is_mapped_in_pieces_that_are_one_memory() {
+        let tib = cut(&layout(1 << 40), PIECE_BYTES_MAX);
+        assert!(
+            tib.len() == 17 && tib.iter().all(|piece| piece.len <= PIECE_BYTES_MAX),
+            "{tib:?}"
+        );
+        let bytes = (64 << 30) + (4 << 30);
+        let memory = Memory::new(bytes, true).unwrap();
+        assert_eq!((memory.layout().len(), memory.pieces().len()), (2, 3));
+        let told: u64 = memory.pieces().iter().map(|piece| piece.len).sum();
+        assert_eq!((told, memory.regions().count()), (bytes, 3));
+        let edge = ((3 << 30) + PIECE_BYTES_MAX) / PAGE;
+        let data: Vec<u8> = (0..2 * PAGE_SIZE)
+            .map(|at| if at < PAGE_SIZE { 1 } else { 2 })
+            .collect();
+        memory.write_pages(edge - 1, &data).unwrap();
+        let mut back = vec![0; data.len()];
+        memory.read_pages(edge - 1, &mut back).unwrap();
+        assert_eq!(back, data);
+        let byte: u8 = memory
+            .mapped()
+            .read_obj(GuestAddress(HOLE_END + PIECE_BYTES_MAX))
+            .unwrap();
+        assert_eq!(byte, 2);
+        let mut written = PageSet::empty(memory.pages());
+        memory.take_written(&mut written);
+        assert!(written.count() == 2 && written.contains(edge - 1) && written.contains(edge));
+    }
+
+    /// Memory of 1 MiB, of which there is less.
+    fn scarce(bytes: u64) -> Memory {
+        let file = backing::in_own_tmpfs("never", bytes).unwrap();
+        file.set_len(1 << 20).unwrap();
+        Memory::of_file(&file, 1 << 20, false).unwrap()
+    }
+
+    #[test]
+    fn a_host_without_memory_left_is_an_error_with_its_code_however_often_pages_are_written_and_zeroed() {
+        let (memory, page) = (scarce(16 * PAGE), [5; PAGE_SIZE]);
+        let exhausted = |first| {
+            let fault = memory.write_pages(first, &page).unwrap_err();
+            assert_eq!(fault.code, Code::MemoryExhausted, "{fault}");
+        };
+        memory.write_pages(0, &[1; 16 * PAGE_SIZE]).unwrap();
+        exhausted(16);
+        memory.write_pages(3, &page).unwrap();
+        memory.zero_pages(0, 4).unwrap();
+        memory.write_pages(16, &[2; 4 * PAGE_SIZE]).unwrap();
+        // Page 0 was written, and would be written through the mapping: that would end this process.
+        exhausted(0);
+        exhausted(3);
+        let mut back = vec![9; 6 * PAGE_SIZE];
+        memory.read_received(0, &mut back).unwrap();
+        assert!(back[..4 * PAGE_SIZE].iter().all(|byte| *byte == 0));
+        assert!(back[4 * PAGE_SIZE..].iter().all(|byte| *byte == 1));
+        memory.zero_pages(19, 1).unwrap();
+        memory.write_pages(0, &page).unwrap();
     }
 
     #[test]

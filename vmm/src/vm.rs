@@ -496,7 +496,7 @@ fn supported_cpuid(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, Fault> {
 /// Tells KVM where the guest's memory is, one slot a region, with or without a dirty log.
 #[allow(unsafe_code, reason = "KVM maps memory by address")]
 pub fn set_slots(vm: &VmFd, memory: &Memory, log_dirty: bool) -> Result<(), Fault> {
-    for (slot, (region, mapped)) in (0u32..).zip(memory.layout().iter().zip(memory.regions())) {
+    for (slot, (region, mapped)) in (0u32..).zip(memory.pieces().iter().zip(memory.regions())) {
         let slot = kvm_userspace_memory_region {
             slot,
             flags: if log_dirty { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },

@@ -17,12 +17,13 @@ pub struct Process {
 
 impl Process {
     pub fn start(config: &Path) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_drover-vmm"))
-            .arg("--config")
-            .arg(config)
-            .stderr(Stdio::inherit())
-            .spawn()
-            .unwrap();
+        Self::start_with(config, |command| command.stderr(Stdio::inherit()))
+    }
+
+    /// With another log or environment.
+    pub fn start_with(config: &Path, change: impl FnOnce(&mut Command) -> &mut Command) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_drover-vmm"));
+        let child = change(command.arg("--config").arg(config)).spawn().unwrap();
         Self {
             child,
             socket: config.with_file_name("vmm.sock"),
