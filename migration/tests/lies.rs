@@ -352,7 +352,21 @@ fn a_source_refuses_answers_that_do_not_fit_and_tells_whether_it_has_paused() {
         version: 9,
         ..HelloAck::default()
     });
+    let Message::Ready(truth) = ready() else {
+        panic!("it is Ready")
+    };
+    let counted = |pages, zero_pages| {
+        let lie = Message::Ready(Ready {
+            pages,
+            zero_pages,
+            ..truth.clone()
+        });
+        (vec![hello_ack(), ack(1), ack(2), lie], Code::DigestMismatch, true)
+    };
     for (answers, code, paused) in [
+        counted(1, PAGES),
+        counted(0, PAGES - 1),
+        counted(0, PAGES + 1),
         (vec![ack(1)], Code::BadFrame, false),
         (vec![newer], Code::BadFrame, false),
         (vec![hello_ack(), ack(2)], Code::BadFrame, false),

@@ -12,12 +12,13 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use common::cluster::{self, quiet};
 use common::{FakeVm, Flaw, Rng};
 use drover_migration::Control;
 use drover_migration::codec::{self, Hello, Message};
 use drover_migration::source::{self, Outcome, Way};
 use drover_migration::target::{self, Admission, Received};
-use drover_migration::transport::{LINK_TIMEOUT, Listener, connect};
+use drover_migration::transport::{Listener, connect};
 use drover_pki::{CertificateDer, ClusterCa, Credentials, Role, host_dns, identity_of};
 use drover_proto::v1::{MigrationOptions, MigrationPhase};
 use drover_proto::{Code, Fault};
@@ -26,36 +27,17 @@ const PAGES: u64 = 2048;
 
 fn source_params() -> source::Params {
     source::Params {
-        migration: "m1".into(),
-        vm: "vm1".into(),
-        from_host: "host1".into(),
-        source_epoch: 1,
-        target_epoch: 2,
         options: MigrationOptions {
             max_downtime_ms: 1000,
             streams: 1,
             ..MigrationOptions::default()
         },
-        device_model: 1,
-        cpu_profile: "baseline".into(),
-        tracker: "bitmap",
-        local: false,
-        link_timeout: LINK_TIMEOUT,
+        ..cluster::source_params(1, false)
     }
 }
 
 fn target_params() -> target::Params {
-    target::Params {
-        migration: "m1".into(),
-        vm: "vm1".into(),
-        from_host: "host1".into(),
-        epoch: 2,
-        device_model: 1,
-        cpu_profile: "baseline".into(),
-        plaintext: false,
-        local: false,
-        link_timeout: LINK_TIMEOUT,
-    }
+    cluster::target_params(false)
 }
 
 /// A source that opens no streams beside the link.
@@ -70,10 +52,6 @@ fn once<S>(stream: S) -> impl FnMut(Way) -> Result<S, Fault> {
 /// A target that is asked for no streams.
 fn alone<S>(admission: &Admission) -> Result<Vec<S>, Fault> {
     panic!("{admission:?} was asked for")
-}
-
-fn quiet() -> Control {
-    Control::new(|_| {})
 }
 
 /// A VM whose memory is partly zero, and a thread that is its guest until the VM pauses or the guest is dropped.

@@ -5,163 +5,27 @@
 mod common;
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use common::cluster::{
+    Cluster, PAGES, assert_moved, filled_vm, quiet, source_params, target_params, with_guest,
+};
 use common::{FakeVm, Flaw, Rng};
 use drover_migration::Control;
 use drover_migration::codec::{self, Join, Message};
 use drover_migration::source::{self, Outcome, Way};
 use drover_migration::target::{self, Admission, Received};
-use drover_migration::transport::{HostStream, LINK_TIMEOUT, Link, Listener, connect, connect_plain};
-use drover_pki::{ClusterCa, Credentials, Role, host_dns};
-use drover_proto::v1::{Compression, MigrationOptions, MigrationPhase, Progress};
+use drover_migration::transport::{HostStream, Link, connect, connect_plain};
+use drover_pki::host_dns;
+use drover_proto::v1::{Compression, MigrationPhase, Progress};
 use drover_proto::{Code, Fault};
 
-const PAGES: u64 = 4096;
 /// For links that are to be found dead soon.
 const SHORT: Duration = Duration::from_millis(300);
-
-fn source_params(streams: u32, plaintext: bool) -> source::Params {
-    source::Params {
-        migration: "m1".into(),
-        vm: "vm1".into(),
-        from_host: "host1".into(),
-        source_epoch: 1,
-        target_epoch: 2,
-        options: MigrationOptions {
-            max_downtime_ms: 2000,
-            streams,
-            plaintext,
-            compression: Compression::Off.into(),
-            ..MigrationOptions::default()
-        },
-        device_model: 1,
-        cpu_profile: "baseline".into(),
-        tracker: "bitmap",
-        local: false,
-        link_timeout: LINK_TIMEOUT,
-    }
-}
-
-fn target_params(plaintext: bool) -> target::Params {
-    target::Params {
-        migration: "m1".into(),
-        vm: "vm1".into(),
-        from_host: "host1".into(),
-        epoch: 2,
-        device_model: 1,
-        cpu_profile: "baseline".into(),
-        plaintext,
-        local: false,
-        link_timeout: LINK_TIMEOUT,
-    }
-}
-
-fn quiet() -> Control {
-    Control::new(|_| {})
-}
-
-/// A VM of which every fourth page is zero.
-fn filled_vm() -> FakeVm {
-    let (vm, mut rng) = (FakeVm::new(PAGES), Rng(11));
-    for page in (0..usize::try_from(PAGES).unwrap()).filter(|page| page % 4 != 0) {
-        vm.guest_writes(page, rng.byte());
-    }
-    vm
-}
-
-/// Runs `move_it` while the guest writes.
-fn with_guest<T>(vm: &FakeVm, move_it: impl FnOnce() -> T) -> T {
-    let over = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut rng = Rng(3);
-            while !over.load(Ordering::Relaxed) {
-                if !vm.guest_writes(1000 + rng.below(100), rng.byte()) {
-                    return;
-                }
-                // None of those that are zero.
-                vm.guest_pokes(1 + 4 * rng.below(200), rng.below(64), rng.byte());
-                thread::yield_now();
-            }
-        });
-        let moved = move_it();
-        over.store(true, Ordering::Relaxed);
-        moved
-    })
-}
-
-fn assert_moved(source_vm: &FakeVm, target_vm: &FakeVm) {
-    let (source, target) = (source_vm.lock(), target_vm.lock());
-    assert!(source.paused && source.pauses == 1);
-    assert!(source.memory == target.memory, "memory differs");
-    assert_eq!(target.restored.as_deref(), Some(&b"registers and devices"[..]));
-}
-
-/// Certificates of one cluster.
-struct Cluster {
-    host1: Credentials,
-    host2: Credentials,
-}
-
-impl Cluster {
-    fn new() -> Self {
-        drover_pki::install_provider();
-        let (ca, dir) = (ClusterCa::create("test").unwrap(), tempfile::tempdir().unwrap());
-        let host = |name| {
-            let files = ca.issue_to(dir.path(), Role::Host, name).unwrap();
-            Credentials::load(&files, "test").unwrap()
-        };
-        Self {
-            host1: host("host1"),
-            host2: host("host2"),
-        }
-    }
-
-    /// host1 moves its VM to host2; `before_pages` is done when the target waits for the first stream.
-    fn migrate(
-        &self,
-        vms: (&FakeVm, &FakeVm),
-        params: &source::Params,
-        target_params: &target::Params,
-        before_pages: impl Fn(SocketAddr),
-    ) -> (Outcome, Result<Received, Fault>) {
-        let listener = Listener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
-        let addr = listener.addr().unwrap();
-        let (source_control, target_control) = (quiet(), quiet());
-        let tls = self.host2.rustls_server();
-        let dial = |way| {
-            if way != Way::Link {
-                before_pages(addr);
-            }
-            match way {
-                Way::Pages { plaintext: true } => connect_plain(addr),
-                _ => connect(
-                    addr,
-                    &host_dns("host2"),
-                    self.host1.rustls_client(),
-                    &source_control,
-                ),
-            }
-        };
-        thread::scope(|scope| {
-            let target = scope.spawn(|| {
-                let stream = listener.accept(&tls, |_| Ok(()), &target_control)?;
-                let admit = |admission: &Admission| {
-                    listener.accept_streams(&tls, |_| Ok(()), admission, &target_control)
-                };
-                target::run(vms.1, stream, admit, target_params, &target_control)
-            });
-            let outcome = with_guest(vms.0, || source::run(vms.0, dial, params, &source_control));
-            (outcome, target.join().unwrap())
-        })
-    }
-}
 
 #[test]
 fn a_busy_guest_arrives_over_several_streams_encrypted_or_not() {

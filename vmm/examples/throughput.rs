@@ -1,6 +1,8 @@
 //! How fast the engine moves memory on this machine, beside a plain TCP copy of the same memory into fresh memory:
 //! `cargo run -p drover-vmm --example throughput -- [MiB, default 1024] [runs, default 3]
-//! [kinds]`, each kind `copy`, or `plain-N` or `tls-N` with N streams, 0 for as many as the engine takes by itself.
+//! [kinds]`, each kind `copy`, or `plain-N` or `tls-N` with N streams, 0 for as many as the engine takes by itself, and `-off`, `-lz4` or
+//! `-zstd` after it for another compression than the automatic one. With `HALF` in the environment every second word of memory is zero, so
+//! that it compresses; `CAP` is a cap in MiB/s.
 //!
 //! Source and target are two processes with the VMM's own guest memory, all of it random; there is no guest in it. The runs of the
 //! kinds alternate, so that what else the machine does hits all of them. Each line has the time from the connect to Ready, the
@@ -21,7 +23,7 @@ use drover_migration::transport::{LINK_TIMEOUT, Listener, connect, connect_plain
 use drover_migration::vm::{Layout, PAGE_SIZE, PageSet, SourceVm, TargetVm};
 use drover_pki::{ClusterCa, Credentials, Role, TlsFiles, host_dns};
 use drover_proto::Fault;
-use drover_proto::v1::MigrationOptions;
+use drover_proto::v1::{Compression, MigrationOptions};
 use drover_vmm::memory::Memory;
 
 type Failure = Box<dyn std::error::Error>;
@@ -82,12 +84,13 @@ fn huge_pages() -> bool {
     env::var_os("SMALL_PAGES").is_none()
 }
 
-/// Pages of xorshift noise.
+/// Pages of xorshift noise, or half of it.
 fn random(mib: u64) -> Result<Memory, Fault> {
     let memory = Memory::new(mib << 20, huge_pages())?;
+    let step = if env::var_os("HALF").is_some() { 2 } else { 1 };
     let (mut state, mut chunk) = (0x9e37_79b9_7f4a_7c15_u64, vec![0; 1 << 20]);
     for first in (0..memory.pages()).step_by((1 << 20) / PAGE_SIZE) {
-        for word in chunk.chunks_exact_mut(8) {
+        for word in chunk.chunks_exact_mut(8).step_by(step) {
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
@@ -183,8 +186,18 @@ fn send(kind: &str, memory: Bare, addr: SocketAddr, dir: &Path) -> Result<(Bare,
     let (name, streams) = kind
         .split_once('-')
         .ok_or("a kind is a name and a number of streams")?;
+    let (streams, compression) = streams.split_once('-').unwrap_or((streams, "auto"));
+    let compression = match compression {
+        "auto" => Compression::Auto,
+        "off" => Compression::Off,
+        "lz4" => Compression::Lz4,
+        "zstd" => Compression::Zstd,
+        other => return Err(format!("there is no compression {other:?}").into()),
+    };
     let options = MigrationOptions {
         streams: streams.parse()?,
+        compression: compression.into(),
+        bandwidth_mib_s: env::var("CAP").map_or(Ok(0), |cap| cap.parse())?,
         plaintext: name == "plain",
         ..MigrationOptions::default()
     };

@@ -167,11 +167,9 @@ impl Batch {
     pub fn pack(&mut self, method: Method, packer: &mut Packer) -> Result<Option<usize>, Fault> {
         let content = &self.pages_frame[DATA_AT..DATA_AT + self.pages * PAGE_SIZE];
         let room = Packer::room(content.len());
-        if self.packed_frame.len() < DATA_AT + room + RUN_BYTES * BATCH_PAGES {
-            self.packed_frame.resize(
-                DATA_AT + Packer::room(BATCH_PAGES * PAGE_SIZE) + RUN_BYTES * BATCH_PAGES,
-                0,
-            );
+        let needed = DATA_AT + room + RUN_BYTES * BATCH_PAGES;
+        if self.packed_frame.len() < needed {
+            self.packed_frame.resize(needed, 0);
         }
         let length = packer.pack(method, content, &mut self.packed_frame[DATA_AT..DATA_AT + room])?;
         self.packed = length.map(|length| (method, length));

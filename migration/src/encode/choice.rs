@@ -116,6 +116,8 @@ const WINDOW_BYTES_MIN: u64 = 1 << 20;
 pub const PROBE_EVERY: Duration = Duration::from_secs(2);
 /// Every so many batches pages are sampled, if compressing could pay at all.
 const SAMPLE_EVERY: u32 = 32;
+/// And so seldom that it takes no more than this part of the time that sending takes: on a fast link it would be felt.
+const SAMPLE_SHARE: u32 = 100;
 
 /// What is to be done with a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,6 +157,9 @@ pub struct Chooser {
     window: Window,
     probing: bool,
     probed_at: Duration,
+    /// Time that sampling and sending took so far.
+    sampled: Duration,
+    sent: Duration,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -180,6 +185,8 @@ impl Chooser {
             window: Window::default(),
             probing: false,
             probed_at: Duration::ZERO,
+            sampled: Duration::ZERO,
+            sent: Duration::ZERO,
         }
     }
 
@@ -198,7 +205,9 @@ impl Chooser {
                 self.batches = self.batches.wrapping_add(1);
                 Plan {
                     method: self.now.filter(|_| !self.probing),
-                    sample: self.batches % SAMPLE_EVERY == 1 && self.could_pay(),
+                    sample: self.batches % SAMPLE_EVERY == 1
+                        && self.sampled.saturating_mul(SAMPLE_SHARE) <= self.sent
+                        && self.could_pay(),
                 }
             }
         }
@@ -243,6 +252,7 @@ impl Chooser {
         for (method, sample) in Method::ALL.into_iter().zip(done.samples) {
             if let Some((from, to, took)) = sample {
                 self.learn(method, from, to, took);
+                self.sampled = self.sampled.saturating_add(took);
             }
         }
         if let Some((method, from, to, took)) = done.packed {
@@ -252,6 +262,7 @@ impl Chooser {
         self.window.content += done.content;
         self.window.wire += done.wire;
         self.window.sending += done.sending;
+        self.sent = self.sent.saturating_add(done.sending);
         let began = *self.window.began.get_or_insert(now);
         let enough = self.window.content >= WINDOW_BYTES
             || (self.window.content >= WINDOW_BYTES_MIN && now.saturating_sub(began) >= WINDOW_TIME);
@@ -427,6 +438,44 @@ mod tests {
         assert_eq!(play(&world([900, 300], gigabit), 500).1, Some(Method::Zstd));
         assert_eq!(play(&world([500, 300], gigabit / 10), 500).1, Some(Method::Zstd));
         assert_eq!(play(&world([500, 300], 2000 * MIB), 500).1, None);
+    }
+
+    /// Samples that are taken in 2000 batches, each of which takes so long to send.
+    fn samples(sending: Duration) -> u32 {
+        let mut chooser = Chooser::new(Wish::Auto, [true; 2], 4);
+        let (content, tried) = (256 << 10, 32 << 10);
+        let sample = [10, 300].map(|us| Some((tried, tried, Duration::from_micros(us))));
+        let (mut now, mut taken) = (Duration::ZERO, 0);
+        for _ in 0..2000 {
+            let plan = chooser.plan();
+            assert_eq!(plan.method, None, "nothing shrinks");
+            taken += u32::from(plan.sample);
+            now += sending;
+            let samples = if plan.sample { sample } else { [None; 2] };
+            chooser.done(
+                now,
+                &Done {
+                    content,
+                    wire: content,
+                    sending,
+                    packed: None,
+                    samples,
+                },
+            );
+        }
+        taken
+    }
+
+    #[test]
+    fn sampling_takes_a_hundredth_of_the_time_at_most_and_goes_on_where_that_is_plenty() {
+        let quick = Duration::from_micros(200);
+        let (taken, sent) = (samples(quick), 2000 * quick);
+        let each = Duration::from_micros(310);
+        assert!(taken > 3 && (taken - 1) * each <= sent / SAMPLE_SHARE, "{taken}");
+        assert_eq!(
+            samples(Duration::from_millis(20)),
+            2000_u32.div_ceil(SAMPLE_EVERY)
+        );
     }
 
     #[test]

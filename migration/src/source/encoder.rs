@@ -23,6 +23,8 @@ const BYTES_MAX: usize = 44 << 20;
 const STREAM_BYTES: usize = 3 << 20;
 /// Most memory for the cache, bytes.
 const CACHE_BYTES_MAX: usize = 32 << 20;
+/// Sets of pages that a source holds at once, of a guest small enough for all of them; a larger guest's take the cache's place.
+const PAGE_SETS: u64 = 5;
 /// Of so many pages of a batch one is looked at before the whole is compressed.
 const SAMPLE_SHARE: usize = 64;
 /// Pages of a batch that both methods are tried on.
@@ -61,9 +63,10 @@ pub(super) struct Encoder {
 }
 
 impl Encoder {
-    /// For a target that agreed to these features, on so many streams.
-    pub fn new(wish: Wish, features: u32, streams: u32, origin: Instant) -> Self {
+    /// For a target that agreed to these features, on so many streams, and a guest of so many pages.
+    pub fn new(wish: Wish, features: u32, streams: u32, pages: u64, origin: Instant) -> Self {
         let workers = streams.max(1);
+        let of_pages = usize::try_from(pages / 8 * PAGE_SETS).unwrap_or(usize::MAX);
         let readable = [feature::LZ4, feature::ZSTD].map(|method| features & method != 0);
         let of_streams = (workers as usize).saturating_mul(STREAM_BYTES);
         Self {
@@ -71,7 +74,12 @@ impl Encoder {
             features,
             origin,
             chooser: Mutex::new(Chooser::new(wish, readable, workers)),
-            cache: Cache::new(BYTES_MAX.saturating_sub(of_streams).min(CACHE_BYTES_MAX)),
+            cache: Cache::new(
+                BYTES_MAX
+                    .saturating_sub(of_streams)
+                    .saturating_sub(of_pages)
+                    .min(CACHE_BYTES_MAX),
+            ),
             deltas: AtomicBool::new(false),
             known: AtomicU64::new(0),
             as_deltas: AtomicU64::new(0),
@@ -80,7 +88,7 @@ impl Encoder {
 
     /// One that leaves pages as they are.
     pub fn plain(origin: Instant) -> Self {
-        Self::new(Wish::Off, 0, 1, origin)
+        Self::new(Wish::Off, 0, 1, 0, origin)
     }
 
     /// Decides on deltas. No job of another round is under way.

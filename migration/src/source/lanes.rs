@@ -26,6 +26,8 @@ pub(super) struct Lane<'c> {
     writing: AtomicBool,
     /// Milliseconds since `origin` when a byte moved last, or a frame was begun.
     moved_ms: AtomicU64,
+    /// Grows with each look that found bytes moved.
+    moves: AtomicU64,
 }
 
 impl<'c> Lane<'c> {
@@ -37,6 +39,7 @@ impl<'c> Lane<'c> {
             pages_queued: AtomicU64::new(0),
             writing: AtomicBool::new(false),
             moved_ms: AtomicU64::new(0),
+            moves: AtomicU64::new(0),
         }
     }
 
@@ -83,12 +86,26 @@ impl Watch for Lane<'_> {
     fn moved(&self) {
         self.moved_ms
             .store(millis(self.origin.elapsed()), Ordering::Relaxed);
+        self.moves.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// How the link waits: it may be silent as long as a stream moves, if only in the kernel.
+impl Watch for Lanes<'_> {
+    fn stop(&self) -> Option<Stop> {
+        self.control.stop()
+    }
+
+    fn moved_elsewhere(&self) -> u64 {
+        let moves = self.lanes.iter().map(|lane| lane.moves.load(Ordering::Relaxed));
+        moves.fold(0, u64::wrapping_add)
     }
 }
 
 /// All lanes that an attempt may use.
 #[derive(Debug)]
 pub(super) struct Lanes<'c> {
+    control: &'c Control,
     origin: Instant,
     lanes: Vec<Lane<'c>>,
 }
@@ -97,6 +114,7 @@ impl<'c> Lanes<'c> {
     /// For an attempt that began at `origin`.
     pub fn new(control: &'c Control, origin: Instant) -> Self {
         Self {
+            control,
             origin,
             lanes: (0..STREAMS_MAX).map(|_| Lane::new(control, origin)).collect(),
         }

@@ -34,7 +34,7 @@ use drover_proto::v1::{MigrationPhase, Progress};
 use drover_proto::{Code, Fault};
 
 use crate::bandwidth;
-use crate::codec::{Cancel, Hello, HelloAck, Message, PageAnswer, RoundEnd, Run, StateFrame, bad};
+use crate::codec::{Cancel, Hello, HelloAck, Message, PageAnswer, Ready, RoundEnd, Run, StateFrame, bad};
 use crate::convergence::{self, Costs, Decision, Intent, Sample, Trend};
 use crate::digest::{Totals, digest};
 use crate::handshake::{self, Agreed, feature};
@@ -376,7 +376,7 @@ impl Machine {
             (State::Measuring, Event::DirtyTaken(dirty)) => self.decide(now, dirty),
             (State::Pausing, Event::Paused { took }) => self.paused(now, took),
             (State::Sweeping, Event::DirtyTaken(dirty)) => {
-                self.order.next_round(&dirty);
+                self.order.next_round(dirty);
                 self.last_pass(now)
             }
             (State::Declaring, Event::StreamsEnded(sent)) => {
@@ -386,7 +386,7 @@ impl Machine {
                 actions
             }
             (State::Saving, Event::Saved { state, took }) => self.saved(state, took),
-            (State::Judging, Event::Received(Message::Ready(ready))) => self.judge(now, &ready.digest),
+            (State::Judging, Event::Received(Message::Ready(ready))) => self.judge(now, &ready),
             (State::Judging | State::Serving, Event::Received(Message::PageRequest(request)))
                 if self.post_copy =>
             {
@@ -404,6 +404,12 @@ impl Machine {
                 self.give_up(Fault::new(Code::Internal, mistake))
             }
         }
+    }
+
+    /// What the dirty log is to be added to, where a second set of pages would be too large. For whoever is about to do
+    /// [`Action::TakeDirty`]; it comes back with [`Event::DirtyTaken`].
+    pub fn lend_set(&mut self) -> Option<PageSet> {
+        self.order.lend()
     }
 
     /// Whether the VM was, or may have been, paused.
@@ -650,7 +656,7 @@ impl Machine {
     fn decide(&mut self, now: Duration, dirty: PageSet) -> Vec<Action> {
         let period = now.saturating_sub(self.log_taken_at);
         let carried = self.sample(now).carried;
-        let written = self.order.next_round(&dirty);
+        let written = self.order.next_round(dirty);
         self.dirty_rate = bandwidth::rate(written.saturating_mul(PAGE_SIZE as u64), period);
         self.log_taken_at = now;
         let sample = Sample {
@@ -759,8 +765,14 @@ impl Machine {
         )
     }
 
-    fn judge(&mut self, now: Duration, digest: &[u8]) -> Vec<Action> {
-        if digest != self.digest {
+    fn judge(&mut self, now: Duration, ready: &Ready) -> Vec<Action> {
+        let (said, sent) = (
+            (ready.pages, ready.zero_pages),
+            (self.sent.pages, self.sent.zero_pages),
+        );
+        // In a post-copy it may have fetched pages since.
+        let counts_fit = said == sent || (self.post_copy && said.0 >= sent.0 && said.1 >= sent.1);
+        if ready.digest != self.digest || !counts_fit {
             return self.give_up(Fault::new(
                 Code::DigestMismatch,
                 "the target said Ready for another state or other pages than were sent",

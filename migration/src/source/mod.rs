@@ -111,14 +111,18 @@ pub fn run<S: Stream>(
     };
     let config = params.config(&layout, total_pages, vm.costs());
     reach("source.before_connect");
-    let link = match dial(Way::Link).and_then(|stream| Link::new(stream, params.link_timeout, control)) {
-        Ok(link) => link,
+    let stream = match dial(Way::Link) {
+        Ok(stream) => stream,
         Err(fault) => return Outcome::FailedRunning(fault),
     };
     let origin = Instant::now();
+    let lanes = Lanes::new(control, origin);
+    let link = match Link::new(stream, params.link_timeout, &lanes) {
+        Ok(link) => link,
+        Err(fault) => return Outcome::FailedRunning(fault),
+    };
     let regions = RegionEnds::new(&layout);
     let pace = Pace::new(config.intent.bandwidth, origin);
-    let lanes = Lanes::new(control, origin);
     let crew = Crew::new(vm, &regions, &pace, control, &lanes, Encoder::plain(origin));
     let outgoing = Mutex::default();
     let outcome = thread::scope(|scope| {
@@ -137,6 +141,7 @@ pub fn run<S: Stream>(
             round: 0,
             total_pages,
             buffer: Vec::new(),
+            lent: None,
             origin,
             logging: false,
             throttled: false,
@@ -236,6 +241,8 @@ struct Driver<'scope, 'env, S, D> {
     round: u32,
     total_pages: u64,
     buffer: Vec<u8>,
+    /// For the dirty log to be added to.
+    lent: Option<PageSet>,
     origin: Instant,
     logging: bool,
     throttled: bool,
@@ -250,6 +257,9 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                 .expect("a machine's list ends with what brings the next event");
             if let Action::End(outcome) = action {
                 return outcome;
+            }
+            if action == Action::TakeDirty {
+                self.lent = machine.lend_set();
             }
             if let Some(event) = self.perform(action) {
                 if self.control.wants_post_copy() {
@@ -275,8 +285,13 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
             Action::Receive => return Some(self.receive().unwrap_or_else(Event::from)),
             Action::Encode { features, streams } => {
                 let wish = encoder::wish(self.compression);
-                self.crew
-                    .encode_with(Encoder::new(wish, features, streams, self.origin));
+                self.crew.encode_with(Encoder::new(
+                    wish,
+                    features,
+                    streams,
+                    self.total_pages,
+                    self.origin,
+                ));
             }
             Action::OpenStreams { count, token } => {
                 let opened = self.open_streams(count, &token);
@@ -324,7 +339,8 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                 Event::LogStarted
             }
             Action::TakeDirty => {
-                let mut dirty = PageSet::empty(self.total_pages);
+                let lent = self.lent.take();
+                let mut dirty = lent.unwrap_or_else(|| PageSet::empty(self.total_pages));
                 self.vm.take_dirty(&mut dirty)?;
                 Event::DirtyTaken(dirty)
             }

@@ -18,8 +18,8 @@
 use crate::codec::Run;
 use crate::vm::PageSet;
 
-/// Guests with more pages (256 GiB) are sent in order of address, since the two sets more would take more memory than they are worth.
-const PAGES_MAX: u64 = 1 << 26;
+/// Guests with more pages (64 GiB) are sent in order of address, since the two sets more would take more memory than they are worth.
+const PAGES_MAX: u64 = 1 << 24;
 
 /// See the module.
 #[derive(Debug)]
@@ -34,6 +34,8 @@ pub(super) struct Order {
     seen_pages: u64,
     /// Pages that were due in this round and wait for the next one.
     put_off: u64,
+    /// `pending` is with whoever takes the dirty log.
+    lent: bool,
     /// A deliberate mistake for tests of the tests: forget what was seen.
     forgetful: bool,
 }
@@ -51,13 +53,24 @@ impl Order {
             seen: PageSet::empty(aside),
             seen_pages: 0,
             put_off: 0,
+            lent: false,
             forgetful,
         }
     }
 
     /// Whether pages can be put off.
     pub fn puts_off(&self) -> bool {
-        self.seen.words.len() == self.pending.words.len()
+        !self.seen.words.is_empty()
+    }
+
+    /// Of a large guest: what is still to be sent, for the dirty log to be added to and to come back with [`Order::next_round`]. A second
+    /// set would be as large again.
+    pub fn lend(&mut self) -> Option<PageSet> {
+        if self.puts_off() || self.lent {
+            return None;
+        }
+        self.lent = true;
+        Some(std::mem::take(&mut self.pending))
     }
 
     /// Every page that is still to be sent; none is afterwards.
@@ -119,12 +132,18 @@ impl Order {
 
     /// A round has ended, and `dirty` was written in it: all that is left is due in the next one. Gives the number of pages that the
     /// guest wrote.
-    pub fn next_round(&mut self, dirty: &PageSet) -> u64 {
+    pub fn next_round(&mut self, dirty: PageSet) -> u64 {
         if self.forgetful {
             self.seen.words.fill(0);
         }
         (self.cursor, self.put_off) = (0, 0);
-        self.pending.merge(dirty);
+        if std::mem::take(&mut self.lent) {
+            let before = self.pending_pages;
+            self.pending = dirty;
+            self.pending_pages = self.pending.count();
+            return self.pending_pages.saturating_sub(before);
+        }
+        self.pending.merge(&dirty);
         if !self.puts_off() {
             self.pending_pages = self.pending.count();
             return dirty.count();
@@ -198,7 +217,7 @@ mod tests {
         assert_eq!((order.due(), order.put_off(), order.remaining()), (198, 2, 201));
         assert_eq!(taken(&mut order, 1000), (101..299).collect::<Vec<_>>());
         assert_eq!(taken(&mut order, 1000), [0; 0]);
-        assert_eq!(order.next_round(&set(&[7, 200].into())), 4);
+        assert_eq!(order.next_round(set(&[7, 200].into())), 4);
         assert_eq!(taken(&mut order, 1000), [200]);
         assert_eq!(taken(&mut order, 1000), [7, 100, 299]);
         assert_eq!(order.remaining(), 0);
@@ -215,8 +234,20 @@ mod tests {
         assert_eq!(taken(&mut order, 1000).len(), 300);
         order.keep_seen(&set(&[9].into()));
         assert_eq!(taken(&mut order, 1000), [9]);
-        assert_eq!(order.next_round(&set(&[3].into())), 1);
+        assert_eq!(order.next_round(set(&[3].into())), 1);
         assert_eq!(taken(&mut order, 1000), [3]);
+        // Broken off with one page due, which the log is added to.
+        order.next_round(set(&[5].into()));
+        let mut lent = order.lend().unwrap();
+        assert_eq!((order.lend(), order.remaining()), (None, 1));
+        lent.merge(&set(&[8, 9].into()));
+        assert_eq!(order.next_round(lent), 2);
+        assert_eq!(taken(&mut order, 1000), [5, 8, 9]);
+        assert_eq!(
+            Order::full(PAGES, false).lend(),
+            None,
+            "one that is not too large"
+        );
     }
 
     proptest! {
@@ -242,7 +273,7 @@ mod tests {
                 prop_assert_eq!(order.due(), 0);
                 // Whether the log names what was seen or not.
                 owed = &(&(&owed - &sent) | &seen_of_all) | &dirty;
-                let written = order.next_round(&set(&dirty));
+                let written = order.next_round(set(&dirty));
                 prop_assert_eq!(written, (&seen_of_all | &dirty).len() as u64);
                 prop_assert_eq!(order.remaining(), owed.len() as u64);
             }

@@ -230,7 +230,7 @@ impl<'a> Crew<'a> {
     fn work<S: Stream>(&self, mut sender: Sender<'_, S>) {
         let mut ended = 0;
         loop {
-            let done = match self.next(ended) {
+            let done = match self.next(ended, &sender) {
                 Task::Send(job) => self.send_with(&mut sender, &job),
                 Task::End(end) => {
                     ended = end.round;
@@ -255,8 +255,10 @@ impl<'a> Crew<'a> {
         }
     }
 
-    /// Waits for something to do. `ended`: the round that this worker has ended last.
-    fn next(&self, ended: u32) -> Task {
+    /// Waits for something to do. `ended`: the round that this worker has ended last. As long as the kernel still sends what `sender`
+    /// wrote, that is looked at: it is what the link, on which the engine waits, may be silent for.
+    fn next<S: Stream>(&self, ended: u32, sender: &Sender<'_, S>) -> Task {
+        let mut unacknowledged = None;
         let mut board = self.board();
         loop {
             if board.dismissed {
@@ -271,7 +273,9 @@ impl<'a> Crew<'a> {
                     return Task::End(end);
                 }
             }
-            let waited = self.changed.wait_timeout(board, IDLE);
+            let on_its_way = sender.link.unacknowledged(&mut unacknowledged) > 0;
+            let patience = if on_its_way { SLICE } else { IDLE };
+            let waited = self.changed.wait_timeout(board, patience);
             board = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }

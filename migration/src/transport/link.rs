@@ -83,10 +83,12 @@ impl Patience {
 struct Moved {
     at: Instant,
     elsewhere: u64,
+    /// What the peer's host had still to acknowledge, once that was looked at.
+    unacknowledged: Option<u64>,
 }
 
 impl<'c, S: Stream> Link<'c, S> {
-    /// A link that counts as lost after `timeout` without a byte moved.
+    /// A link that counts as lost after `timeout` without a byte moved, be it by a call or, of what was written before, by the kernel.
     pub fn new(stream: S, timeout: Duration, watch: &'c dyn Watch) -> Result<Self, Fault> {
         let set = stream.set_slice(SLICE.min(timeout));
         set.map_err(|error| Fault::new(Code::Internal, format!("cannot set a socket's timeouts: {error}")))?;
@@ -257,7 +259,19 @@ impl<'c, S: Stream> Link<'c, S> {
         Moved {
             at: Instant::now(),
             elsewhere: self.watch.moved_elsewhere(),
+            unacknowledged: None,
         }
+    }
+
+    /// What was written and has not reached the peer's host yet. Tells the watch that the link moves if that is not what it was
+    /// `before`, which takes on what it is.
+    pub fn unacknowledged(&self, before: &mut Option<u64>) -> u64 {
+        let now = self.stream.unacknowledged();
+        if before.is_some() && now != *before {
+            self.watch.moved();
+        }
+        *before = now;
+        now.unwrap_or(0)
     }
 
     fn moved(&self) -> Moved {
@@ -281,6 +295,14 @@ impl<'c, S: Stream> Link<'c, S> {
         }
         if self.watch.moved_elsewhere() != moved.elsewhere {
             *moved = self.still();
+        }
+        // A last word is not worth waiting until all before it is out.
+        if patience.heeds_watch {
+            let before = moved.unacknowledged;
+            self.unacknowledged(&mut moved.unacknowledged);
+            if before.is_some() && moved.unacknowledged != before {
+                moved.at = Instant::now();
+            }
         }
         match patience.idle {
             Some(idle) if moved.at.elapsed() >= idle => {
@@ -393,6 +415,93 @@ mod tests {
         };
         assert!(matches!(refusal, Stop::Failed(fault) if fault.code == Code::LinkLost));
         drop(far);
+    }
+
+    /// A stream on which no call gets anywhere for `slices` slices, of which the kernel still sends for the first `moving`. Then an answer comes.
+    struct Slow {
+        slices: u64,
+        moving: u64,
+        over: std::sync::atomic::AtomicU64,
+        answer: std::io::Cursor<Vec<u8>>,
+    }
+
+    impl Slow {
+        fn new(slices: u64, moving: u64) -> Self {
+            let mut answer = Vec::new();
+            codec::encode(&ack(1), 0, &mut answer).unwrap();
+            Self {
+                slices,
+                moving,
+                over: 0.into(),
+                answer: std::io::Cursor::new(answer),
+            }
+        }
+
+        fn slice(&self) -> io::Result<()> {
+            if self.over.fetch_add(1, std::sync::atomic::Ordering::Relaxed) >= self.slices {
+                return Ok(());
+            }
+            std::thread::sleep(SHORT / 20);
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+    }
+
+    impl Read for Slow {
+        fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+            self.slice()?;
+            self.answer.read(out)
+        }
+    }
+
+    impl Write for Slow {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.slice().map(|()| bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Stream for Slow {
+        fn set_slice(&self, _: Duration) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn unacknowledged(&self) -> Option<u64> {
+            let over = self.over.load(std::sync::atomic::Ordering::Relaxed);
+            Some(self.moving.saturating_sub(over))
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_still_sends_is_movement_whether_the_link_waits_for_an_answer_or_to_send_more() {
+        let control = control();
+        // Three times as long as a link may be silent.
+        for moving in [60, 50] {
+            let mut link = Link::new(Slow::new(60, moving), SHORT, &control).unwrap();
+            let mut buffer = Vec::new();
+            let answer = link.receive(&mut buffer).unwrap().0;
+            assert_eq!(answer, Frame::Message(ack(1)), "{moving}");
+            let mut link = Link::new(Slow::new(60, moving), SHORT, &control).unwrap();
+            assert_eq!(link.send(&ack(1)), Ok(()), "{moving}");
+        }
+    }
+
+    #[test]
+    fn a_link_on_which_the_kernel_sends_no_more_is_lost_however_much_lies_there() {
+        let control = control();
+        for moving in [0, 20] {
+            let slow = || Link::new(Slow::new(u64::MAX, moving), SHORT, &control).unwrap();
+            let (mut waits, mut sends) = (slow(), slow());
+            let stops = [waits.receive(&mut Vec::new()).map(drop), sends.send(&ack(1))];
+            for stop in stops {
+                assert!(
+                    matches!(&stop, Err(Stop::Failed(fault)) if fault.code == Code::LinkLost),
+                    "{stop:?}"
+                );
+            }
+        }
     }
 
     #[test]

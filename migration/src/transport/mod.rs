@@ -4,8 +4,10 @@
 //! Every stream is half-duplex where it counts: the source writes a round and then reads one acknowledgement, the target
 //! reads and answers. So one thread a stream suffices on each side, with blocking calls. Every call blocks a slice of time only, after
 //! which the clock and what else is to be watched (the cancel flag, at least) are looked at: a link that moves nothing for
-//! [`LINK_TIMEOUT`] is lost, and a cancel is heeded within a slice.
+//! [`LINK_TIMEOUT`] is lost, and a cancel is heeded within a slice. What moves is not only what a call takes or gives: on a slow link the kernel
+//! goes on sending what it was given ([`Stream::unacknowledged`]).
 
+mod kernel;
 mod link;
 mod listener;
 mod local;
@@ -14,6 +16,7 @@ mod tls;
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -38,6 +41,10 @@ pub trait Stream: Read + Write + Send {
     fn is_guarded(&self) -> bool {
         false
     }
+    /// Bytes that were written and have not reached the peer's host, if that can be known. As long as it changes something moves.
+    fn unacknowledged(&self) -> Option<u64> {
+        None
+    }
 }
 
 impl Stream for TcpStream {
@@ -45,12 +52,20 @@ impl Stream for TcpStream {
         self.set_read_timeout(Some(slice))?;
         self.set_write_timeout(Some(slice))
     }
+
+    fn unacknowledged(&self) -> Option<u64> {
+        kernel::unacknowledged(self.as_fd())
+    }
 }
 
 impl Stream for UnixStream {
     fn set_slice(&self, slice: Duration) -> io::Result<()> {
         self.set_read_timeout(Some(slice))?;
         self.set_write_timeout(Some(slice))
+    }
+
+    fn unacknowledged(&self) -> Option<u64> {
+        kernel::unacknowledged(self.as_fd())
     }
 }
 

@@ -117,6 +117,14 @@ pub enum HostStream {
 }
 
 impl HostStream {
+    fn tcp(&self) -> &TcpStream {
+        match self {
+            Self::Client(stream) => stream.sock.0.get_ref(),
+            Self::Server(stream) => stream.tcp(),
+            Self::Plain(stream) => stream.0.get_ref(),
+        }
+    }
+
     /// The peer's certificates, its own first; none without TLS.
     pub(super) fn peer_certificates(&self) -> &[CertificateDer<'_>] {
         match self {
@@ -158,12 +166,11 @@ impl Write for HostStream {
 
 impl Stream for HostStream {
     fn set_slice(&self, slice: Duration) -> io::Result<()> {
-        match self {
-            Self::Client(stream) => stream.sock.0.get_ref(),
-            Self::Server(stream) => stream.tcp(),
-            Self::Plain(stream) => stream.0.get_ref(),
-        }
-        .set_slice(slice)
+        self.tcp().set_slice(slice)
+    }
+
+    fn unacknowledged(&self) -> Option<u64> {
+        self.tcp().unacknowledged()
     }
 
     fn is_guarded(&self) -> bool {

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod cluster;
+
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -105,6 +107,11 @@ impl FakeVm {
             changed: Arc::default(),
             layout: layout(pages),
         }
+    }
+
+    /// How many pages it has.
+    pub fn pages(&self) -> usize {
+        self.lock().memory.len() / PAGE_SIZE
     }
 
     pub fn lock(&self) -> MutexGuard<'_, Inner> {
