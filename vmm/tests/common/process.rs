@@ -1,5 +1,7 @@
 //! The program as a process of its own, and a client of its socket.
 
+#![allow(dead_code, reason = "each test binary uses its part")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
