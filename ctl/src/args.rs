@@ -331,6 +331,10 @@ pub struct MigrateArgs {
     /// [default: never; such a migration is aborted]
     #[arg(long, value_parser = parse_percent, value_name = "PERCENT")]
     pub throttle: Option<u32>,
+    /// If the guest writes faster than the network carries, or would at the deadline, let it run at the target before all its pages are
+    /// there. Until they are, a lost source or link costs the VM
+    #[arg(long)]
+    pub allow_postcopy: bool,
     /// Carry the pages over this many TCP streams, 1 to 16 [default: as many as suit the source's processors]
     #[arg(long, value_parser = parse_streams, value_name = "N")]
     pub streams: Option<u32>,
@@ -394,6 +398,11 @@ pub enum MigrationCommand {
         /// Show how it goes on, stream by stream, until it ends, and end with its exit code; Ctrl-C only stops following
         #[arg(short, long)]
         follow: bool,
+    },
+    /// Let a migration that was begun with --allow-postcopy go on by post-copy now
+    Postcopy {
+        /// Its id, as m1
+        id: String,
     },
     /// Cancel a migration and wait for its end; the VM runs on where it was
     Cancel {

@@ -407,6 +407,16 @@ impl Client {
             .await
     }
 
+    /// Asks a migration to go on by post-copy now.
+    pub async fn postcopy_migration(&self, id: &str) -> Result<v1::Migration> {
+        let request = v1::PostcopyMigrationRequest {
+            request_id: request_id()?,
+            id: id.to_owned(),
+        };
+        self.plain(async |mut grpc| grpc.postcopy_migration(request.clone()).await)
+            .await
+    }
+
     /// Events after `after_seq`, waiting up to `wait` for one.
     pub async fn events(&self, after_seq: u64, wait: Duration) -> Result<v1::ListEventsResponse> {
         let request = v1::ListEventsRequest {

@@ -167,6 +167,8 @@ pub fn exit_for(code: Code) -> Exit {
         | Code::SameHost
         | Code::MigrationActive
         | Code::MigrationEnded
+        | Code::PostCopyNotAllowed
+        | Code::PostCopyUnavailable
         | Code::StaleEpoch
         | Code::HostDown => Exit::Refused,
         Code::NoLeader | Code::HostUnreachable => Exit::Unreachable,

@@ -58,7 +58,7 @@ pub trait PostCopyVm: Sync {
     fn disarm(&self) -> Result<(), Fault>;
     /// What is missing will never come. On return nobody waits for a page; whoever touches one of `missing` fails, and other pages that
     /// memory does not hold read as zero, which they are.
-    fn lose(&self, missing: &PageSet);
+    fn lose(&self, missing: &PageSet, why: &Fault);
 }
 
 /// The fault of a VM that knows nothing of post-copy.
@@ -127,6 +127,10 @@ impl Outgoing {
 
     /// The target asked for these, which are sent at once: they are not sent again, and what follows them comes next.
     pub fn asked(&mut self, runs: &[Run]) {
+        // While the target restores, pages are asked for before any are to be sent in the background.
+        if self.unsent.words.is_empty() {
+            return;
+        }
         for run in runs {
             self.unsent.remove(*run);
         }

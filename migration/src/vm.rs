@@ -215,7 +215,7 @@ pub trait SourceVm: Sync {
     fn pause(&self) -> Result<(), Fault>;
     /// The encoded `VmSave` of the paused VM.
     fn save(&self) -> Result<Vec<u8>, Fault>;
-    /// The target is ready, by post-copy: from now on, and after the commit, it needs this VM's pages. Until the engine returns.
+    /// The target is about to get ready, by post-copy: from now on, and after the commit, it needs this VM's pages. Until the engine returns.
     fn serving(&self) {}
 }
 

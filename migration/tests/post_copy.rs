@@ -7,12 +7,12 @@ mod common;
 
 use std::collections::VecDeque;
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 use std::time::Duration;
 
-use common::{FakeVm, Flaw, Rng, layout};
+use common::{FakeVm, Flaw, Look, Rng, layout};
 use drover_migration::Control;
 use drover_migration::codec::{self, Batch, Frame, Hello, Message, Run, Runs, StreamEnd};
 use drover_migration::convergence::{Costs, Intent};
@@ -53,22 +53,46 @@ struct Plan {
     keep_stale: bool,
     /// And another: who waits for a missing page gets zeroes.
     make_zeros: bool,
+    /// What the source finds when it looks in the middle of a round which pages were written again.
+    look: Look,
+    /// It finds nothing before so many batches were sent.
+    look_after: usize,
+    /// Pages that the guest writes in one step at the source.
+    burst: usize,
+    /// Most microseconds of a step: with long ones the source gets to look.
+    step_us: u64,
+    /// A deliberate mistake of the source: it forgets the pages that were put off because they were written again.
+    forget_put_off: bool,
 }
 
 fn plans() -> impl Strategy<Value = Plan> {
     use Trouble::{CutLink, CutStream, None, RepeatPages};
     let troubles = prop::sample::select(vec![None, CutLink, CutStream, RepeatPages]);
-    (any::<u64>(), 1_u64..900, 0_usize..6, troubles, 0_usize..60).prop_map(
-        |(seed, pages, switch_after, trouble, at)| Plan {
-            seed,
-            pages,
-            switch_after,
-            trouble,
-            at,
-            keep_stale: false,
-            make_zeros: false,
-        },
-    )
+    let looks = prop::sample::select(vec![Look::Nothing, Look::All, Look::AllTaken]);
+    let paces = prop::sample::select(vec![200, 8000]);
+    let plans = (
+        any::<u64>(),
+        1_u64..900,
+        0_usize..12,
+        troubles,
+        0_usize..60,
+        looks,
+        paces,
+    );
+    plans.prop_map(|(seed, pages, switch_after, trouble, at, look, step_us)| Plan {
+        seed,
+        pages,
+        switch_after,
+        trouble,
+        at,
+        keep_stale: false,
+        make_zeros: false,
+        look,
+        look_after: 0,
+        burst: 1,
+        step_us,
+        forget_put_off: false,
+    })
 }
 
 struct World {
@@ -107,6 +131,7 @@ impl World {
     fn new(plan: Plan) -> Self {
         let mut rng = Rng(plan.seed);
         let (source_vm, target_vm) = (FakeVm::new(plan.pages), FakeVm::new(plan.pages));
+        source_vm.lock().look = plan.look;
         for page in 0..usize::try_from(plan.pages).unwrap() {
             if rng.below(3) > 0 {
                 source_vm.guest_writes(page, rng.byte());
@@ -141,7 +166,7 @@ impl World {
             costs: Costs::NONE,
             tracker: "bitmap".into(),
             skip_final_pass: false,
-            forget_put_off: false,
+            forget_put_off: plan.forget_put_off,
         });
         let target = target::Machine::new(Expected {
             versions: VERSIONS,
@@ -192,7 +217,7 @@ impl World {
             if self.outcome.is_some() && self.end.is_some() {
                 return;
             }
-            self.now += Duration::from_micros(self.rng.next() % 200);
+            self.now += Duration::from_micros(self.rng.next() % self.plan.step_us);
             self.since_ready += usize::from(self.ready);
             if self.since_ready > self.plan.at && !self.struck {
                 self.strike();
@@ -240,6 +265,10 @@ impl World {
         let value = self.rng.byte();
         if !self.ready {
             self.source_vm.guest_writes(page, value);
+            for _ in 1..self.plan.burst {
+                let page = self.rng.below(usize::try_from(self.plan.pages).unwrap());
+                self.source_vm.guest_writes(page, self.rng.byte());
+            }
             return;
         }
         // It stands still until it has what it waits for, as a vCPU does.
@@ -277,6 +306,7 @@ impl World {
             | Action::Report(_)
             | Action::Rest
             | Action::Throttle(_)
+            | Action::Serve
             | Action::Encode { .. } => return,
             Action::Send(_) if self.cut => Event::LinkFailed(lost()),
             Action::Send(message) => {
@@ -318,7 +348,9 @@ impl World {
             }
             Action::LookDirty => {
                 let mut seen = PageSet::empty(self.plan.pages);
-                self.source_vm.look_dirty(&mut seen).unwrap();
+                if self.batches >= self.plan.look_after {
+                    self.source_vm.look_dirty(&mut seen).unwrap();
+                }
                 Event::DirtySeen(seen)
             }
             Action::Pause => {
@@ -625,6 +657,31 @@ fn a_target_that_makes_zeroes_of_missing_pages_is_seen() {
     sabotage(|plan| plan.make_zeros = true);
 }
 
+/// Batches of a round of [`sabotage`]'s memory.
+const BATCHES: usize = 11;
+
+/// Pages that never came at all are counted by the target, which then refuses.
+#[test]
+#[should_panic(expected = "DigestMismatch")]
+fn a_source_that_forgets_in_the_first_round_what_it_had_put_off_is_refused() {
+    sabotage(|plan| {
+        (plan.look, plan.step_us) = (Look::AllTaken, 8000);
+        (plan.switch_after, plan.forget_put_off) = (8, true);
+    });
+}
+
+/// Later the target has each page, and cannot know that it is an old one.
+#[test]
+#[should_panic(expected = "had left it")]
+fn a_source_that_forgets_at_the_switch_what_it_had_put_off_is_seen() {
+    sabotage(|plan| {
+        (plan.look, plan.step_us) = (Look::AllTaken, 8000);
+        (plan.look_after, plan.switch_after) = (BATCHES + 1, BATCHES + 7);
+        // Much, so that the second round is as long as the first.
+        (plan.burst, plan.forget_put_off) = (64, true);
+    });
+}
+
 fn sabotage(change: impl Fn(&mut Plan)) {
     for seed in 0..50 {
         let mut plan = Plan {
@@ -635,6 +692,11 @@ fn sabotage(change: impl Fn(&mut Plan)) {
             at: 0,
             keep_stale: false,
             make_zeros: false,
+            look: Look::All,
+            look_after: 0,
+            burst: 1,
+            step_us: 200,
+            forget_put_off: false,
         };
         change(&mut plan);
         check(&plan);
@@ -655,6 +717,7 @@ fn filled_vm() -> FakeVm {
     for page in (0..usize::try_from(PAGES).unwrap()).filter(|page| page % 4 != 0) {
         vm.guest_writes(page, rng.byte());
     }
+    vm.lock().writes_at_pause = 1000..3000;
     vm
 }
 
@@ -694,16 +757,60 @@ fn admit(listener: &TcpListener, admission: &Admission) -> Result<Vec<TcpStream>
     Ok(streams.into_iter().flatten().collect())
 }
 
-/// Moves a VM whose guest writes faster than the link carries. Once it may run at the target its guest goes on there: `guest` gets the
+/// Moves a VM for which no pause is short enough. Once it may run at the target its guest goes on there: `guest` gets the
 /// VM, what each page must hold, and the wires.
 fn migrate(
     source_vm: &FakeVm,
     target_vm: &FakeVm,
     guest: impl Fn(&FakeVm, Vec<u8>, &Wires) + Sync,
 ) -> (Outcome, Result<Received, Fault>) {
+    migrate_with(post_copy_options(), source_vm, target_vm, guest)
+}
+
+fn post_copy_options() -> MigrationOptions {
+    MigrationOptions {
+        // What the pause costs without any page; over this link it fits none, and not the state either.
+        max_downtime_ms: 18,
+        bandwidth_mib_s: 8,
+        streams: 2,
+        allow_postcopy: true,
+        compression: Compression::Off.into(),
+        ..MigrationOptions::default()
+    }
+}
+
+/// What the guest at the source writes at once.
+#[derive(Clone, Copy)]
+enum Writes {
+    Pages,
+    /// Few, so that a delta tells them.
+    Bytes,
+}
+
+/// As [`migrate`]. Post-copy is asked for after the first round, lest it takes the rules long to give up.
+fn migrate_with(
+    options: MigrationOptions,
+    source_vm: &FakeVm,
+    target_vm: &FakeVm,
+    guest: impl Fn(&FakeVm, Vec<u8>, &Wires) + Sync,
+) -> (Outcome, Result<Received, Fault>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap();
-    let (source_control, target_control) = (quiet(), quiet());
+    let writes = match options.compression() {
+        Compression::Off => Writes::Pages,
+        _ => Writes::Bytes,
+    };
+    let target_control = quiet();
+    let source_control = Arc::new_cyclic(|control: &Weak<Control>| {
+        let control = control.clone();
+        Control::new(move |progress| {
+            if progress.round >= 2
+                && let Some(control) = control.upgrade()
+            {
+                control.switch_to_post_copy();
+            }
+        })
+    });
     let wires = Wires::default();
     let source_params = source::Params {
         migration: "m1".into(),
@@ -711,15 +818,7 @@ fn migrate(
         from_host: "host1".into(),
         source_epoch: 1,
         target_epoch: 2,
-        options: MigrationOptions {
-            max_downtime_ms: 100,
-            // Slow enough that the guest, a thread that contends for one lock, stays ahead on a busy machine as well.
-            bandwidth_mib_s: 8,
-            streams: 2,
-            allow_postcopy: true,
-            compression: Compression::Off.into(),
-            ..MigrationOptions::default()
-        },
+        options,
         device_model: 1,
         cpu_profile: "baseline".into(),
         tracker: "bitmap",
@@ -747,7 +846,12 @@ fn migrate(
     thread::scope(|scope| {
         scope.spawn(|| {
             let mut rng = Rng(3);
-            while source_vm.guest_writes(500 + rng.below(3000), rng.byte()) && !over.load(Ordering::Relaxed) {
+            let mut write = |page| match writes {
+                Writes::Pages => source_vm.guest_writes(page, rng.byte()),
+                Writes::Bytes => source_vm.guest_pokes(page, rng.below(PAGE_SIZE), rng.byte()),
+            };
+            let mut pages = Rng(4);
+            while write(500 + pages.below(3000)) && !over.load(Ordering::Relaxed) {
                 thread::yield_now();
             }
         });
@@ -773,6 +877,8 @@ fn migrate(
             target::run(target_vm, stream, admit, &target_params, &target_control)
         });
         let outcome = source::run(source_vm, dial, &source_params, &source_control);
+        // A target that still waits for a connection is to find out.
+        drop(TcpStream::connect(addr));
         let received = target.join().unwrap();
         over.store(true, Ordering::Relaxed);
         (outcome, received)
@@ -819,6 +925,31 @@ fn a_guest_that_writes_faster_than_the_link_runs_at_the_target_while_its_pages_c
     assert!(!target_vm.lock().armed, "its memory is watched no more");
 }
 
+/// What somebody waits for is not to wait for being packed.
+#[test]
+fn pages_that_went_compressed_before_the_switch_come_as_they_are_after_it() {
+    for compression in [Compression::Lz4, Compression::Zstd] {
+        let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
+        let options = MigrationOptions {
+            compression: compression.into(),
+            ..post_copy_options()
+        };
+        let (outcome, received) = migrate_with(options, &source_vm, &target_vm, |vm, expected, _| {
+            assert_eq!(roam(vm, expected), 0, "pages were lost");
+        });
+        assert_eq!(outcome, Outcome::AwaitOutcome, "{compression:?}");
+        let receipt = received.unwrap().receipt;
+        println!("{compression:?}: {receipt:?}");
+        let (encoding, post_copy) = (receipt.encoding.unwrap(), receipt.post_copy.unwrap());
+        let packed = match compression {
+            Compression::Lz4 => encoding.lz4_pages,
+            _ => encoding.zstd_pages,
+        };
+        assert!(packed > 1000, "{encoding:?}");
+        assert!(post_copy.pages > 0 && post_copy.faults > 0, "{post_copy:?}");
+    }
+}
+
 #[test]
 fn a_stream_that_breaks_costs_nothing() {
     let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
@@ -849,10 +980,24 @@ fn a_link_that_is_cut_loses_the_vm_and_nobody_reads_zeroes() {
 #[test]
 fn a_target_without_memory_for_a_page_loses_the_vm() {
     let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
-    target_vm.lock().flaw = Some(Flaw::Place);
     let (outcome, received) = migrate(&source_vm, &target_vm, |vm, expected, _| {
-        roam(vm, expected);
+        vm.lock().flaw = Some(Flaw::Place);
+        assert!(roam(vm, expected) > 0, "there was nothing to lose");
     });
     assert!(matches!(outcome, Outcome::FailedPaused(_)), "{outcome:?}");
     assert_eq!(received.unwrap_err().code, Code::PostCopyLost);
+}
+
+/// Restoring waits for a page, so nothing was said to be ready: the source still has all, and the abort lets it go on.
+#[test]
+fn a_target_without_memory_for_a_page_of_the_state_loses_nothing() {
+    let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
+    target_vm.lock().flaw = Some(Flaw::Place);
+    let (outcome, received) = migrate(&source_vm, &target_vm, |_, _, _| {
+        panic!("it was said to be ready");
+    });
+    assert!(matches!(outcome, Outcome::FailedPaused(_)), "{outcome:?}");
+    let fault = received.unwrap_err();
+    assert_eq!(fault.code, Code::BadState, "{fault}");
+    assert!(target_vm.lock().stood.is_none());
 }

@@ -45,6 +45,9 @@ pub struct Config {
     /// Whether guests' memory is to be of huge pages where this host's kernel allows it.
     #[serde(default = "yes")]
     pub huge_pages: bool,
+    /// Whether VMs may come to this host by post-copy, where its kernel allows it.
+    #[serde(default = "yes")]
+    pub post_copy: bool,
 }
 
 /// What a setting is by default that is to be switched off.

@@ -13,6 +13,7 @@
 //!   INCOMING                     start it in PREPARING,      wait for the source; abort when it ended
 //!                                once; else abort. Of an
 //!                                upgrade beside the source
+//!   SERVING                      –                           tell it the commit, then leave it alone: it gives the target its pages
 //!   neither                      –                           destroy it: Outcome committed when HANDED_OVER
 //!   stopping                     report it STOPPED           destroy it, then report it STOPPED
 //! ```
@@ -65,6 +66,8 @@ pub struct Seen {
     pub commit_refused: bool,
     /// The migration for which the VMM took `StartOutgoing`.
     pub outgoing_taken: Option<String>,
+    /// The migration for which the VMM took `SwitchToPostCopy`.
+    pub switch_taken: Option<String>,
     /// The VMM took the commit of its outgoing migration.
     pub commit_taken: bool,
     /// A controller has answered the report of its end.
@@ -120,6 +123,20 @@ pub enum Action {
         migration: String,
         /// Whether the hand-over is committed.
         committed: bool,
+    },
+    /// Tell the source that it is to switch to post-copy now.
+    SwitchToPostCopy {
+        /// The source's VMM.
+        key: Key,
+        /// The migration.
+        migration: String,
+    },
+    /// Tell the source of a post-copy that its hand-over is committed: it lives on as long as the target needs its pages.
+    Serve {
+        /// The source's VMM.
+        key: Key,
+        /// The migration.
+        migration: String,
     },
     /// The log holds the hand-over to this VMM: grants are for it.
     Committed {
@@ -207,6 +224,7 @@ pub fn converge(desired: &HostDesired, observed: &Observed) -> Vec<Action> {
 enum Want<'a> {
     Run(&'a VmDesired),
     Incoming(&'a VmDesired),
+    Serving(&'a VmDesired),
     Nothing { certain: bool },
 }
 
@@ -226,13 +244,15 @@ fn matches(key: &Key, wanted: &VmDesired) -> bool {
             .migration
             .as_ref()
             .is_some_and(|migration| migration.id == *id),
-        (VmRole::Incoming, Kind::Start) | (VmRole::Serving | VmRole::Unspecified, _) => false,
+        (VmRole::Serving, _) => true,
+        (VmRole::Incoming, Kind::Start) | (VmRole::Unspecified, _) => false,
     }
 }
 
 fn want<'a>(desired: &'a HostDesired, observed: &Observed, seen: &Seen) -> Want<'a> {
     match desired.vms.iter().find(|wanted| matches(&seen.key, wanted)) {
         Some(wanted) if wanted.role() == VmRole::Run => Want::Run(wanted),
+        Some(wanted) if wanted.role() == VmRole::Serving => Want::Serving(wanted),
         Some(wanted) => Want::Incoming(wanted),
         None => {
             let higher = desired
@@ -268,6 +288,7 @@ fn for_vmm(desired: &HostDesired, observed: &Observed, seen: &Seen) -> Option<Ac
             VmmState::Failed | VmmState::Exited => Some(abort(wanted, end_of(alive).1)),
             _ => None,
         },
+        (Life::Alive(alive), Want::Serving(wanted)) => for_serving(key, alive, wanted),
         (Life::Alive(alive), Want::Nothing { .. }) => {
             let stopping = desired
                 .stopping
@@ -287,6 +308,23 @@ fn for_vmm(desired: &HostDesired, observed: &Observed, seen: &Seen) -> Option<Ac
                 }),
             }
         }
+    }
+}
+
+/// A VMM of the epoch that a post-copy has handed over: only its source lives on.
+fn for_serving(key: Key, alive: &Alive, wanted: &VmDesired) -> Option<Action> {
+    let migration = wanted.migration.as_ref().map_or("", |migration| &migration.id);
+    let is_source = alive.outgoing.as_deref() == Some(migration);
+    match alive.state {
+        VmmState::Serving if is_source => None,
+        VmmState::HandedOver if is_source => Some(Action::Serve {
+            key,
+            migration: migration.to_owned(),
+        }),
+        _ => Some(Action::Destroy {
+            key,
+            reason: not_desired(),
+        }),
     }
 }
 
@@ -315,6 +353,7 @@ fn for_gone(seen: &Seen, why: &Reason, want: Want<'_>) -> Option<Action> {
             reason: why.clone(),
         }),
         Want::Incoming(wanted) => Some(abort(wanted, why.clone())),
+        Want::Serving(_) => Some(Action::Forget { key }),
         Want::Nothing { .. } => {
             if !seen.had_right || seen.end_reported || seen.commit_taken {
                 return Some(Action::Forget { key });
@@ -375,9 +414,19 @@ fn for_running(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesir
         .flatten()
         .any(|id| *id == migration.id);
     let asked = migration.phase() == MigrationPhase::PreCopy && !migration.target_addr.is_empty();
-    (runs && asked && !begun).then(|| Action::StartOutgoing {
+    if !runs || !asked {
+        return None;
+    }
+    if !begun {
+        return Some(Action::StartOutgoing {
+            key,
+            request: outgoing_request(migration),
+        });
+    }
+    let switch = migration.post_copy_wanted && seen.switch_taken.as_ref() != Some(&migration.id);
+    switch.then(|| Action::SwitchToPostCopy {
         key,
-        request: outgoing_request(migration),
+        migration: migration.id.clone(),
     })
 }
 

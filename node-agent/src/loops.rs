@@ -230,6 +230,11 @@ pub async fn register(context: Arc<Context>, mut spec: HostSpec) {
         spec.images = images.list();
         installed.look().await;
         spec.vmm = installed.build();
+        spec.post_copy = if context.config.post_copy {
+            installed.post_copy().to_owned()
+        } else {
+            "it is switched off on this host (post_copy in its agent's configuration)".to_owned()
+        };
         let outcome = register_once(&context, &spec).await;
         trouble.note(outcome.as_ref().map(|_| ()));
         match outcome {

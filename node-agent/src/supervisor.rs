@@ -16,8 +16,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use drover_proto::v1::{
-    DestroyRequest, HostDesired, OutcomeRequest, Reason, ReportVmRequest, StartOutgoingRequest, VmState,
-    VmmInfo, VmmState,
+    DestroyRequest, HostDesired, OutcomeRequest, Reason, ReportVmRequest, StartOutgoingRequest,
+    SwitchToPostCopyRequest, VmState, VmmInfo, VmmState,
 };
 use drover_proto::{Code, Fault, LOCAL_ADDR, LOCAL_PREFIX};
 use tokio::sync::mpsc;
@@ -72,6 +72,8 @@ pub enum Effect {
     Nothing,
     /// The VMM took `StartOutgoing` for this migration.
     OutgoingTaken(Key, String),
+    /// The VMM took `SwitchToPostCopy` for this migration.
+    SwitchTaken(Key, String),
     /// The VMM took the commit of its outgoing migration.
     CommitTaken(Key),
     /// The end of the VMM is reported.
@@ -87,6 +89,7 @@ struct Known {
     gone: Option<Reason>,
     commit_refused: bool,
     outgoing_taken: Option<String>,
+    switch_taken: Option<String>,
     commit_taken: bool,
     end_reported: bool,
     destroying_since: Option<Instant>,
@@ -173,6 +176,7 @@ impl Supervisor {
             gone: None,
             commit_refused: false,
             outgoing_taken: None,
+            switch_taken: None,
             commit_taken: false,
             end_reported: false,
             destroying_since: None,
@@ -254,6 +258,11 @@ impl Supervisor {
             Effect::OutgoingTaken(key, id) => {
                 known(&mut self.vmms, &key, &|known| {
                     known.outgoing_taken = Some(id.clone())
+                });
+            }
+            Effect::SwitchTaken(key, id) => {
+                known(&mut self.vmms, &key, &|known| {
+                    known.switch_taken = Some(id.clone())
                 });
             }
             Effect::CommitTaken(key) => known(&mut self.vmms, &key, &|known| known.commit_taken = true),
@@ -393,6 +402,7 @@ impl Known {
             had_right: *self.link.had_right.borrow(),
             commit_refused: self.commit_refused,
             outgoing_taken: self.outgoing_taken.clone(),
+            switch_taken: self.switch_taken.clone(),
             commit_taken: self.commit_taken,
             end_reported: self.end_reported,
         }
@@ -423,6 +433,8 @@ fn key_of(action: &Action) -> Option<&Key> {
         | Action::StartOutgoing { key, .. }
         | Action::Outcome { key, .. }
         | Action::Committed { key }
+        | Action::Serve { key, .. }
+        | Action::SwitchToPostCopy { key, .. }
         | Action::Destroy { key, .. }
         | Action::ReportEnd { key, .. }
         | Action::Forget { key } => Some(key),
@@ -474,6 +486,24 @@ async fn carry_out(
             } else {
                 Effect::Nothing
             })
+        }
+        (Action::SwitchToPostCopy { key, migration }, Some(link)) => {
+            tracing::info!(vmm = %key, migration, "is to switch to post-copy");
+            let request = SwitchToPostCopyRequest {
+                migration: migration.clone(),
+            };
+            bounded(link.client.clone().switch_to_post_copy(request)).await?;
+            Ok(Effect::SwitchTaken(key, migration))
+        }
+        (Action::Serve { key, migration }, Some(link)) => {
+            tracing::info!(vmm = %key, migration, "committed: it gives the target its pages");
+            pause_point("agent.before_outcome").await;
+            let request = OutcomeRequest {
+                migration,
+                committed: true,
+            };
+            bounded(link.client.clone().outcome(request)).await?;
+            Ok(Effect::CommitTaken(key))
         }
         (Action::Destroy { reason, .. }, Some(link)) => {
             destroy(link, reason, kill).await?;

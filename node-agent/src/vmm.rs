@@ -278,6 +278,9 @@ fn vmm_config(
             if migration.is_upgrade() {
                 incoming["local"] = true.into();
             }
+            if !config.post_copy {
+                incoming["post_copy"] = false.into();
+            }
             incoming
         }
         (Some(id), None) => {
@@ -338,7 +341,7 @@ async fn follow_info<F: Future<Output = ()>>(link: &Link, tell: &impl Fn(News) -
         // Only a grant makes a VMM run, and the agent that gave it knew that the hand-over was committed.
         if matches!(
             info.state(),
-            VmmState::Running | VmmState::Frozen | VmmState::HandedOver
+            VmmState::Running | VmmState::Frozen | VmmState::HandedOver | VmmState::Serving
         ) {
             link.had_right
                 .send_if_modified(|had| !std::mem::replace(had, true));
@@ -452,7 +455,10 @@ async fn commit(context: &Context, link: &Link, migration: &str) -> (u64, Commit
         migration: migration.to_owned(),
         vm: link.key.vm.clone(),
         epoch: link.key.epoch,
-        post_copy: false,
+        post_copy: link
+            .newest_info()
+            .and_then(|info| info.migration)
+            .is_some_and(|migration| migration.post_copy),
         vmm: build_of(link),
     };
     loop {

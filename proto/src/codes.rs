@@ -129,6 +129,8 @@ codes! {
     PostCopyUnavailable = "postcopy_unavailable", Aborted;
     /// A disk of the VM cannot be opened, is not of its size, or is locked by another.
     DiskUnusable = "disk_unusable", Aborted;
+    /// The migration was begun without leave to go on by post-copy.
+    PostCopyNotAllowed = "postcopy_not_allowed", FailedPrecondition;
 }
 
 impl Code {

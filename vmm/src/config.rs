@@ -102,6 +102,9 @@ pub struct Incoming {
     /// beside the control socket.
     #[serde(default)]
     pub local: bool,
+    /// Whether it may be received by post-copy, if the source wants that and this host's kernel lets us.
+    #[serde(default = "yes")]
+    pub post_copy: bool,
 }
 
 /// What a setting is by default that is to be switched off.

@@ -13,8 +13,8 @@ use std::time::Duration;
 use drover_proto::v1::vmm_server::{Vmm, VmmServer};
 use drover_proto::v1::{
     DestroyRequest, Forecast, ForecastRequest, GrantRequest, OutcomeRequest, ReadConsoleRequest,
-    ReadConsoleResponse, StartOutgoingRequest, VmmInfo, WatchInfoRequest, WriteConsoleRequest,
-    WriteConsoleResponse,
+    ReadConsoleResponse, StartOutgoingRequest, SwitchToPostCopyRequest, VmmInfo, WatchInfoRequest,
+    WriteConsoleRequest, WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use tokio::net::{UnixListener, UnixStream};
@@ -105,6 +105,15 @@ impl Vmm for Service {
     async fn outcome(&self, request: Request<OutcomeRequest>) -> Result<Response<VmmInfo>, Status> {
         let request = request.into_inner();
         self.blocking(move |machine| machine.outcome(&request)).await
+    }
+
+    async fn switch_to_post_copy(
+        &self,
+        request: Request<SwitchToPostCopyRequest>,
+    ) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |machine| machine.switch_to_post_copy(&request.migration))
+            .await
     }
 
     async fn destroy(&self, request: Request<DestroyRequest>) -> Result<Response<VmmInfo>, Status> {

@@ -5,23 +5,43 @@
 
 use std::fs::File;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use drover_migration::Control;
-use drover_migration::target::{self, Admission, Params};
+use drover_migration::post_copy::{self, PostCopyVm};
+use drover_migration::target::{self, Admission, Params, Received};
 use drover_migration::transport::{LINK_TIMEOUT, Listener, LocalListener};
-use drover_migration::vm::{Layout, TargetVm};
+use drover_migration::vm::{Layout, PageSet, TargetVm};
 use drover_pki::{CertificateDer, Credentials, Role, identity_of};
 use drover_proto::{Code, Fault, LOCAL_ADDR};
-use tracing::info;
+use tracing::{error, info, warn};
 
+use crate::DEVICE_MODEL;
 use crate::config::{Config, Incoming};
 use crate::machine::Machine;
-use crate::{DEVICE_MODEL, memory};
+use crate::memory::{self, Memory, PAGE};
+use crate::uffd::Uffd;
 
-/// This VM as a target. Its memory, where that is handed over, until it is taken.
+/// How long vCPUs that are kicked out for good are waited for. One that waits for a lost page, as a device may too, may need that page to be poisoned first.
+const HALT_WAIT: Duration = Duration::from_millis(500);
+
+/// This VM as a target.
 struct Target<'a> {
     machine: &'a Arc<Machine>,
+    /// Its memory, where that is handed over, until it is taken.
     memory: Mutex<Option<File>>,
+    /// What lets it run before its pages are there, or why it cannot.
+    uffd: Result<Uffd, Fault>,
+}
+
+impl Target<'_> {
+    fn memory(&self) -> &Memory {
+        self.machine.built().memory()
+    }
+
+    fn uffd(&self) -> Result<&Uffd, Fault> {
+        self.uffd.as_ref().map_err(Fault::clone)
+    }
 }
 
 impl TargetVm for Target<'_> {
@@ -39,19 +59,71 @@ impl TargetVm for Target<'_> {
     }
 
     fn write_pages(&self, first: u64, data: &[u8]) -> Result<(), Fault> {
-        self.machine.built().memory().write_pages(first, data)
+        self.memory().write_pages(first, data)
     }
 
     fn read_back(&self, first: u64, out: &mut [u8]) -> Result<(), Fault> {
-        self.machine.built().memory().read_received(first, out)
+        self.memory().read_received(first, out)
     }
 
     fn zero_pages(&self, first: u64, count: u64) -> Result<(), Fault> {
-        self.machine.built().memory().zero_pages(first, count)
+        self.memory().zero_pages(first, count)
     }
 
     fn restore(&self, state: &[u8]) -> Result<(), Fault> {
         self.machine.built().restore_encoded(state)
+    }
+
+    fn post_copy(&self) -> Result<&dyn PostCopyVm, Fault> {
+        self.uffd().map(|_| self as &dyn PostCopyVm)
+    }
+}
+
+impl PostCopyVm for Target<'_> {
+    fn arm(&self, missing: &PageSet) -> Result<(), Fault> {
+        self.memory().discard(missing)?;
+        self.memory().watch(self.uffd()?)
+    }
+
+    fn faults(&self, wait: Duration, pages: &mut Vec<u64>) -> Result<(), Fault> {
+        let mut addresses = Vec::new();
+        self.uffd()?.faults(wait, &mut addresses)?;
+        pages.extend(
+            addresses
+                .into_iter()
+                .filter_map(|address| self.memory().page_at(address)),
+        );
+        Ok(())
+    }
+
+    fn place_pages(&self, first: u64, data: &[u8]) -> Result<(), Fault> {
+        self.memory()
+            .place(self.uffd()?, first, Some(data), data.len() as u64 / PAGE)
+    }
+
+    fn place_zeros(&self, first: u64, count: u64) -> Result<(), Fault> {
+        self.memory().place(self.uffd()?, first, None, count)
+    }
+
+    fn stand(&self, received: Received) -> Result<(), Fault> {
+        self.machine.received_by_post_copy(received)
+    }
+
+    fn disarm(&self) -> Result<(), Fault> {
+        self.memory().unwatch(self.uffd()?)
+    }
+
+    /// Takes no lock of the machine: its holder may be waiting for a vCPU that waits for a page.
+    fn lose(&self, missing: &PageSet, why: &Fault) {
+        let vm = self.machine.built();
+        let halts = vm.fail(why.clone(), HALT_WAIT);
+        let poisoned = self.uffd().and_then(|uffd| self.memory().poison(uffd, missing));
+        if halts || (matches!(poisoned, Ok(true)) && vm.fail(why.clone(), HALT_WAIT)) {
+            return;
+        }
+        // A vCPU or a device waits in the kernel for a page that will never come. When this process ends it does not wake in the guest.
+        error!(?poisoned, "{why}");
+        std::process::abort();
     }
 }
 
@@ -74,6 +146,18 @@ fn receive(machine: &Arc<Machine>, incoming: &Incoming, control: &Control) -> Re
     let config = machine.config();
     let credentials = Credentials::load(&config.tls, &config.cluster_id)
         .map_err(|error| Fault::new(error.code(), error.to_string()))?;
+    let vm = Target {
+        machine,
+        memory: Mutex::default(),
+        uffd: if incoming.post_copy {
+            Uffd::open()
+        } else {
+            Err(switched_off())
+        },
+    };
+    if let Err(fault) = &vm.uffd {
+        warn!(%fault, "this VM can be received by pre-copy only");
+    }
     let listener = Listener::bind(incoming.listen_ip)?;
     let addr = listener.addr()?.to_string();
     info!(
@@ -89,12 +173,19 @@ fn receive(machine: &Arc<Machine>, incoming: &Incoming, control: &Control) -> Re
     let admit = |admission: &Admission| {
         listener.accept_streams(&credentials.rustls_server(), verify, admission, control)
     };
-    let vm = Target {
-        machine,
-        memory: Mutex::default(),
-    };
     let received = target::run(&vm, stream, admit, &params(config, incoming), control)?;
+    if received.receipt.post_copy.is_some() {
+        machine.post_copy_complete(received);
+        return Ok(());
+    }
     machine.received(received)
+}
+
+fn switched_off() -> Fault {
+    Fault::new(
+        Code::PostCopyUnavailable,
+        "it is switched off on this host (post_copy in its agent's configuration)",
+    )
 }
 
 fn params(config: &Config, incoming: &Incoming) -> Params {
@@ -126,6 +217,7 @@ fn take_over(machine: &Arc<Machine>, incoming: &Incoming, control: &Control) -> 
     let vm = Target {
         machine,
         memory: Mutex::new(Some(memory.into())),
+        uffd: Err(post_copy::unavailable()),
     };
     let none = |_: &Admission| Err(Fault::new(Code::Internal, "an upgrade has no streams"));
     let received = target::run(&vm, stream, none, &params(config, incoming), control)?;

@@ -35,6 +35,7 @@ pub mod save;
 pub mod sigbus;
 pub mod throttle;
 pub mod time;
+pub mod uffd;
 pub mod vcpu;
 pub mod version;
 pub mod vm;

@@ -48,6 +48,10 @@ struct Migration {
     progress: Option<Progress>,
     failure: Option<Fault>,
     receipt: Option<Receipt>,
+    /// A target's: it is to run, or runs, before it has all pages.
+    post_copy: bool,
+    /// A source's: the target needs its pages.
+    serving: bool,
 }
 
 struct Core {
@@ -62,6 +66,8 @@ struct Core {
     /// An engine's thread is alive, perhaps of a migration that was aborted meanwhile.
     engine_busy: bool,
     received: Option<Received>,
+    /// What was received runs: since its grant, and since its vCPUs ran.
+    runs_since: Option<(Instant, Instant)>,
 }
 
 /// One VM of this process.
@@ -134,6 +140,7 @@ impl Machine {
                 aborted_up_to: None,
                 engine_busy: false,
                 received: None,
+                runs_since: None,
             }),
             watch: Watch::default(),
             timer,
@@ -251,7 +258,7 @@ impl Machine {
             progress: migration.progress.clone(),
             failure: migration.failure.clone().map(Reason::from),
             receipt: migration.receipt.clone(),
-            post_copy: false,
+            post_copy: migration.post_copy,
         });
         let mut next = VmmInfo {
             seq: 0,
@@ -333,10 +340,16 @@ impl Machine {
                 && let Some(received) = core.received.take()
             {
                 self.built().await_running();
-                let receipt = received.finish(granted_at, Instant::now());
-                info!(?receipt, "received and running");
+                let running_at = Instant::now();
+                core.runs_since = Some((granted_at, running_at));
                 if let Some(migration) = &mut core.migration {
-                    migration.receipt = Some(receipt);
+                    if migration.post_copy {
+                        info!("running, while pages are missing");
+                    } else {
+                        let receipt = received.finish(granted_at, running_at);
+                        info!(?receipt, "received and running");
+                        migration.receipt = Some(receipt);
+                    }
                 }
                 self.publish(&core);
             }
@@ -367,10 +380,19 @@ impl Machine {
             return Ok(self.info());
         };
         if request.committed {
-            core.right.committed()?;
+            if core.right.serving() {
+                drop(core);
+                return Ok(self.info());
+            }
+            let serves = migration.serving;
+            if serves {
+                core.right.serve()?;
+            } else {
+                core.right.committed()?;
+            }
             info!(
                 migration = request.migration,
-                "committed: the VM runs on its target"
+                serves, "committed: the VM runs on its target"
             );
         } else {
             migration.control.cancel();
@@ -398,6 +420,22 @@ impl Machine {
         if let Err(fault) = self.built().stop_dirty_log() {
             warn!(%fault, "the dirty log stays on; the guest runs a little slower");
         }
+    }
+
+    /// Somebody wants the outgoing migration `id` to switch to post-copy now. It does so where that is allowed and possible, and before
+    /// its pause; asking again changes nothing.
+    pub fn switch_to_post_copy(&self, id: &str) -> Result<VmmInfo, Fault> {
+        {
+            let core = self.core();
+            let current = core.migration.as_ref().filter(|m| m.outgoing && m.id == id);
+            let Some(migration) = current else {
+                let message = format!("this VMM is not the source of migration {id:?}");
+                return Err(Fault::new(Code::MigrationNotFound, message).field("migration"));
+            };
+            info!(migration = id, "post-copy is wanted now");
+            migration.control.switch_to_post_copy();
+        }
+        Ok(self.info())
     }
 
     /// Ends the VM and, once that is answered, the process.
@@ -508,7 +546,13 @@ impl Machine {
     fn control(self: &Arc<Self>, id: &str) -> Arc<Control> {
         let (machine, id) = (Arc::downgrade(self), id.to_owned());
         Arc::new(Control::new(move |progress| {
-            if let Some(machine) = machine.upgrade() {
+            let Some(machine) = machine.upgrade() else { return };
+            // Whoever holds the lock may be waiting for a vCPU that waits for a page, which the caller is about to bring.
+            if progress.phase() == MigrationPhase::PostCopy {
+                if let Ok(mut core) = machine.core.try_lock() {
+                    machine.change_migration(&mut core, &id, |migration| migration.progress = Some(progress));
+                }
+            } else {
                 machine.with_migration(&id, |migration| migration.progress = Some(progress));
             }
         }))
@@ -516,10 +560,13 @@ impl Machine {
 
     /// Changes the migration `id`, if it is still the current one.
     fn with_migration(&self, id: &str, change: impl FnOnce(&mut Migration)) {
-        let mut core = self.core();
+        self.change_migration(&mut self.core(), id, change);
+    }
+
+    fn change_migration(&self, core: &mut Core, id: &str, change: impl FnOnce(&mut Migration)) {
         if let Some(migration) = core.migration.as_mut().filter(|migration| migration.id == id) {
             change(migration);
-            self.publish(&core);
+            self.publish(core);
         }
     }
 
@@ -641,6 +688,50 @@ impl Machine {
         self.publish(&core);
     }
 
+    /// The target of migration `id` needs this VM's pages, also once the hand-over is committed.
+    pub(crate) fn serving(&self, id: &str) {
+        self.with_migration(id, |migration| migration.serving = true);
+    }
+
+    /// The engine of the outgoing migration `id` has ended. Gives whether the hand-over is committed: then this VM is over.
+    pub(crate) fn served(&self, id: &str) -> bool {
+        let mut core = self.core();
+        if let Some(migration) = core.migration.as_mut().filter(|migration| migration.id == id) {
+            migration.serving = false;
+        }
+        if core.right.serving() {
+            info!(migration = id, "the target needs nothing more");
+            core.right.destroy();
+            self.settle(&mut core);
+        }
+        core.right.destroyed()
+    }
+
+    /// Everything but some pages was received and verified: they come while it runs.
+    pub(crate) fn received_by_post_copy(&self, received: Received) -> Result<(), Fault> {
+        if let Some(migration) = &mut self.core().migration {
+            migration.post_copy = true;
+        }
+        self.received(received)
+    }
+
+    /// The last missing page is there.
+    pub(crate) fn post_copy_complete(&self, received: Received) {
+        let mut core = self.core();
+        let runs_since = core.runs_since;
+        if let Some(migration) = &mut core.migration {
+            migration.post_copy = false;
+            if let Some((granted_at, running_at)) = runs_since {
+                let receipt = received.finish(granted_at, running_at);
+                info!(?receipt, "all pages are there");
+                migration.receipt = Some(receipt);
+            } else {
+                core.received = Some(received);
+            }
+        }
+        self.publish(&core);
+    }
+
     /// Everything was received and verified.
     pub(crate) fn received(&self, received: Received) -> Result<(), Fault> {
         let mut core = self.core();
@@ -683,6 +774,8 @@ impl Migration {
             progress: None,
             failure: None,
             receipt: None,
+            post_copy: false,
+            serving: false,
         }
     }
 }

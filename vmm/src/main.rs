@@ -13,6 +13,7 @@ use drover_vmm::config::Config;
 use drover_vmm::control;
 use drover_vmm::machine::Machine;
 use drover_vmm::sigbus;
+use drover_vmm::uffd::Uffd;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
 use tracing::{error, info};
@@ -21,8 +22,11 @@ use tracing::{error, info};
 #[command(version = drover_vmm::version::text(), about = "Runs one Drover virtual machine; started by drover-agent")]
 struct Args {
     /// The VM's configuration, JSON
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "post_copy")]
+    config: Option<PathBuf>,
+    /// Say whether a VM can come here by post-copy, "ok" or why not, and end
+    #[arg(long, conflicts_with = "config")]
+    post_copy: bool,
 }
 
 /// Locks the folder for the process's life: by it an agent knows that its VMM lives. A lock that another holds at this
@@ -49,13 +53,10 @@ fn abort_on_panic() {
     }));
 }
 
-fn run(args: &Args) -> anyhow::Result<()> {
-    let folder = args
-        .config
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
+fn run(path: &Path) -> anyhow::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     let _lock = lock(folder.unwrap_or(Path::new(".")))?;
-    let config = Config::read(&args.config)?;
+    let config = Config::read(path)?;
     info!(
         vm = config.vm,
         epoch = config.epoch,
@@ -70,6 +71,13 @@ fn run(args: &Args) -> anyhow::Result<()> {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    let Some(config) = args.config else {
+        match Uffd::open() {
+            Ok(_) => println!("ok"),
+            Err(fault) => println!("{}", fault.message),
+        }
+        return ExitCode::SUCCESS;
+    };
     if let Err(error) = drover_telemetry::init("info") {
         eprintln!("drover-vmm: {error}");
         return ExitCode::FAILURE;
@@ -81,7 +89,7 @@ fn main() -> ExitCode {
     drover_pki::install_provider();
     // The socket and whatever else this process creates is its user's alone.
     umask(Mode::from_bits_truncate(0o077));
-    match run(&args) {
+    match run(&config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{error:#}");

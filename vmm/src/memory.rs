@@ -28,6 +28,7 @@ use vm_memory::{
 };
 
 use crate::backing;
+use crate::uffd::Uffd;
 
 /// Where the memory below 4 GiB ends and the hole begins.
 pub const HOLE_START: u64 = 3 << 30;
@@ -354,6 +355,88 @@ impl Memory {
             (**region).bitmap().reset_addr_range(offset, len);
         }
         Ok(())
+    }
+
+    /// Gives the memory of pages back, whoever wrote them: each is a hole afterwards.
+    ///
+    /// # Errors
+    /// `postcopy_unavailable`: a page is still there, as can happen in a huge page that the kernel cannot split at the moment.
+    pub fn discard(&self, pages: &PageSet) -> Result<(), Fault> {
+        for run in pages.runs() {
+            for (index, offset, len) in self.covered(run.first, run.count)? {
+                self.punch(self.region(index), offset, len)?;
+            }
+            if self.hole_ahead(run.first, run.count) < run.count {
+                let message = format!("of pages {}..{} some cannot be discarded", run.first, run.end());
+                return Err(Fault::new(Code::PostCopyUnavailable, message));
+            }
+        }
+        Ok(())
+    }
+
+    /// From now on whoever touches a hole waits for its page.
+    pub fn watch(&self, uffd: &Uffd) -> Result<(), Fault> {
+        self.mapped
+            .iter()
+            .try_for_each(|region| uffd.register(region.as_ptr() as u64, region.len()))
+    }
+
+    /// Holes read as zero again.
+    pub fn unwatch(&self, uffd: &Uffd) -> Result<(), Fault> {
+        self.mapped
+            .iter()
+            .try_for_each(|region| uffd.unregister(region.as_ptr() as u64, region.len()))
+    }
+
+    /// The number of the page at an address of this process, if it is one of the guest's.
+    pub fn page_at(&self, address: u64) -> Option<u64> {
+        let mut first = 0;
+        for region in self.mapped.iter() {
+            match address.checked_sub(region.as_ptr() as u64) {
+                Some(offset) if offset < region.len() => return Some(first + offset / PAGE),
+                _ => first += region.len() / PAGE,
+            }
+        }
+        None
+    }
+
+    /// Lets read(2) write the first 8 bytes of a page.
+    #[cfg(test)]
+    pub fn fill_through_the_kernel(&self, page: u64, from: &mut File) -> Result<(), Fault> {
+        let at = GuestAddress(page * PAGE);
+        self.mapped
+            .read_exact_volatile_from(at, from, 8)
+            .map_err(|error| broken("read", error))
+    }
+
+    /// Gives holes among the pages `first .. first + count` this content, or zeroes, and wakes who waits for them.
+    pub fn place(&self, uffd: &Uffd, first: u64, data: Option<&[u8]>, count: u64) -> Result<(), Fault> {
+        let mut rest = data;
+        for (index, offset, len) in self.covered(first, count)? {
+            let at = self.region(index).as_ptr() as u64 + offset;
+            match rest {
+                None => uffd.zero(at, len)?,
+                Some(data) => {
+                    let len = usize::try_from(len).expect("a piece of a slice fits usize");
+                    let (now, later) = data.split_at(len.min(data.len()));
+                    uffd.copy(at, now)?;
+                    rest = Some(later);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes whoever touches a hole among the pages, or waits for it, fail. False: the kernel cannot.
+    pub fn poison(&self, uffd: &Uffd, pages: &PageSet) -> Result<bool, Fault> {
+        for run in pages.runs() {
+            for (index, offset, len) in self.covered(run.first, run.count)? {
+                if !uffd.poison(self.region(index).as_ptr() as u64 + offset, len)? {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// Forgets which pages the VMM wrote.

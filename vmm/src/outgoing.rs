@@ -83,6 +83,10 @@ impl SourceVm for Source<'_> {
     fn save(&self) -> Result<Vec<u8>, Fault> {
         self.machine.save_handed_over(self.migration)
     }
+
+    fn serving(&self) {
+        self.machine.serving(self.migration);
+    }
 }
 
 /// Whether it goes to another VMM of this host, which takes over the memory itself.
@@ -154,6 +158,8 @@ pub fn run(machine: &Machine, request: &StartOutgoingRequest, control: &Control)
 /// What becomes of the engine's verdict.
 fn ended(machine: &Machine, id: &str, outcome: Outcome) {
     match outcome {
+        // After the commit nothing that failed here is this VM's affair.
+        _ if machine.served(id) => info!(migration = id, ?outcome, "over"),
         Outcome::AwaitOutcome => info!(migration = id, "the target is ready; waiting for the outcome"),
         Outcome::FailedRunning(fault) => machine.migration_failed(id, fault),
         Outcome::FailedPaused(fault) => {

@@ -9,6 +9,7 @@
 //!                                                      ▼           ▼                         │
 //!  start ──► Incoming ──received──► Ready ──grant──► Live ──────────────hand over──► HandedOver
 //!               │                     │               │  runs while now < deadline,         │
+//!                                                           committed, by post-copy ─▶ Serving ─ all pages given ─▶ Destroyed
 //!               └────── failed ───────┴───────────────┤  else it is frozen                  │ committed
 //!                                                     ▼                                     ▼
 //!                                                   Ended ────────── destroy ──────────► Destroyed
@@ -29,6 +30,7 @@ enum Phase {
     Ready,
     Live,
     HandedOver,
+    Serving,
     Failed,
     Exited,
     Destroyed,
@@ -105,6 +107,7 @@ impl Right {
             Phase::Live if self.may_run(now_ns) => VmmState::Running,
             Phase::Live => VmmState::Frozen,
             Phase::HandedOver => VmmState::HandedOver,
+            Phase::Serving => VmmState::Serving,
             Phase::Failed => VmmState::Failed,
             Phase::Exited | Phase::Destroyed => VmmState::Exited,
         }
@@ -131,7 +134,12 @@ impl Right {
                 ));
             }
             Phase::Waiting | Phase::Ready => self.phase = Phase::Live,
-            Phase::Live | Phase::HandedOver | Phase::Failed | Phase::Exited | Phase::Destroyed => {}
+            Phase::Live
+            | Phase::HandedOver
+            | Phase::Serving
+            | Phase::Failed
+            | Phase::Exited
+            | Phase::Destroyed => {}
         }
         self.deadline_ns = self.deadline_ns.max(deadline_ns);
         Ok(())
@@ -169,6 +177,20 @@ impl Right {
             Phase::Destroyed,
             "only a VM that is paused for a hand-over can be committed away",
         )
+    }
+
+    /// The log says that the hand-over is committed, and the target still needs this one's pages. It never runs again.
+    pub fn serve(&mut self) -> Result<(), Fault> {
+        self.step(
+            Phase::HandedOver,
+            Phase::Serving,
+            "only a VM that is paused for a hand-over can be committed away",
+        )
+    }
+
+    /// Whether the VM runs elsewhere and only its pages are needed.
+    pub fn serving(&self) -> bool {
+        self.phase == Phase::Serving
     }
 
     /// The guest or its VMM cannot go on. The first end counts; nothing ever runs after it.
@@ -218,6 +240,7 @@ mod tests {
         HandOver,
         Aborted,
         Committed,
+        Serve,
         Failed,
         Exited,
         Destroy,
@@ -231,6 +254,7 @@ mod tests {
             3 => Just(Input::HandOver),
             2 => Just(Input::Aborted),
             1 => Just(Input::Committed),
+            1 => Just(Input::Serve),
             1 => Just(Input::Failed),
             1 => Just(Input::Exited),
             1 => Just(Input::Destroy),
@@ -274,6 +298,12 @@ mod tests {
             Input::Committed => {
                 if right.committed().is_ok() {
                     assert!(seen.paused_for_hand_over, "committed away without a pause");
+                    seen.over = true;
+                }
+            }
+            Input::Serve => {
+                if right.serve().is_ok() {
+                    assert!(seen.paused_for_hand_over, "serves without a pause");
                     seen.over = true;
                 }
             }

@@ -25,7 +25,7 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use drover_proto::{Code, Fault};
 use kvm_bindings::kvm_cpuid_entry2;
@@ -262,6 +262,23 @@ impl Gate {
             self.conclude(&mut state, end);
         }
         self.changed.notify_all();
+    }
+
+    /// The guest cannot go on, for a reason outside of it: kicks all vCPUs out, and none comes in again. Waits for them no longer than
+    /// `wait`; gives whether none executes. One may be in a system call that nothing interrupts.
+    pub fn fail(&self, fault: Fault, cells: &[Arc<VcpuCell>], wait: Duration) -> bool {
+        let until = Instant::now() + wait;
+        let mut state = self.state();
+        self.conclude(&mut state, GuestEnd::Failed(fault));
+        self.changed.notify_all();
+        while state.running > 0 && Instant::now() < until {
+            for cell in cells {
+                cell.kick();
+            }
+            let waited = self.changed.wait_timeout(state, KICK_AGAIN);
+            state = waited.expect("no holder of the gate's lock panics").0;
+        }
+        state.running == 0
     }
 
     fn conclude(&self, state: &mut State, end: GuestEnd) {

@@ -299,6 +299,12 @@ impl Vm {
         }
     }
 
+    /// Ends the guest for a reason outside of it, its devices with it: see [`Gate::fail`]. Gives whether nobody touches its memory any more.
+    pub fn fail(&self, fault: Fault, wait: Duration) -> bool {
+        self.io.quit();
+        self.gate.fail(fault, &self.cells, wait) && self.io.is_idle()
+    }
+
     /// How the guest ended, if it has.
     pub fn end(&self) -> Option<GuestEnd> {
         self.gate.end()

@@ -4,16 +4,14 @@
 
 mod common;
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use common::{
-    PATIENCE, World, assert_intact, await_console, await_info, await_state, grant, grant_for, has_seconds,
-    seconds, text,
+    PATIENCE, World, assert_intact, await_console, await_info, await_state, failure, flat_out, grant,
+    grant_for, has_seconds, incoming, incoming_by, listen_addr, seconds, send, send_by, send_with, slow_link,
+    text,
 };
-use drover_proto::v1::{
-    GrantRequest, MigrationOptions, OutcomeRequest, StartOutgoingRequest, VmmInfo, VmmState,
-};
+use drover_proto::v1::{GrantRequest, OutcomeRequest, VmmInfo, VmmState};
 use drover_proto::{Code, Fault};
 use drover_vmm::machine::Machine;
 
@@ -111,44 +109,6 @@ fn what_is_not_a_kernel_becomes_a_failed_vm_that_says_so() {
     }
 }
 
-fn incoming(config: &mut serde_json::Value, from: &str) {
-    incoming_by(config, "m1", from);
-}
-
-fn incoming_by(config: &mut serde_json::Value, migration: &str, from: &str) {
-    config["incoming"] =
-        serde_json::json!({"migration": migration, "from_host": from, "listen_ip": "127.0.0.1"});
-}
-
-fn listen_addr(machine: &Machine) -> String {
-    await_info(machine, "listen_addr", |info| !info.listen_addr.is_empty()).listen_addr
-}
-
-fn send(source: &Arc<Machine>, addr: String, target_host: &str) -> Result<(), Fault> {
-    send_by(source, "m1", addr, target_host)
-}
-
-fn send_by(source: &Arc<Machine>, migration: &str, addr: String, target_host: &str) -> Result<(), Fault> {
-    send_with(source, migration, addr, target_host, None)
-}
-
-fn send_with(
-    source: &Arc<Machine>,
-    migration: &str,
-    addr: String,
-    target_host: &str,
-    options: Option<MigrationOptions>,
-) -> Result<(), Fault> {
-    let request = StartOutgoingRequest {
-        migration: migration.into(),
-        target_addr: addr,
-        target_host: target_host.into(),
-        target_epoch: source.config().epoch + 1,
-        options,
-    };
-    source.start_outgoing(request).map(drop)
-}
-
 fn outcome(source: &Machine, committed: bool) -> Result<(), Fault> {
     source
         .outcome(&OutcomeRequest {
@@ -156,12 +116,6 @@ fn outcome(source: &Machine, committed: bool) -> Result<(), Fault> {
             committed,
         })
         .map(drop)
-}
-
-fn failure(machine: &Machine) -> String {
-    let failed = |info: &drover_proto::v1::VmmInfo| info.migration.clone()?.failure;
-    let info = await_info(machine, "failure", |info| failed(info).is_some());
-    failed(&info).unwrap().code
 }
 
 #[test]
@@ -213,21 +167,6 @@ fn a_guest_moves_while_it_writes_and_runs_only_after_its_grant() {
         assert_eq!(source.info().state(), VmmState::Exited);
         assert!(*source.over().borrow());
     }
-}
-
-/// A guest that rewrites 24 of its 64 MiB as fast as it can.
-fn flat_out(config: &mut serde_json::Value) {
-    config["memory_mib"] = 160.into();
-    config["cmdline"] = "own=64M hot=24M".into();
-}
-
-/// A link slower than [`flat_out`] writes, even on a busy host.
-fn slow_link(max_throttle_percent: u32) -> Option<MigrationOptions> {
-    Some(MigrationOptions {
-        bandwidth_mib_s: 16,
-        max_throttle_percent,
-        ..MigrationOptions::default()
-    })
 }
 
 /// Pages that the guest writes a second, by its newest line.

@@ -13,9 +13,9 @@ use drover_proto::v1::controller_client::ControllerClient;
 use drover_proto::v1::{
     CancelMigrationRequest, Cluster as ClusterInfo, CreateVmRequest, DeleteVmRequest, GetClusterRequest,
     GetMigrationRequest, GetVmRequest, Host, ListEventsRequest, ListHostsRequest, ListMigrationsRequest,
-    MigrateVmRequest, Migration, MigrationForecast, MigrationOptions, MigrationPhase, ReadConsoleRequest,
-    ReadConsoleResponse, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState, WatchMigrationRequest,
-    WriteConsoleRequest,
+    MigrateVmRequest, Migration, MigrationForecast, MigrationOptions, MigrationPhase,
+    PostcopyMigrationRequest, ReadConsoleRequest, ReadConsoleResponse, StartVmRequest, StopVmRequest, Vm,
+    VmSpec, VmState, WatchMigrationRequest, WriteConsoleRequest,
 };
 use drover_proto::{Code, Fault};
 use tokio::runtime::Runtime;
@@ -292,6 +292,18 @@ impl Client {
         self.call(|mut client| {
             let request = request.clone();
             async move { client.cancel_migration(request).await }
+        })
+    }
+
+    /// Asks a migration to go on by post-copy now.
+    pub fn postcopy(&self, id: &str) -> Result<Migration, Fault> {
+        let request = PostcopyMigrationRequest {
+            request_id: request_id(),
+            id: id.to_owned(),
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.postcopy_migration(request).await }
         })
     }
 

@@ -355,6 +355,17 @@ impl Cluster {
         self.hosts[index].daemon = None;
     }
 
+    /// Starts an agent anew with a field of its configuration changed.
+    pub fn configure_agent(&mut self, index: usize, field: &str, value: serde_json::Value) {
+        let path = self.hosts[index].dir.join("config.json");
+        let text = fs::read(&path).expect("every host is configured");
+        let mut config: serde_json::Value = serde_json::from_slice(&text).expect("it was written as JSON");
+        config[field] = value;
+        fs::write(&path, config.to_string()).expect("a configuration can be written");
+        self.kill_agent(index);
+        self.start_agent(index);
+    }
+
     /// `kill -9` of every VMM of `vm` on a host; how many there were.
     pub fn kill_vmms(&mut self, index: usize, vm: &str) -> usize {
         let vmms = find("drover-vmm", &self.vm_dir(index, vm));

@@ -12,9 +12,9 @@ use drover_proto::v1::{
     DeleteVm, DeleteVmRequest, GetClusterRequest, GetHostRequest, GetMigrationRequest, GetVmRequest, Host,
     ListEventsRequest, ListEventsResponse, ListHostsRequest, ListHostsResponse, ListMigrationsRequest,
     ListMigrationsResponse, ListVmsRequest, ListVmsResponse, MigrateVmRequest, Migration, MigrationForecast,
-    PlanMigration, ReadConsoleRequest, ReadConsoleResponse, Reason, StartVm, StartVmRequest, StopVm,
-    StopVmRequest, Vm, WatchMigrationRequest, WatchMigrationResponse, WriteConsoleRequest,
-    WriteConsoleResponse,
+    PlanMigration, PostcopyMigrationRequest, ReadConsoleRequest, ReadConsoleResponse, Reason, StartVm,
+    StartVmRequest, StopVm, StopVmRequest, Vm, WantPostCopy, WatchMigrationRequest, WatchMigrationResponse,
+    WriteConsoleRequest, WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use drover_state::{State, Usage};
@@ -378,6 +378,26 @@ impl Controller for Api {
                 .migration
                 .ok_or_else(|| Fault::new(Code::Internal, "the abort's answer lacks the migration"))
         })
+        .await
+    }
+
+    async fn postcopy_migration(&self, mut request: Request<PostcopyMigrationRequest>) -> Answer<Migration> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/PostcopyMigration",
+            request,
+            |_, message| {
+                (
+                    message.request_id,
+                    Kind::WantPostCopy(WantPostCopy { id: message.id }),
+                )
+            },
+            |call, response| {
+                response
+                    .migration
+                    .map(|migration| call.api.memory.progress.merge(migration))
+            },
+        )
         .await
     }
 

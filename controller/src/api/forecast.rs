@@ -12,8 +12,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use drover_proto::v1::{
-    Finding, Forecast, ForecastRequest, MigrateVmRequest, MigrationForecast, MigrationPhase, PlanMigration,
-    Reason,
+    Finding, Forecast, ForecastRequest, MigrateVmRequest, MigrationForecast, MigrationOptions,
+    MigrationPhase, PlanMigration, Reason,
 };
 use drover_proto::{Code, Fault};
 use drover_state::limits::VMS_MAX;
@@ -164,7 +164,10 @@ async fn watched(
     let request = ForecastRequest {
         vm: asked.vm.clone(),
         epoch: place.epoch,
-        options: Some(found.options),
+        options: Some(MigrationOptions {
+            allow_postcopy: found.options.allow_postcopy && found.no_post_copy().is_none(),
+            ..found.options
+        }),
         bandwidth_bytes_per_s: link.unwrap_or_default(),
     };
     let mut agent = agent(call, &place)?;
@@ -177,6 +180,11 @@ async fn watched(
     let source = if link.is_some() { "receipts" } else { "default" };
     source.clone_into(&mut forecast.bandwidth_source);
     forecast.made_ms = super::now_ms();
+    // As the source would end it.
+    if let (Some(why), Some(reason)) = (found.no_post_copy(), &mut forecast.reason) {
+        Code::PostCopyUnavailable.as_str().clone_into(&mut reason.code);
+        reason.message = format!("{}; without it: {}", why.message, reason.message);
+    }
     let memory = &call.api.memory.forecasts;
     memory.keep(asked.clone(), place.epoch, forecast.clone(), Instant::now());
     Ok(forecast)
@@ -211,8 +219,6 @@ fn measured(state: &State, one: &str, other: &str, plaintext: bool) -> Option<u6
 
 #[cfg(test)]
 mod tests {
-    use drover_proto::v1::MigrationOptions;
-
     use super::*;
 
     fn asked(to: &str, max_downtime_ms: u32) -> MigrateVmRequest {

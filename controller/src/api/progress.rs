@@ -50,9 +50,10 @@ pub enum Side {
 }
 
 impl ProgressTable {
-    /// A side's report. Ignored for a migration whose hand-over is decided.
+    /// A side's report. Ignored for a migration whose hand-over is decided, but for the target's in a post-copy.
     pub fn report(&self, migration: &Migration, side: Side, progress: &Progress, now: Instant) {
-        if drover_state::is_committed(migration) || drover_state::is_ended(migration) {
+        let lacks = migration.phase() == MigrationPhase::PostCopy && side == Side::Target;
+        if !lacks && drover_state::is_committed(migration) || drover_state::is_ended(migration) {
             return;
         }
         let mut table = self.lock();
@@ -139,10 +140,11 @@ impl ProgressTable {
         if drover_state::is_ended(&migration) {
             return migration;
         }
-        let figures = self
-            .lock()
-            .get(&migration.id)
-            .and_then(|entry| entry.source.as_ref().or(entry.target.as_ref()).cloned());
+        let figures = self.lock().get(&migration.id).and_then(|entry| match phase {
+            // Then only the target knows what it lacks.
+            MigrationPhase::PostCopy => entry.target.clone(),
+            _ => entry.source.as_ref().or(entry.target.as_ref()).cloned(),
+        });
         if let Some(mut progress) = figures {
             progress.set_phase(phase);
             migration.progress = Some(progress);

@@ -115,19 +115,18 @@ impl Finished {
     }
 
     fn count(&self, migration: &Migration) {
+        // A VM that was lost in a post-copy is done with a reason.
+        let code = migration.reason.as_ref().map(|reason| reason.code.as_str());
+        let code = code.map(|code| Code::parse(code).map_or("other", Code::as_str));
         if migration.phase() != MigrationPhase::Done {
-            let code = migration
-                .reason
-                .as_ref()
-                .map_or("", |reason| reason.code.as_str());
-            let code = Code::parse(code).map_or("other", Code::as_str);
+            let code = code.unwrap_or("other");
             self.endings
                 .get_or_create(&[("result", "aborted"), ("code", code)])
                 .inc();
             return;
         }
         self.endings
-            .get_or_create(&[("result", "done"), ("code", "")])
+            .get_or_create(&[("result", "done"), ("code", code.unwrap_or(""))])
             .inc();
         // None: the target's agent was gone for long after the commit.
         let Some(receipt) = &migration.receipt else {

@@ -35,6 +35,16 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 arrived_by: String::new(),
             });
         }
+        if let Some(migration) = serving(state, vm, host) {
+            vms.push(VmDesired {
+                vm: name.clone(),
+                epoch: migration.epoch.saturating_sub(1),
+                spec: vm.spec.clone(),
+                role: VmRole::Serving.into(),
+                migration: Some(migration.clone()),
+                arrived_by: String::new(),
+            });
+        }
     }
     let is_stopping = |vm: &&Vm| host_of(vm) == host && vm.state() == VmState::Stopping;
     let stopping = state.vms.iter().filter(|(_, vm)| is_stopping(vm));
@@ -100,6 +110,12 @@ fn incoming<'a>(state: &'a State, vm: &Vm, host: &str) -> Option<&'a Migration> 
     let prepared = migration.phase() >= MigrationPhase::Preparing;
     (migration.to == host && prepared && !is_committed(migration) && !is_ended(migration))
         .then_some(migration)
+}
+
+/// The migration whose source, on the host, still gives the target its pages.
+fn serving<'a>(state: &'a State, vm: &Vm, host: &str) -> Option<&'a Migration> {
+    let migration = state.migration(&vm.migration)?;
+    (migration.from == host && migration.phase() == MigrationPhase::PostCopy).then_some(migration)
 }
 
 /// FNV-1a, 64 bits: a digest that is the same on every build, for telling apart, not for security.

@@ -39,6 +39,8 @@ pub const EARLIER_BOOTS_MAX: usize = 8;
 pub const TEXT_BYTES_MAX: usize = 1_024;
 /// Characters of a VMM's version, and of its build id.
 pub const BUILD_CHARS_MAX: usize = 64;
+/// What is kept of why a host cannot take a VM by post-copy.
+pub const POST_COPY_CHARS_MAX: usize = 512;
 /// Bytes of a reason's message; longer ones are cut.
 pub const REASON_BYTES_MAX: usize = 4_096;
 

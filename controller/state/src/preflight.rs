@@ -4,7 +4,7 @@
 //! The plan is refused by the first finding that is against it; the dry run shows them all. What is found later, when
 //! the two VMMs talk to each other, is not known here.
 
-use drover_proto::v1::{MigrationOptions, PlanMigration, Vm, VmState};
+use drover_proto::v1::{Host, MigrationOptions, PlanMigration, Vm, VmState};
 use drover_proto::{Code, Fault};
 
 use crate::apply::unfit;
@@ -12,11 +12,14 @@ use crate::placement::{self, Purpose};
 use crate::state::{State, commit_us, host_of, pause_us, spec_of, state_us};
 use crate::validate::{self, quoted};
 
+/// The finding that refuses nothing: where post-copy cannot be, a migration that allows it is one of pre-copy only.
+const POST_COPY: &str = "post_copy";
+
 /// One thing that was looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
     /// Its stable name: `options`, `migration`, `state`, `target`, `other_host`, `host_up`, `memory`, `vcpus`, `images`,
-    /// `cpu`, `device_model`; of an upgrade besides: `installed`, `running`.
+    /// `cpu`, `device_model`, `post_copy`; of an upgrade besides: `installed`, `running`.
     pub check: &'static str,
     /// What was found, for people, or what refuses the migration.
     pub outcome: Result<String, Fault>,
@@ -40,7 +43,19 @@ impl Preflight {
     pub fn refusal(&self) -> Option<&Fault> {
         self.findings
             .iter()
+            .filter(|finding| finding.check != POST_COPY)
             .find_map(|finding| finding.outcome.as_ref().err())
+    }
+
+    /// Why a post-copy that is allowed is not possible.
+    pub fn no_post_copy(&self) -> Option<&Fault> {
+        self.findings.iter().find_map(|finding| {
+            finding
+                .outcome
+                .as_ref()
+                .err()
+                .filter(|_| finding.check == POST_COPY)
+        })
     }
 
     fn note(&mut self, check: &'static str, outcome: Result<String, Fault>) {
@@ -91,7 +106,31 @@ pub fn preflight(state: &State, plan: &PlanMigration) -> Result<Preflight, Fault
     } else {
         named(state, vm, &plan.vm, &mut found);
     }
+    post_copy(state, &mut found);
     Ok(found)
+}
+
+/// Whether the target can do what is allowed.
+fn post_copy(state: &State, found: &mut Preflight) {
+    let Some(host) = state.host(&found.to).filter(|_| found.options.allow_postcopy) else {
+        return;
+    };
+    let to = &found.to;
+    let outcome = match post_copy_obstacle(host) {
+        None => Ok(format!("{to} can take a VM by post-copy")),
+        Some(why) => Err(Fault::new(
+            Code::PostCopyUnavailable,
+            format!("{to} cannot take a VM by post-copy, so it is pre-copy only: {why}"),
+        )
+        .field("to")),
+    };
+    found.note(POST_COPY, outcome);
+}
+
+/// Why the host cannot take a VM by post-copy, as far as it is known; one that does not say may find out when it is asked to.
+pub fn post_copy_obstacle(host: &Host) -> Option<&str> {
+    let told = host.spec.as_ref().map_or("", |spec| spec.post_copy.as_str());
+    Some(told).filter(|told| !matches!(*told, "" | "ok"))
 }
 
 fn not_moving(vm: &Vm, name: &str) -> Result<String, Fault> {

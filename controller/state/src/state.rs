@@ -123,13 +123,17 @@ impl State {
             usage.add(spec_of(vm));
             usage.vms += 1;
         }
-        for migration in self
-            .migrations_under_way()
-            // An upgrade's two VMMs have one memory, and only one of them runs.
-            .filter(|migration| !is_committed(migration) && !migration.is_upgrade())
-        {
+        for migration in self.migrations_under_way() {
+            let host = match migration.phase() {
+                // An upgrade's two VMMs have one memory, and only one of them runs.
+                _ if migration.is_upgrade() => continue,
+                // In a post-copy the source's memory is still needed.
+                MigrationPhase::PostCopy => migration.from.as_str(),
+                _ if is_committed(migration) => continue,
+                _ => migration.to.as_str(),
+            };
             if let Some(vm) = self.vm(&migration.vm) {
-                usages.entry(migration.to.as_str()).or_default().add(spec_of(vm));
+                usages.entry(host).or_default().add(spec_of(vm));
             }
         }
         usages
@@ -233,7 +237,7 @@ pub fn occupies(vm: &Vm) -> bool {
 pub fn is_committed(migration: &Migration) -> bool {
     matches!(
         migration.phase(),
-        MigrationPhase::Committed | MigrationPhase::Done
+        MigrationPhase::Committed | MigrationPhase::PostCopy | MigrationPhase::Done
     )
 }
 

@@ -8,8 +8,8 @@ use drover_proto::{Code, Fault};
 
 use crate::limits::{
     BANDWIDTH_MIB_S_MAX, BUILD_CHARS_MAX, CMDLINE_BYTES_MAX, DEADLINE_MS_MAX, HOST_LIST_MAX,
-    IMAGE_NAME_BYTES_MAX, MAX_DOWNTIME_MS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NAME_BYTES_MAX, STREAMS_MAX,
-    TEXT_BYTES_MAX, THROTTLE_PERCENT_MAX, VCPUS_MAX,
+    IMAGE_NAME_BYTES_MAX, MAX_DOWNTIME_MS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NAME_BYTES_MAX,
+    POST_COPY_CHARS_MAX, STREAMS_MAX, TEXT_BYTES_MAX, THROTTLE_PERCENT_MAX, VCPUS_MAX,
 };
 use crate::state::default_settings;
 
@@ -170,6 +170,7 @@ pub(crate) fn host_spec(spec: &HostSpec) -> Result<HostSpec, Fault> {
     }
     host_lists(&spec)?;
     spec.vmm = spec.vmm.as_ref().map(vmm_build);
+    spec.post_copy = spec.post_copy.chars().take(POST_COPY_CHARS_MAX).collect();
     spec.cpu_features.sort_unstable();
     spec.cpu_features.dedup();
     spec.kvm_caps.sort_unstable();

@@ -13,7 +13,7 @@ use super::progress::Progress;
 use super::{POLL, Session};
 use crate::args::{MigrateArgs, MigrationCommand, MigrationState};
 use crate::failure::{Exit, Failure, Result};
-use crate::view::MigrationView;
+use crate::view::{MigrationView, ReasonView};
 
 /// `ctl migrate`
 pub async fn migrate(session: &Session, args: &MigrateArgs) -> Result<()> {
@@ -36,10 +36,21 @@ pub async fn migrate(session: &Session, args: &MigrateArgs) -> Result<()> {
     }
     let (ended, cancelled) = watch(session, planned).await?;
     receipt(session, &ended)?;
-    if ended.phase == "done" {
-        return Ok(());
+    match &ended.reason {
+        Some(reason) if ended.phase == "done" => Err(lost(&ended, reason)),
+        None if ended.phase == "done" => Ok(()),
+        _ => Err(aborted(&ended, cancelled)),
     }
-    Err(aborted(&ended, cancelled))
+}
+
+/// It was committed, and the run at the target ended before it had all pages.
+fn lost(ended: &MigrationView, reason: &ReasonView) -> Failure {
+    let MigrationView { id, vm, to, .. } = ended;
+    let message = format!(
+        "{id} was committed, but {vm} ended on {to} before it had all its pages: {}",
+        reason.message
+    );
+    Failure::new(Exit::Aborted, &reason.code, message)
 }
 
 /// An option's length in milliseconds; 0 where it was not given.
@@ -58,6 +69,7 @@ fn options(args: &MigrateArgs) -> Result<v1::MigrationOptions> {
         plaintext: args.plaintext,
         compression: v1::Compression::from(args.compression).into(),
         max_throttle_percent: args.throttle.unwrap_or(0),
+        allow_postcopy: args.allow_postcopy,
         ..Default::default()
     })
 }
@@ -178,6 +190,12 @@ pub async fn run(session: &Session, command: &MigrationCommand) -> Result<()> {
         MigrationCommand::Show { id, .. } => session
             .out
             .show(&MigrationView::from(session.client.migration(id).await?)),
+        MigrationCommand::Postcopy { id } => {
+            let seen = MigrationView::from(session.client.postcopy_migration(id).await?);
+            let sentence =
+                format!("{id} goes on by post-copy; follow it with `ctl migration show {id} --follow`");
+            session.out.done(&seen, &sentence)
+        }
         MigrationCommand::Cancel { id, no_wait, timeout } => cancel(session, id, *no_wait, *timeout).await,
     }
 }

@@ -81,6 +81,8 @@ pub struct ForecastView {
     pub bandwidth_source: String,
     /// What would do where it does not converge, each by itself; null: nothing.
     pub needed: NeededView,
+    /// It converges only by post-copy: so long the guest would run at the target before all its pages are there.
+    pub post_copy_ms: Option<u64>,
     /// Unix milliseconds.
     pub made_ms: u64,
 }
@@ -164,6 +166,7 @@ impl From<v1::Forecast> for ForecastView {
                 bandwidth_bytes_per_s: Some(told.bandwidth_bytes_per_s_needed).filter(|&rate| rate > 0),
                 throttle_percent: Some(told.throttle_percent_needed).filter(|&percent| percent > 0),
             },
+            post_copy_ms: told.post_copy.then_some(told.post_copy_ms),
             made_ms: told.made_ms,
         }
     }
@@ -183,6 +186,9 @@ impl ForecastView {
 
     fn outlook(&self) -> String {
         let allowed = self.max_downtime_ms;
+        if let Some(ms) = self.post_copy_ms {
+            return format!("converges by post-copy, which takes {}", millis(ms));
+        }
         match (
             self.converges,
             self.throttle_percent,

@@ -68,6 +68,10 @@ pub struct ReceiptView {
     pub throttle_percent: u32,
     /// How pages with content travelled; null: by a VMM that did not count.
     pub encoding: Option<EncodingView>,
+    /// What happened after the hand-over; null: all pages were there before it.
+    pub post_copy: Option<PostCopyView>,
+    /// Why post-copy, which was allowed, could not have been done; null: it could, or was not allowed.
+    pub post_copy_unavailable: Option<String>,
 }
 
 /// How pages with content travelled.
@@ -83,6 +87,21 @@ pub struct EncodingView {
     pub content_bytes: u64,
     /// The frames that carried them.
     pub sent_bytes: u64,
+}
+
+/// The phase in which the guest ran at the target while its pages came.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PostCopyView {
+    /// That the target lacked when the guest began to run there.
+    pub pages: u64,
+    /// From then until it had them.
+    pub duration_us: u64,
+    /// Pages that the guest had to wait for.
+    pub faults: u64,
+    /// How long, on average.
+    pub fault_mean_us: u64,
+    /// And at most.
+    pub fault_longest_us: u64,
 }
 
 /// The time the guest stood still, in parts, in microseconds.
@@ -159,6 +178,8 @@ pub struct OptionsView {
     pub compression: &'static str,
     /// The most that each vCPU may be held back; null: not at all.
     pub max_throttle_percent: Option<u32>,
+    /// Whether the VM may run at the target before all its pages are there.
+    pub allow_postcopy: bool,
 }
 
 /// The word for a migration's phase.
@@ -219,6 +240,7 @@ impl From<v1::MigrationOptions> for OptionsView {
                 Err(_) => "unknown",
             },
             max_throttle_percent: Some(options.max_throttle_percent).filter(|&percent| percent > 0),
+            allow_postcopy: options.allow_postcopy,
         }
     }
 }
@@ -251,7 +273,35 @@ impl From<v1::Receipt> for ReceiptView {
                 content_bytes: encoding.content_bytes,
                 sent_bytes: encoding.sent_bytes,
             }),
+            post_copy: receipt.post_copy.map(PostCopyView::from),
+            post_copy_unavailable: some(receipt.post_copy_unavailable),
         }
+    }
+}
+
+impl From<v1::PostCopyReceipt> for PostCopyView {
+    fn from(receipt: v1::PostCopyReceipt) -> Self {
+        Self {
+            pages: receipt.pages,
+            duration_us: receipt.duration_us,
+            faults: receipt.faults,
+            fault_mean_us: receipt.fault_mean_us,
+            fault_longest_us: receipt.fault_longest_us,
+        }
+    }
+}
+
+impl PostCopyView {
+    /// What it cost, for people.
+    fn line(&self) -> String {
+        format!(
+            "{} pages in {}, {} of them waited for, {} on average, {} at most",
+            self.pages,
+            micros(self.duration_us),
+            self.faults,
+            micros(self.fault_mean_us),
+            micros(self.fault_longest_us)
+        )
     }
 }
 
@@ -488,6 +538,12 @@ impl Detailed for MigrationView {
                 ("  commit", micros(blackout.commit)),
                 ("  resume", micros(blackout.resume)),
             ]);
+            if let Some(post_copy) = &receipt.post_copy {
+                fields.push(("post-copy", post_copy.line()));
+            }
+            if let Some(why) = &receipt.post_copy_unavailable {
+                fields.push(("post-copy", format!("not possible: {why}")));
+            }
         }
         if let Some(forecast) = &self.forecast {
             fields.push(("expected", forecast.line()));

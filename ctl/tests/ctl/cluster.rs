@@ -334,7 +334,7 @@ fn a_detached_migration_returns_once_it_is_planned() {
         ended.json()["options"],
         json!({
             "max_downtime_ms": null, "deadline_ms": 60_000, "bandwidth_mib_s": 500,
-            "streams": 4, "plaintext": true, "compression": "auto", "max_throttle_percent": 90,
+            "streams": 4, "plaintext": true, "compression": "auto", "max_throttle_percent": 90, "allow_postcopy": false,
         })
     );
     assert_eq!(fake.calls("watch_migration"), 0);
@@ -403,6 +403,25 @@ fn ctrl_c_after_the_commit_changes_nothing() {
     assert_eq!(
         (ended.code, &ended.json()["phase"]),
         (Some(0), &json!("done")),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn post_copy_can_be_asked_for_in_mid_run_and_a_refusal_has_its_code() {
+    let fake = Fake::start();
+    fake.state().migration = vec![migration(v1::MigrationPhase::PreCopy)];
+    let ended = fake.run("migration postcopy m1 -o json");
+    assert_eq!(
+        (ended.code, &ended.json()["phase"]),
+        (Some(0), &json!("pre-copy")),
+        "{ended:?}"
+    );
+    fake.state().migration.clear();
+    let ended = fake.run("migration postcopy m1");
+    assert_eq!(
+        (ended.code, ended.stderr.contains("[postcopy_not_allowed]")),
+        (Some(4), true),
         "{ended:?}"
     );
 }

@@ -462,6 +462,17 @@ impl Controller for Service {
         }
     }
 
+    async fn postcopy_migration(
+        &self,
+        request: Request<v1::PostcopyMigrationRequest>,
+    ) -> Answer<v1::Migration> {
+        let state = self.enter("postcopy_migration", &request.get_ref().request_id)?;
+        match state.migration.first().cloned() {
+            Some(migration) => answer(state, migration),
+            None => Err(Fault::new(Code::PostCopyNotAllowed, "m1 was begun without allow_postcopy").into()),
+        }
+    }
+
     async fn list_events(&self, request: Request<v1::ListEventsRequest>) -> Answer<v1::ListEventsResponse> {
         let state = self.enter("list_events", "")?;
         let after = request.get_ref().after_seq;

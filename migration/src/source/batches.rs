@@ -9,6 +9,7 @@ use super::lanes::Lane;
 use crate::bandwidth::Cap;
 use crate::codec::{Batch, Run};
 use crate::control::Control;
+use crate::encode::choice::Done;
 use crate::encode::compress::Packer;
 use crate::transport::{Link, Stop, Stream};
 use crate::vm::{RegionEnds, SourceVm};
@@ -22,6 +23,8 @@ pub(super) struct Job {
     pub round: u32,
     pub runs: Vec<Run>,
     pub capped: bool,
+    /// Pages go as they are: somebody may wait for them, and what a delta would be against is gone.
+    pub plain: bool,
 }
 
 /// The bandwidth's cap, which all streams share.
@@ -122,7 +125,11 @@ impl<'c, S: Stream> Sender<'c, S> {
                 batch.add(run, |first, out| vm.read_pages(first, out));
             }
         }
-        let mut done = encoder.encode(batch, packer)?;
+        let mut done = if job.plain {
+            Done::default()
+        } else {
+            encoder.encode(batch, packer)?
+        };
         let mut sent = Sent {
             pages: batch.pages(),
             zero_pages: batch.zero_pages(),
@@ -155,7 +162,9 @@ impl<'c, S: Stream> Sender<'c, S> {
             done.sending += began.elapsed();
         }
         done.wire = sent.bytes;
-        encoder.done(&done);
+        if !job.plain {
+            encoder.done(&done);
+        }
         Ok(sent)
     }
 }

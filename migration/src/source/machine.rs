@@ -198,14 +198,16 @@ pub enum Action {
     Pause,
     /// → `Saved`.
     Save,
-    /// Post-copy: send these pages over the link, before all others, and do not send them again in the background.
+    /// Post-copy: once the target is ready it may need this side's pages at any moment, the commit may be in the log before Ready is read here.
+    Serve,
+    /// Post-copy: send these pages as they are over the link, before all others, and do not send them again in the background.
     Answer {
         /// The round.
         round: u32,
-        /// At most `JOB_PAGES` pages, ascending.
+        /// At most [`crate::codec::BATCH_PAGES`] pages, ascending.
         runs: Vec<Run>,
     },
-    /// Post-copy: send these pages in the background. The VM serves from now on.
+    /// Post-copy: send these pages as they are in the background.
     Push {
         /// The round.
         round: u32,
@@ -640,10 +642,13 @@ impl Machine {
         if let Some(blackout) = &mut self.blackout {
             blackout.last_pages = now.saturating_sub(blackout.paused_at);
             blackout.last_pages_at = now;
-            return self.go(
-                State::Saving,
-                [Action::Reach("source.after_last_pages"), Action::Save],
-            );
+            let mut actions = vec![Action::Reach("source.after_last_pages")];
+            if self.post_copy {
+                actions.push(Action::Serve);
+            }
+            actions.push(Action::Save);
+            self.state = State::Saving;
+            return actions;
         }
         self.meter
             .round(self.round_sent.counted(), now.saturating_sub(self.round_began));

@@ -298,15 +298,22 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                 return Some(opened.map_or_else(Event::from, |()| Event::StreamsOpen));
             }
             Action::SendBatch { round, runs, capped } => {
-                let sent = self.send_batch(Job { round, runs, capped });
+                let sent = self.send_batch(Job {
+                    round,
+                    runs,
+                    capped,
+                    plain: false,
+                });
                 return Some(sent.map_or_else(|stop| self.lost(stop), Event::BatchSent));
             }
+            Action::Serve => self.vm.serving(),
             Action::Answer { round, runs } => {
                 self.outgoing().asked(&runs);
                 let job = Job {
                     round,
                     runs,
                     capped: false,
+                    plain: true,
                 };
                 let sent = self.crew.send_with(&mut self.sender, &job);
                 return sent.err().map(Event::from);
@@ -315,10 +322,7 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                 self.sender
                     .link
                     .set_timeout(self.link_timeout * post_copy::PATIENCE);
-                // What a guest waits for is not to wait for being encoded.
-                self.crew.encode_with(Encoder::plain(self.origin));
                 *self.outgoing() = Outgoing::new(pages);
-                self.vm.serving();
                 return self.push(round).err().map(Event::LinkFailed);
             }
             Action::EndStreams { round, last } => {
@@ -430,6 +434,7 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                     round,
                     runs,
                     capped: true,
+                    plain: true,
                 })?;
             }
         };

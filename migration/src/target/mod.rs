@@ -22,7 +22,7 @@ use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
 
 use drover_points::reach;
-use drover_proto::v1::{Blackout, Receipt};
+use drover_proto::v1::Receipt;
 use drover_proto::{Code, Fault};
 
 pub use machine::{Action, Admission, Done, Event, Machine, ROUNDS_ACCEPTED_MAX};
@@ -76,7 +76,7 @@ impl Received {
     /// The whole receipt. `granted_at`: when the grant for the new epoch came in; `running_at`: when the vCPUs ran.
     pub fn finish(self, granted_at: Instant, running_at: Instant) -> Receipt {
         let mut receipt = self.receipt;
-        let blackout = receipt.blackout_us.get_or_insert_with(Blackout::default);
+        let mut blackout = receipt.blackout_us.unwrap_or_default();
         blackout.commit = micros(granted_at.saturating_duration_since(self.ready_at));
         blackout.resume = micros(running_at.saturating_duration_since(granted_at));
         blackout.total = [
@@ -88,6 +88,13 @@ impl Received {
         ]
         .into_iter()
         .fold(0, u64::saturating_add);
+        receipt.blackout_us = Some(blackout);
+        if let Some(post_copy) = &mut receipt.post_copy {
+            // So far from Ready on.
+            post_copy.duration_us = post_copy
+                .duration_us
+                .saturating_sub(blackout.commit.saturating_add(blackout.resume));
+        }
         receipt.total_ms = micros(self.before_blackout).saturating_add(blackout.total) / 1000;
         receipt
     }
@@ -135,7 +142,7 @@ pub fn run<S: Stream>(
             link_timeout: params.link_timeout,
         };
         let result = driver.drive();
-        streams.end_post_copy(result.is_ok());
+        streams.end_post_copy(result.as_ref());
         streams.close();
         if driver.refused {
             driver.link.drain();

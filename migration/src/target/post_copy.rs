@@ -198,14 +198,14 @@ impl Streams<'_> {
     }
 
     /// The post-copy is over, if there was one: nothing is missing, or what is will never come.
-    pub(super) fn end_post_copy(&self, whole: bool) {
+    pub(super) fn end_post_copy(&self, ended: Result<&Done, &Fault>) {
         let missing = match self.machine().take_lacking() {
             Some(missing) => missing,
             None => return,
         };
         let Ok(vm) = self.post_copy() else { return };
-        if !whole {
-            vm.lose(&missing);
+        if let Err(why) = ended {
+            vm.lose(&missing, why);
         } else if let Err(fault) = vm.disarm() {
             tracing::warn!(%fault, "memory is whole, but still watched for pages that are missing");
         }

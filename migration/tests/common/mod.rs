@@ -40,7 +40,11 @@ pub struct Inner {
     /// These will never come.
     pub lost: Option<PageSet>,
     pub faulted: Vec<u64>,
+    /// A page that restoring the state reads, and waits for.
+    pub restore_reads: Option<usize>,
     pub stood: Option<Received>,
+    /// Pages that the guest writes in the moment of the pause, however busy the machine is.
+    pub writes_at_pause: std::ops::Range<usize>,
     pub flaw: Option<Flaw>,
     pub look: Look,
 }
@@ -98,7 +102,9 @@ impl FakeVm {
             armed: false,
             lost: None,
             faulted: Vec::new(),
+            restore_reads: None,
             stood: None,
+            writes_at_pause: 0..0,
             flaw: None,
             look: Look::Nothing,
         };
@@ -134,11 +140,11 @@ impl FakeVm {
         true
     }
 
-    /// The guest writes a few bytes of a page, unless it is paused.
-    pub fn guest_pokes(&self, page: usize, at: usize, value: u8) {
+    /// The guest writes a byte of a page, unless it is paused. Says whether it did.
+    pub fn guest_pokes(&self, page: usize, at: usize, value: u8) -> bool {
         let mut inner = self.lock();
         if inner.paused {
-            return;
+            return false;
         }
         inner.memory[page * PAGE_SIZE + at % PAGE_SIZE] = value;
         if let Some(dirty) = &mut inner.dirty {
@@ -147,6 +153,7 @@ impl FakeVm {
                 count: 1,
             });
         }
+        true
     }
 
     fn flawed(&self, flaw: Flaw) -> Result<(), Fault> {
@@ -227,6 +234,10 @@ impl SourceVm for FakeVm {
     fn pause(&self) -> Result<(), Fault> {
         self.lock().pauses += 1;
         self.flawed(Flaw::Pause)?;
+        let last = self.lock().writes_at_pause.clone();
+        for page in last {
+            self.guest_writes(page, 0x5a);
+        }
         self.lock().paused = true;
         Ok(())
     }
@@ -276,6 +287,12 @@ impl TargetVm for FakeVm {
 
     fn restore(&self, state: &[u8]) -> Result<(), Fault> {
         self.flawed(Flaw::Restore)?;
+        let reads = self.lock().restore_reads;
+        if let Some(page) = reads {
+            let lost = || Fault::new(Code::PostCopyLost, "the state's own page is lost");
+            let was = self.touch_and_wait(page, 0).ok_or_else(lost)?;
+            self.touch(page, was);
+        }
         self.lock().restored = Some(state.to_vec());
         Ok(())
     }
@@ -324,6 +341,8 @@ impl PostCopyVm for FakeVm {
     fn arm(&self, missing: &PageSet) -> Result<(), Fault> {
         let mut inner = self.lock();
         inner.armed = true;
+        let last = missing.runs().last().map(|run| run.end() - 1);
+        inner.restore_reads = last.map(|page| usize::try_from(page).unwrap());
         for page in missing.runs().iter().flat_map(|run| run.first..run.end()) {
             let page = usize::try_from(page).unwrap();
             inner.present[page] = false;
@@ -370,7 +389,7 @@ impl PostCopyVm for FakeVm {
         Ok(())
     }
 
-    fn lose(&self, missing: &PageSet) {
+    fn lose(&self, missing: &PageSet, _why: &Fault) {
         let mut inner = self.lock();
         inner.lost = Some(missing.clone());
         inner.armed = false;

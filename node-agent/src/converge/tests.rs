@@ -62,6 +62,7 @@ fn seen(key: Key, life: Life) -> Seen {
         life,
         commit_refused: false,
         outgoing_taken: None,
+        switch_taken: None,
         commit_taken: false,
         end_reported: false,
     }
@@ -348,6 +349,7 @@ fn a_source_connects_in_pre_copy_once() {
     assert_eq!((request.target_host.as_str(), request.target_epoch), ("host2", 4));
     let taken = Seen {
         outgoing_taken: Some("m1".into()),
+        switch_taken: None,
         ..source.clone()
     };
     assert_eq!(
@@ -413,6 +415,7 @@ fn a_paused_source_waits_until_the_log_decides() {
         });
         observed(vec![Seen {
             outgoing_taken: Some("m1".into()),
+            switch_taken: None,
             life,
             ..source.clone()
         }])
@@ -730,6 +733,7 @@ prop_compose! {
             had_right: had_right || key.migration().is_none(),
             key, life, commit_refused, end_reported,
             outgoing_taken: ids[0].map(|_| "m1".into()),
+            switch_taken: None,
             commit_taken: ids[1] == Some(true),
         }
     }
@@ -861,4 +865,86 @@ proptest! {
         }
         prop_assert_eq!(&actions, &converge(&desired, &observed));
     }
+}
+
+#[test]
+fn a_source_is_told_once_to_switch_to_post_copy_and_only_after_it_has_begun() {
+    let wanted = Migration {
+        post_copy_wanted: true,
+        ..migration("m1", HOST, "host2", 4, MigrationPhase::PreCopy)
+    };
+    let desired = run(3, Some(wanted));
+    let source = seen(Key::start("vm1", 3), alive(VmmState::Running));
+    let actions = converge(&desired, &observed(vec![source.clone()]));
+    assert!(
+        matches!(&actions[..], [Action::StartOutgoing { .. }]),
+        "{actions:?}"
+    );
+    let begun = Seen {
+        outgoing_taken: Some("m1".into()),
+        ..source
+    };
+    let switch = Action::SwitchToPostCopy {
+        key: begun.key.clone(),
+        migration: "m1".into(),
+    };
+    assert_eq!(converge(&desired, &observed(vec![begun.clone()])), [switch]);
+    let told = Seen {
+        switch_taken: Some("m1".into()),
+        ..begun
+    };
+    assert_eq!(converge(&desired, &observed(vec![told])), []);
+}
+
+#[test]
+fn a_source_that_serves_is_told_the_commit_and_left_alone_until_it_is_not_needed() {
+    let newest = migration("m3", HOST, "host2", 3, MigrationPhase::PostCopy);
+    let desired = HostDesired {
+        revision: 1,
+        vms: vec![wanted(VmRole::Serving, 2, Some(newest))],
+        stopping: vec![],
+    };
+    let key = || Key::start("vm1", 2);
+    let here = |life: Life| Observed {
+        host: HOST.into(),
+        vmms: vec![seen(key(), life)],
+        confirmed: true,
+        ..Observed::default()
+    };
+    let serving = |state| {
+        Life::Alive(Alive {
+            state,
+            reason: None,
+            outgoing: Some("m3".into()),
+        })
+    };
+    let serve = Action::Serve {
+        key: key(),
+        migration: "m3".into(),
+    };
+    assert_eq!(converge(&desired, &here(handed_over("m3"))), [serve]);
+    assert_eq!(converge(&desired, &here(serving(VmmState::Serving))), []);
+    // Nobody else of that epoch is kept, and none is started.
+    for life in [
+        alive(VmmState::Running),
+        alive(VmmState::Incoming),
+        handed_over("m2"),
+    ] {
+        let actions = converge(&desired, &here(life.clone()));
+        assert!(
+            matches!(&actions[..], [Action::Destroy { .. }]),
+            "{life:?}: {actions:?}"
+        );
+    }
+    let nobody = Observed {
+        vmms: vec![],
+        ..here(Life::Silent)
+    };
+    assert_eq!(converge(&desired, &nobody), []);
+    let over = HostDesired {
+        revision: 2,
+        ..HostDesired::default()
+    };
+    let actions = converge(&over, &here(serving(VmmState::Serving)));
+    assert!(matches!(&actions[..], [Action::Destroy { .. }]), "{actions:?}");
 }

@@ -2,6 +2,7 @@
 //!
 //! It is run for that, with `--version`, so that what is reported is known to run here at all: a program that is cut off, of another
 //! architecture or lacks a library answers nothing, and an upgrade to it is refused beforehand.
+//! Whether it can take a VM by post-copy it is asked as well, with `--post-copy`: that depends on what this user may do on this kernel.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -19,12 +20,17 @@ const ANSWER_MAX: Duration = Duration::from_secs(5);
 const ASK_AGAIN: Duration = Duration::from_secs(30);
 /// Longest word of an answer that is believed, characters.
 const WORD_MAX: usize = 64;
+/// What is kept of why it cannot do post-copy, characters.
+const WHY_MAX: usize = 300;
+/// What it says when it can.
+const OK: &str = "ok";
 
 /// See the module.
 pub struct Installed {
     program: PathBuf,
     asked: Option<(Option<Stamp>, Instant)>,
     build: Option<VmmBuild>,
+    post_copy: String,
 }
 
 impl Installed {
@@ -34,7 +40,13 @@ impl Installed {
             program: program.to_owned(),
             asked: None,
             build: None,
+            post_copy: String::new(),
         }
+    }
+
+    /// `ok`, or why it cannot take a VM by post-copy; empty as long as it was not asked.
+    pub fn post_copy(&self) -> &str {
+        &self.post_copy
     }
 
     /// What the program said of itself last; `None` when it could not be asked.
@@ -46,13 +58,14 @@ impl Installed {
     pub async fn look(&mut self) -> bool {
         let stamp = std::fs::metadata(&self.program).ok().as_ref().map(Stamp::of);
         if let Some((known, at)) = &self.asked {
-            let patient = self.build.is_some() || at.elapsed() < ASK_AGAIN;
+            let patient = (self.build.is_some() && self.post_copy == OK) || at.elapsed() < ASK_AGAIN;
             if *known == stamp && patient {
                 return false;
             }
         }
         self.asked = Some((stamp, Instant::now()));
-        let build = match ask(&self.program).await {
+        let (build, post_copy) = tokio::join!(ask(&self.program), ask_post_copy(&self.program));
+        let build = match build {
             Ok(build) => Some(build),
             Err(why) => {
                 tracing::warn!(
@@ -62,7 +75,11 @@ impl Installed {
                 None
             }
         };
-        let changed = build != self.build;
+        let changed = build != self.build || post_copy != self.post_copy;
+        if post_copy != self.post_copy {
+            tracing::info!("post-copy to this host: {post_copy}");
+        }
+        self.post_copy = post_copy;
         if let Some(build) = build.as_ref().filter(|_| changed) {
             tracing::info!(version = build.version, build = build.build, "the installed VMM");
         }
@@ -71,21 +88,36 @@ impl Installed {
     }
 }
 
-async fn ask(program: &Path) -> Result<VmmBuild, String> {
+async fn ask_post_copy(program: &Path) -> String {
+    match answer(program, "--post-copy").await {
+        Ok(text) => {
+            let line = text.lines().next().unwrap_or_default().trim();
+            line.chars().take(WHY_MAX).collect()
+        }
+        // One of before post-copy does not know the question.
+        Err(why) => format!("the installed VMM cannot say whether it can: {why}"),
+    }
+}
+
+async fn answer(program: &Path, question: &str) -> Result<String, String> {
     let answer = Command::new(program)
-        .arg("--version")
+        .arg(question)
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .kill_on_drop(true)
         .output();
     let output = timeout(ANSWER_MAX, answer)
         .await
-        .map_err(|_| format!("no answer to --version in {} s", ANSWER_MAX.as_secs()))?
+        .map_err(|_| format!("no answer to {question} in {} s", ANSWER_MAX.as_secs()))?
         .map_err(|error| error.to_string())?;
     if !output.status.success() {
-        return Err(format!("--version ended with {}", output.status));
+        return Err(format!("{question} ended with {}", output.status));
     }
-    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+async fn ask(program: &Path) -> Result<VmmBuild, String> {
+    let text = answer(program, "--version").await?;
     parse(&text).ok_or_else(|| {
         let shown: String = text.chars().take(WORD_MAX).collect();
         format!("its answer to --version is {shown:?}; \"drover-vmm 1.2.3 build 0a1b…\" is due")
@@ -154,7 +186,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let program = dir.path().join("drover-vmm");
         let mut installed = Installed::new(&program);
-        assert!(!installed.look().await && installed.build().is_none());
+        installed.look().await;
+        assert!(installed.build().is_none());
         install(&program, "#!/bin/sh\necho drover-vmm 0.1.0 build 01\n");
         assert!(installed.look().await);
         assert_eq!(installed.build().unwrap().build, "01");
@@ -165,5 +198,18 @@ mod tests {
         install(&program, "#!/bin/sh\nexit 1\n");
         assert!(installed.look().await);
         assert_eq!(installed.build(), None);
+        assert!(installed.post_copy().contains("--post-copy ended with"));
+        install(
+            &program,
+            "#!/bin/sh\ntest $1 = --version && echo drover-vmm 0.1.0 || echo ok\n",
+        );
+        assert!(installed.look().await);
+        assert_eq!(installed.post_copy(), OK);
+        install(
+            &program,
+            "#!/bin/sh\ntest $1 = --version && echo drover-vmm 0.1.0 || echo no such file\n",
+        );
+        assert!(installed.look().await, "only that changed");
+        assert_eq!(installed.post_copy(), "no such file");
     }
 }

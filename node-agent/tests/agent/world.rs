@@ -61,6 +61,7 @@ impl World {
             memory_mib: Some(4096),
             cpus: Some(2),
             huge_pages: true,
+            post_copy: true,
         };
         Self {
             dir,

@@ -187,7 +187,12 @@ impl IoGate {
         !state.open && state.under_way == 0
     }
 
-    /// Ends all workers.
+    /// Whether nothing is under way.
+    pub fn is_idle(&self) -> bool {
+        self.state().under_way == 0
+    }
+
+    /// Ends all workers: nothing begins any more, whoever opens the gate.
     pub fn quit(&self) {
         self.state().quit = true;
         self.ring();
@@ -233,6 +238,18 @@ mod tests {
         let (gate, lock) = (IoGate::default(), Arc::new(Lock::default()));
         gate.add_held(lock.clone());
         (gate, lock)
+    }
+
+    #[test]
+    fn after_the_end_nothing_begins_although_a_lease_opens_the_gate() {
+        let (gate, _) = gate();
+        gate.open(u64::MAX).unwrap();
+        let begun = gate.begin();
+        assert!(begun.is_some() && !gate.is_idle());
+        gate.quit();
+        drop(begun);
+        gate.open(u64::MAX).unwrap();
+        assert!(gate.begin().is_none() && gate.is_idle());
     }
 
     #[test]

@@ -9,7 +9,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use drover_pki::{ClusterCa, Role};
-use drover_proto::v1::{GrantRequest, VmmInfo, VmmState};
+use drover_proto::Fault;
+use drover_proto::v1::{GrantRequest, MigrationOptions, StartOutgoingRequest, VmmInfo, VmmState};
 use drover_vmm::boot;
 use drover_vmm::config::Config;
 use drover_vmm::cpu::profile::Profile;
@@ -221,4 +222,70 @@ pub fn await_info(machine: &Machine, what: &str, done: impl Fn(&VmmInfo) -> bool
 /// Waits for a state.
 pub fn await_state(machine: &Machine, state: VmmState) -> VmmInfo {
     await_info(machine, state.as_str_name(), |info| info.state() == state)
+}
+
+/// The machine is the target of migration m1.
+pub fn incoming(config: &mut serde_json::Value, from: &str) {
+    incoming_by(config, "m1", from);
+}
+
+/// The machine is the target of a migration.
+pub fn incoming_by(config: &mut serde_json::Value, migration: &str, from: &str) {
+    config["incoming"] =
+        serde_json::json!({"migration": migration, "from_host": from, "listen_ip": "127.0.0.1"});
+}
+
+/// Where a target waits, once it does.
+pub fn listen_addr(machine: &Machine) -> String {
+    await_info(machine, "listen_addr", |info| !info.listen_addr.is_empty()).listen_addr
+}
+
+/// Starts migration m1 at the source.
+pub fn send(source: &Arc<Machine>, addr: String, target_host: &str) -> Result<(), Fault> {
+    send_by(source, "m1", addr, target_host)
+}
+
+/// Starts a migration at the source.
+pub fn send_by(source: &Arc<Machine>, migration: &str, addr: String, target_host: &str) -> Result<(), Fault> {
+    send_with(source, migration, addr, target_host, None)
+}
+
+/// Starts a migration with options at the source.
+pub fn send_with(
+    source: &Arc<Machine>,
+    migration: &str,
+    addr: String,
+    target_host: &str,
+    options: Option<MigrationOptions>,
+) -> Result<(), Fault> {
+    let request = StartOutgoingRequest {
+        migration: migration.into(),
+        target_addr: addr,
+        target_host: target_host.into(),
+        target_epoch: source.config().epoch + 1,
+        options,
+    };
+    source.start_outgoing(request).map(drop)
+}
+
+/// Waits for the failure of the machine's migration; gives its code.
+pub fn failure(machine: &Machine) -> String {
+    let failed = |info: &drover_proto::v1::VmmInfo| info.migration.clone()?.failure;
+    let info = await_info(machine, "failure", |info| failed(info).is_some());
+    failed(&info).unwrap().code
+}
+
+/// A guest that rewrites 24 of its 64 MiB as fast as it can.
+pub fn flat_out(config: &mut serde_json::Value) {
+    config["memory_mib"] = 160.into();
+    config["cmdline"] = "own=64M hot=24M".into();
+}
+
+/// A link slower than [`flat_out`] writes, even on a busy host.
+pub fn slow_link(max_throttle_percent: u32) -> Option<MigrationOptions> {
+    Some(MigrationOptions {
+        bandwidth_mib_s: 16,
+        max_throttle_percent,
+        ..MigrationOptions::default()
+    })
 }

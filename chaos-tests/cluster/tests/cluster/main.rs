@@ -12,6 +12,7 @@ mod kills;
 mod lifecycle;
 mod links;
 mod migration_port;
+mod post_copy;
 mod restarts;
 mod soak;
 mod switchover;

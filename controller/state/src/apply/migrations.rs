@@ -3,6 +3,7 @@
 //! ```text
 //!   PLANNED ──> PREPARING ──> PRE_COPY ──commit──> COMMITTED ──> DONE
 //!      └────────────┴────────────┴──abort──> ABORTED
+//!                                └──commit, pages missing──> POST_COPY ──> DONE; with a reason, if the run ended before they were there
 //! ```
 //!
 //! An upgrade, whose source and target are two VMMs of one host, goes the same way; its PRE_COPY copies nothing.
@@ -13,13 +14,13 @@
 
 use drover_proto::v1::{
     AbortMigrationRequest, AdvanceMigration, CommandResponse, CommitHandoverRequest, FinishMigration,
-    Forecast, Migration, MigrationPhase, Placement, PlanMigration, Reason, Receipt, VmState,
+    Forecast, Migration, MigrationPhase, Placement, PlanMigration, Reason, Receipt, VmState, WantPostCopy,
 };
 use drover_proto::{Code, Fault, LOCAL_ADDR};
 
 use super::{Applied, Effect, Tx, bounded, reason};
 use crate::limits::MIGRATIONS_ENDED_MAX;
-use crate::preflight::{Preflight, preflight};
+use crate::preflight::{Preflight, post_copy_obstacle, preflight};
 use crate::state::{epoch_of, host_of, is_committed, is_ended, migration_number};
 use crate::validate::{self, quoted};
 
@@ -110,6 +111,40 @@ impl Tx<'_> {
         Ok(self.migration_response(&advance.id, true))
     }
 
+    /// The source switches to post-copy when its agent has told it. Until the commit this changes nothing but what is wanted.
+    pub(super) fn want_post_copy(&mut self, want: &WantPostCopy) -> Applied {
+        self.go_on_by_post_copy(want).map_err(|fault| fault.field("id"))
+    }
+
+    fn go_on_by_post_copy(&mut self, want: &WantPostCopy) -> Applied {
+        let migration = self.known_migration(&want.id)?;
+        let id = &want.id;
+        if !migration.options.is_some_and(|options| options.allow_postcopy) {
+            let message = format!(
+                "id is {id}; it was begun without allow_postcopy: cancel it and begin again with --allow-postcopy"
+            );
+            return Err(Fault::new(Code::PostCopyNotAllowed, message));
+        }
+        if migration.phase() == MigrationPhase::PostCopy || migration.post_copy_wanted && !is_ended(migration)
+        {
+            return Ok(self.migration_response(id, true));
+        }
+        if is_ended(migration) || is_committed(migration) {
+            return Err(ended(migration));
+        }
+        if let Some(why) = self.state.host(&migration.to).and_then(post_copy_obstacle) {
+            let message = format!("{} cannot take a VM by post-copy: {why}", migration.to);
+            return Err(Fault::new(Code::PostCopyUnavailable, message));
+        }
+        let (now_ms, caller) = (self.now_ms, self.caller);
+        let message = format!("{} is to go on by post-copy, asked for by {caller}", migration.vm);
+        let migration = self.migration_mut(id);
+        migration.post_copy_wanted = true;
+        migration.changed_ms = now_ms;
+        self.migration_event("post_copy_wanted", id, message);
+        Ok(self.migration_response(id, true))
+    }
+
     pub(super) fn commit_handover(&mut self, commit: &CommitHandoverRequest) -> Applied {
         let checks_epoch = !drover_points::seeded_bug("no-epoch-check");
         let migration = self.known_migration(&commit.migration)?;
@@ -134,7 +169,7 @@ impl Tx<'_> {
             return Err(Fault::new(Code::StaleEpoch, message).field("epoch"));
         }
         match migration.phase() {
-            MigrationPhase::Committed | MigrationPhase::Done => {
+            MigrationPhase::Committed | MigrationPhase::PostCopy | MigrationPhase::Done => {
                 // Whether that epoch is still the VM's is what its grants say.
                 return Ok(self.migration_response(&commit.migration, true));
             }
@@ -148,6 +183,13 @@ impl Tx<'_> {
                 );
                 return Err(Fault::new(Code::InvalidArgument, message).field("migration"));
             }
+        }
+        if commit.post_copy && !migration.options.is_some_and(|options| options.allow_postcopy) {
+            let message = format!(
+                "post_copy is true; migration {} does not allow it",
+                commit.migration
+            );
+            return Err(Fault::new(Code::InvalidArgument, message).field("post_copy"));
         }
         let (from, to, name) = (migration.from.clone(), migration.to.clone(), migration.vm.clone());
         let vm = self.known_vm("vm", &name)?;
@@ -167,7 +209,11 @@ impl Tx<'_> {
         }
         let now_ms = self.now_ms;
         let migration = self.migration_mut(&commit.migration);
-        migration.set_phase(MigrationPhase::Committed);
+        migration.set_phase(if commit.post_copy {
+            MigrationPhase::PostCopy
+        } else {
+            MigrationPhase::Committed
+        });
         migration.changed_ms = now_ms;
         let vm = self.vm_mut(&name);
         vm.placement = Some(Placement {
@@ -179,8 +225,13 @@ impl Tx<'_> {
         self.set_vm_state(&name, VmState::Running, None);
         let lost = if from == to { "the old VMM" } else { from.as_str() };
         let message = format!(
-            "{name} belongs to {to} as epoch {}; {lost} has lost it",
-            commit.epoch
+            "{name} belongs to {to} as epoch {}; {lost} has lost it{}",
+            commit.epoch,
+            if commit.post_copy {
+                ", but for the pages that it still gives"
+            } else {
+                ""
+            }
         );
         self.migration_event("committed", &commit.migration, message);
         Ok(self.migration_response(&commit.migration, true))
@@ -214,7 +265,7 @@ impl Tx<'_> {
     pub(super) fn finish_migration(&mut self, finish: &FinishMigration) -> Applied {
         let migration = self.known_migration(&finish.id)?;
         match migration.phase() {
-            MigrationPhase::Committed => {
+            MigrationPhase::Committed | MigrationPhase::PostCopy => {
                 let (name, epoch) = (migration.vm.clone(), migration.epoch);
                 // A receipt is written by a guest that runs.
                 if let Some(vm) = self.state.vms.get_mut(&name)
@@ -223,7 +274,7 @@ impl Tx<'_> {
                 {
                     vm.seen_epoch = epoch;
                 }
-                self.end_done(&finish.id, finish.receipt.as_ref());
+                self.end_done(&finish.id, finish.receipt.as_ref(), None);
             }
             MigrationPhase::Done => {
                 let migration = self.migration_mut(&finish.id);
@@ -270,10 +321,14 @@ impl Tx<'_> {
         self.ended(id);
     }
 
-    /// COMMITTED → DONE.
-    pub(super) fn end_done(&mut self, id: &str, receipt: Option<&Receipt>) {
+    /// COMMITTED or POST_COPY → DONE. `lost`: why the run ended while pages were missing.
+    pub(super) fn end_done(&mut self, id: &str, receipt: Option<&Receipt>, lost: Option<Reason>) {
         let now_ms = self.now_ms;
         let migration = self.migration_mut(id);
+        if migration.phase() == MigrationPhase::PostCopy && receipt.is_none() {
+            migration.reason = lost;
+            migration.set_ended_in(MigrationPhase::PostCopy);
+        }
         migration.set_phase(MigrationPhase::Done);
         migration.receipt = receipt.map(bounded_receipt);
         migration.changed_ms = now_ms;
@@ -373,11 +428,17 @@ fn bounded_forecast(forecast: &Forecast) -> Forecast {
     forecast
 }
 
-/// A receipt from outside, its one text brought below its bound.
+/// A receipt from outside, its texts brought below their bounds.
 fn bounded_receipt(receipt: &Receipt) -> Receipt {
     const TRACKER_CHARS_MAX: usize = 16;
+    const WHY_CHARS_MAX: usize = 512;
     Receipt {
         tracker: receipt.tracker.chars().take(TRACKER_CHARS_MAX).collect(),
+        post_copy_unavailable: receipt
+            .post_copy_unavailable
+            .chars()
+            .take(WHY_CHARS_MAX)
+            .collect(),
         ..receipt.clone()
     }
 }
@@ -386,6 +447,10 @@ fn ended(migration: &Migration) -> Fault {
     let message = match (migration.phase(), migration.reason.as_ref()) {
         (MigrationPhase::Aborted, Some(why)) => format!("{} was aborted: {}", migration.id, why.message),
         (MigrationPhase::Committed, _) => format!("{} is committed: there is no way back", migration.id),
+        (MigrationPhase::PostCopy, _) => format!(
+            "{} is committed, {} runs on {} while its last pages come: there is no way back",
+            migration.id, migration.vm, migration.to
+        ),
         _ => format!("{} has ended", migration.id),
     };
     Fault::new(Code::MigrationEnded, message).field("migration")

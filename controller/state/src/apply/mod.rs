@@ -165,6 +165,7 @@ impl Tx<'_> {
             Some(Kind::CommitHandover(commit)) => self.commit_handover(commit),
             Some(Kind::AbortMigration(abort)) => self.abort_migration(abort),
             Some(Kind::FinishMigration(finish)) => self.finish_migration(finish),
+            Some(Kind::WantPostCopy(want)) => self.want_post_copy(want),
             // An entry of a newer build: every build of this version refuses it alike.
             None => Err(Fault::new(
                 Code::Internal,

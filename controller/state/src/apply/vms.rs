@@ -282,7 +282,7 @@ impl Tx<'_> {
             name,
             reason(Code::SourceFailed, format!("{name} failed: {}", why.message)),
         );
-        self.finish_committed(name);
+        self.finish_committed(name, why.clone());
         let message = format!("{name} failed: {} [{}]", why.message, why.code);
         self.set_vm_state(name, VmState::Failed, Some(why));
         self.vm_event("vm.failed", name, message);
@@ -290,8 +290,9 @@ impl Tx<'_> {
 
     /// Nothing executes the VM any more: it is stopped, or waits to be started again, or is removed.
     pub(super) fn run_is_over(&mut self, name: &str, why: &str) {
-        self.abort_uncommitted(name, reason(Code::VmStopped, format!("{name} was stopped")));
-        self.finish_committed(name);
+        let stopped = reason(Code::VmStopped, format!("{name} was stopped"));
+        self.abort_uncommitted(name, stopped.clone());
+        self.finish_committed(name, stopped);
         let vm = self.vm_mut(name);
         if vm.deleting {
             let epoch = epoch_of(vm);
@@ -363,10 +364,10 @@ impl Tx<'_> {
     }
 
     /// Ends the VM's migration when its hand-over is in the log: there is nothing more to wait for.
-    fn finish_committed(&mut self, name: &str) {
+    fn finish_committed(&mut self, name: &str, why: Reason) {
         let id = self.vm_mut(name).migration.clone();
         if self.state.migration(&id).is_some_and(is_committed) {
-            self.end_done(&id, None);
+            self.end_done(&id, None, Some(why));
         }
     }
 }
