@@ -192,7 +192,11 @@ impl Run {
 
 fn start(config: &Config) -> Soak {
     let setup = Setup {
-        settings: Settings::default(),
+        settings: Settings {
+            // A stalled migration ends, and with it what was to be struck: on a busy machine that is nobody's fault.
+            stall_timeout_ms: 10_000,
+            ..Settings::default()
+        },
         binaries: config.binaries.clone(),
         probe: config.probe.clone(),
         host_memory_mib: HOST_MEMORY_MIB,
