@@ -134,6 +134,7 @@ mod tests {
             verified: 1,
             lost,
             back: 0,
+            disk: None,
         };
         format!("{report}\r\n")
     }
