@@ -66,6 +66,9 @@ pub enum Command {
     /// Virtual machines
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Volumes: what VMs' disks hold
+    #[command(subcommand)]
+    Volume(VolumeCommand),
     /// Move a running VM to another host and show how it went
     Migrate(MigrateArgs),
     /// Migrations, under way and ended
@@ -207,6 +210,49 @@ pub enum VmCommand {
     Upgrade(UpgradeArgs),
 }
 
+/// `ctl volume …`
+#[derive(Debug, Subcommand)]
+pub enum VolumeCommand {
+    /// Create a volume, for `ctl vm create --disk`
+    Create {
+        /// Its name: lower-case letters, digits and '-'
+        name: String,
+        /// Its size in MiB, or with a unit, as 10GiB; its file takes room only as it is written to
+        #[arg(long, value_parser = parse_mib, value_name = "SIZE")]
+        size: u64,
+        /// The storage that it is on, one that the VM's hosts have (see `ctl host show`)
+        #[arg(long, default_value = "default")]
+        pool: String,
+    },
+    /// List the volumes and the VMs that have them
+    List,
+    /// Forget a volume that no VM has; its file stays in the pool
+    Delete {
+        /// Its name
+        volume: String,
+    },
+}
+
+fn parse_disk(text: &str) -> Result<v1::VmDisk, String> {
+    let (volume, read_only) = match text.split_once(':') {
+        None => (text, false),
+        Some((volume, "ro")) => (volume, true),
+        Some((_, mode)) => {
+            return Err(format!(
+                "\"{mode}\" is no mode of a disk: want VOLUME or VOLUME:ro"
+            ));
+        }
+    };
+    if volume.is_empty() {
+        return Err("the volume is missing: want VOLUME or VOLUME:ro".to_owned());
+    }
+    Ok(v1::VmDisk {
+        volume: volume.to_owned(),
+        read_only,
+        serial: String::new(),
+    })
+}
+
 /// `ctl vm create …`
 #[derive(Debug, Args)]
 pub struct CreateArgs {
@@ -234,6 +280,9 @@ pub struct CreateArgs {
     /// Whether the VM starts again by itself after it failed
     #[arg(long, value_enum, default_value_t, value_name = "POLICY")]
     pub restart: Restart,
+    /// A volume as a disk, `:ro` behind it to only read it; may be repeated, in the order in which the guest finds them
+    #[arg(long = "disk", value_name = "VOLUME[:ro]", value_parser = parse_disk)]
+    pub disks: Vec<v1::VmDisk>,
     /// Start on this host only [default: placement decides]
     #[arg(long, value_name = "HOST")]
     pub host: Option<String>,
@@ -562,6 +611,10 @@ mod tests {
             "ctl vm create vm1 --image probe --memory lots",
             "ctl vm create vm1 --image probe --vcpus 0",
             "ctl vm create vm1 --image probe --wait",
+            "ctl vm create vm1 --image probe --disk data:rw",
+            "ctl vm create vm1 --image probe --disk :ro",
+            "ctl volume create data",
+            "ctl volume create data --size some",
             "ctl vm create vm1 --image probe --cpu-profile pentium",
             "ctl migrate vm1 host2 --max-downtime 100",
             "ctl migrate vm1 host2 --throttle 0",

@@ -273,6 +273,35 @@ impl Client {
             .await
     }
 
+    /// Creates a volume.
+    pub async fn create_volume(&self, volume: v1::Volume) -> Result<v1::Volume> {
+        let request = v1::CreateVolumeRequest {
+            request_id: request_id()?,
+            volume: Some(volume),
+        };
+        self.plain(async |mut grpc| grpc.create_volume(request.clone()).await)
+            .await
+    }
+
+    /// All volumes, by name.
+    pub async fn volumes(&self) -> Result<Vec<v1::Volume>> {
+        let request = v1::ListVolumesRequest { allow_stale: false };
+        Ok(self
+            .plain(async |mut grpc| grpc.list_volumes(request).await)
+            .await?
+            .volumes)
+    }
+
+    /// Forgets a volume.
+    pub async fn delete_volume(&self, name: &str) -> Result<v1::Volume> {
+        let request = v1::DeleteVolumeRequest {
+            request_id: request_id()?,
+            name: name.to_owned(),
+        };
+        self.plain(async |mut grpc| grpc.delete_volume(request.clone()).await)
+            .await
+    }
+
     /// Moves a VM; `to` empty: placement picks.
     pub async fn migrate(&self, vm: &str, to: &str, options: v1::MigrationOptions) -> Result<v1::Migration> {
         self.plan_migration(vm, to, options, false).await

@@ -19,7 +19,7 @@ pub enum Exit {
     Failed = 1,
     /// The command line or one of its values is wrong.
     Usage = 2,
-    /// No such VM, host, image or migration.
+    /// No such VM, host, image, volume, pool or migration.
     NotFound = 3,
     /// The state of things does not allow it: exists already, does not fit, wrong state.
     Refused = 4,
@@ -41,7 +41,7 @@ Exit codes:
   0    done
   1    failed
   2    wrong usage or an invalid argument
-  3    no such VM, host, image or migration
+  3    no such VM, host, image, volume, pool or migration
   4    refused by the state of things (exists, does not fit, wrong state)
   5    no controller answers, or none of them leads
   6    the migration ended aborted
@@ -157,10 +157,15 @@ impl fmt::Display for Failure {
 pub fn exit_for(code: Code) -> Exit {
     match code {
         Code::InvalidArgument | Code::RequestIdReused => Exit::Usage,
-        Code::VmNotFound | Code::HostNotFound | Code::ImageNotFound | Code::MigrationNotFound => {
-            Exit::NotFound
-        }
+        Code::VmNotFound
+        | Code::HostNotFound
+        | Code::ImageNotFound
+        | Code::VolumeNotFound
+        | Code::PoolNotFound
+        | Code::MigrationNotFound => Exit::NotFound,
         Code::VmExists
+        | Code::VolumeExists
+        | Code::VolumeInUse
         | Code::ImageInvalid
         | Code::NoHostFits
         | Code::VmState

@@ -182,5 +182,6 @@ fn host_spec(config: &Config, addr: SocketAddr) -> Result<HostSpec, AgentError> 
         vmm: None,
         boot_id: inventory::boot_id().map_err(AgentError::Measure)?,
         post_copy: String::new(),
+        pools: config.pools.keys().cloned().collect(),
     })
 }

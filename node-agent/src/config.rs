@@ -1,14 +1,18 @@
 //! The agent's configuration: one JSON file, unknown fields refused, relative paths taken from its folder.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use drover_pki::TlsFiles;
 use serde::Deserialize;
 
+use crate::host::volumes::is_name;
+
 /// Most controllers that are tried in turn.
 const CONTROLLERS_MAX: usize = 16;
+/// Most pools of a host.
+const POOLS_MAX: usize = 64;
 /// Largest configuration file, bytes.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
 
@@ -48,6 +52,9 @@ pub struct Config {
     /// Whether VMs may come to this host by post-copy, where its kernel allows it.
     #[serde(default = "yes")]
     pub post_copy: bool,
+    /// Where volumes are: by pool, a folder on storage that all hosts with this pool share.
+    #[serde(default)]
+    pub pools: BTreeMap<String, PathBuf>,
 }
 
 /// What a setting is by default that is to be switched off.
@@ -114,6 +121,9 @@ impl Config {
         for field in [&mut config.data_dir, &mut config.images_dir, &mut config.vmm] {
             *field = base.join(&field);
         }
+        for folder in config.pools.values_mut() {
+            *folder = base.join(&folder);
+        }
         config.tls = config.tls.resolve(base);
         config.check().map_err(|(field, problem)| ConfigError::Value {
             path: path.to_owned(),
@@ -160,6 +170,14 @@ impl Config {
                 "0; want at least 1, or leave it out to have them counted".to_owned(),
             ));
         }
+        if self.pools.len() > POOLS_MAX {
+            let problem = format!("{} pools; want at most {POOLS_MAX}", self.pools.len());
+            return Err(("pools", problem));
+        }
+        if let Some(name) = self.pools.keys().find(|name| !is_name(name)) {
+            let problem = format!("{name:?} is no name; want 1 to 63 characters of a-z, 0-9 and -");
+            return Err(("pools", problem));
+        }
         Ok(())
     }
 }
@@ -186,7 +204,11 @@ mod tests {
 
     #[test]
     fn relative_paths_are_taken_from_the_files_folder() {
-        let config = read(&sample()).unwrap();
+        let mut sample = sample();
+        sample["pools"] = serde_json::json!({"default": "pool", "san": "/san"});
+        let config = read(&sample).unwrap();
+        assert_eq!(config.pools["default"].parent(), config.data_dir.parent());
+        assert_eq!(config.pools["san"], Path::new("/san"));
         assert!(config.data_dir.is_absolute() && config.data_dir.ends_with("data"));
         assert!(config.vmm.ends_with("bin/drover-vmm"));
         assert_eq!(config.images_dir, Path::new("/images"));
@@ -211,6 +233,7 @@ mod tests {
             ("migration_ip", serde_json::json!("::"), "migration_ip: ::"),
             ("memory_mib", serde_json::json!(0), "memory_mib: 0"),
             ("cpus", serde_json::json!(0), "cpus: 0"),
+            ("pools", serde_json::json!({"../x": "/x"}), "pools: \"../x\""),
             ("listen", serde_json::json!("nowhere"), "invalid socket address"),
             ("colour", serde_json::json!("red"), "unknown field `colour`"),
         ];

@@ -25,7 +25,7 @@ use drover_proto::v1::vmm_client::VmmClient;
 use drover_proto::v1::{
     AbortMigrationRequest, CommitHandoverRequest, CommitHandoverResponse, GrantRequest, MigrationPhase,
     Progress, Reason, ReportMigrationRequest, ReportVmRequest, VmDesired, VmSpec, VmmBuild, VmmInfo,
-    VmmState, WatchInfoRequest,
+    VmmState, Volume, WatchInfoRequest,
 };
 use drover_proto::{Code, Fault};
 use hyper_util::rt::TokioIo;
@@ -39,6 +39,7 @@ use crate::agent::Context;
 use crate::clock::boottime_ns;
 use crate::host::process::{self, Abandoned};
 use crate::host::store::{note_granted, was_granted, write_private};
+use crate::host::volumes;
 use crate::key::Key;
 use crate::loops::deadline_ns;
 use crate::pause_point;
@@ -66,6 +67,8 @@ const PROGRESS_PERIOD: Duration = Duration::from_millis(250);
 /// Progress that begins a blackout is held back for so long: mostly the VM runs by then, and until then the processors have better
 /// to do.
 const BLACKOUT_QUIET: Duration = Duration::from_millis(50);
+/// What a disk's serial number takes of its volume's name; a name is ASCII.
+const SERIAL_CHARS_MAX: usize = 20;
 /// A report of progress that is not taken by then is out of date.
 const PROGRESS_ATTEMPT: Duration = Duration::from_secs(1);
 
@@ -206,7 +209,10 @@ async fn start(context: &Arc<Context>, link: &Arc<Link>, desired: &VmDesired) ->
     if link.key.migration().is_some() {
         pause_point("agent.before_prepare").await;
     }
-    let config = vmm_config(context, &link.key, desired, &link.folder)?;
+    let mut config = vmm_config(context, &link.key, desired, &link.folder)?;
+    if let Some(spec) = desired.spec.as_ref().filter(|spec| !spec.disks.is_empty()) {
+        config["disks"] = disks(context, &link.key, spec, &desired.volumes).await?;
+    }
     let (context, link) = (context.clone(), link.clone());
     let failed = |what: &str, error: &dyn std::fmt::Display| {
         Fault::new(Code::VmmStartFailed, format!("{what}: {error}"))
@@ -306,6 +312,47 @@ fn vmm_config(
         "initrd": initrd, "cmdline": spec.cmdline, "cpu_profile": cpu_profile, "socket": socket,
         "tls": config.tls, "incoming": incoming,
     }))
+}
+
+/// What the VMM's config.json says of the VM's disks. Said only where there are any, as what a VMM of a version before them
+/// refuses. The files are there when this returns.
+async fn disks(
+    context: &Arc<Context>,
+    key: &Key,
+    spec: &VmSpec,
+    told: &[Volume],
+) -> Result<serde_json::Value, Fault> {
+    let mut disks = Vec::new();
+    for disk in &spec.disks {
+        let name = &disk.volume;
+        let refused = |code, message: String| Fault::new(code, message).field("disks");
+        let volume = told.iter().find(|volume| volume.name == *name).ok_or_else(|| {
+            refused(
+                Code::VolumeNotFound,
+                format!("{key} is desired without its volume {name}"),
+            )
+        })?;
+        let pool = context.config.pools.get(&volume.pool).ok_or_else(|| {
+            let host = &context.config.name;
+            refused(
+                Code::PoolNotFound,
+                format!("{host} has no pool {:?}, in which volume {name} is", volume.pool),
+            )
+        })?;
+        let (pool, volume) = (pool.clone(), volume.clone());
+        let (host, key) = (context.config.name.clone(), key.clone());
+        let there = tokio::task::spawn_blocking(move || volumes::ensure(&pool, &volume, &host, &key));
+        let path = there
+            .await
+            .map_err(|error| refused(Code::Internal, error.to_string()))??;
+        let serial = if disk.serial.is_empty() {
+            name.chars().take(SERIAL_CHARS_MAX).collect()
+        } else {
+            disk.serial.clone()
+        };
+        disks.push(serde_json::json!({"path": path, "read_only": disk.read_only, "serial": serial}));
+    }
+    Ok(disks.into())
 }
 
 async fn follow_info<F: Future<Output = ()>>(link: &Link, tell: &impl Fn(News) -> F) {

@@ -45,10 +45,18 @@ codes! {
     HostNotFound = "host_not_found", NotFound;
     /// No such image on any host that could run the VM.
     ImageNotFound = "image_not_found", NotFound;
+    /// No such volume.
+    VolumeNotFound = "volume_not_found", NotFound;
+    /// The host does not have the pool, or no host has it.
+    PoolNotFound = "pool_not_found", NotFound;
     /// No such migration.
     MigrationNotFound = "migration_not_found", NotFound;
     /// A VM of this name exists.
     VmExists = "vm_exists", AlreadyExists;
+    /// A volume of this name exists.
+    VolumeExists = "volume_exists", AlreadyExists;
+    /// A VM has the volume: it can be neither deleted nor had by another, unless all only read it.
+    VolumeInUse = "volume_in_use", FailedPrecondition;
     /// The image is not a kernel that can be booted.
     ImageInvalid = "image_invalid", FailedPrecondition;
     /// No host, or not the asked one, can take the VM; the message lists every host with its reason.

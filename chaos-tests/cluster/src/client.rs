@@ -11,11 +11,12 @@ use anyhow::{Context, Result};
 use drover_pki::{Credentials, controller_dns};
 use drover_proto::v1::controller_client::ControllerClient;
 use drover_proto::v1::{
-    CancelMigrationRequest, Cluster as ClusterInfo, CreateVmRequest, DeleteVmRequest, GetClusterRequest,
-    GetMigrationRequest, GetVmRequest, Host, ListEventsRequest, ListHostsRequest, ListMigrationsRequest,
-    MigrateVmRequest, Migration, MigrationForecast, MigrationOptions, MigrationPhase,
-    PostcopyMigrationRequest, ReadConsoleRequest, ReadConsoleResponse, StartVmRequest, StopVmRequest, Vm,
-    VmSpec, VmState, WatchMigrationRequest, WriteConsoleRequest,
+    CancelMigrationRequest, Cluster as ClusterInfo, CreateVmRequest, CreateVolumeRequest, DeleteVmRequest,
+    DeleteVolumeRequest, GetClusterRequest, GetMigrationRequest, GetVmRequest, Host, ListEventsRequest,
+    ListHostsRequest, ListMigrationsRequest, ListVolumesRequest, MigrateVmRequest, Migration,
+    MigrationForecast, MigrationOptions, MigrationPhase, PostcopyMigrationRequest, ReadConsoleRequest,
+    ReadConsoleResponse, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState, Volume, WatchMigrationRequest,
+    WriteConsoleRequest,
 };
 use drover_proto::{Code, Fault};
 use tokio::runtime::Runtime;
@@ -148,6 +149,41 @@ impl Client {
         self.call(|mut client| {
             let request = request.clone();
             async move { client.create_vm(request).await }
+        })
+    }
+
+    /// Creates a volume in the pool `default`.
+    pub fn create_volume(&self, name: &str, size_bytes: u64) -> Result<Volume, Fault> {
+        let volume = Volume {
+            name: name.to_owned(),
+            size_bytes,
+            ..Volume::default()
+        };
+        let request = CreateVolumeRequest {
+            request_id: request_id(),
+            volume: Some(volume),
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.create_volume(request).await }
+        })
+    }
+
+    /// Every volume.
+    pub fn volumes(&self) -> Result<Vec<Volume>, Fault> {
+        self.call(|mut client| async move { client.list_volumes(ListVolumesRequest::default()).await })
+            .map(|answer| answer.volumes)
+    }
+
+    /// Deletes a volume.
+    pub fn delete_volume(&self, name: &str) -> Result<Volume, Fault> {
+        let request = DeleteVolumeRequest {
+            request_id: request_id(),
+            name: name.to_owned(),
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.delete_volume(request).await }
         })
     }
 

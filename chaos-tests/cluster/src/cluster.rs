@@ -33,6 +33,9 @@ const AGENT_PORT: u16 = 7101;
 /// The VMM's program; what is installed on a host lies in the host's folder.
 const VMM: &str = "drover-vmm";
 
+/// The folder of the pool `default`, which all hosts but the last have.
+const POOL: &str = "pool";
+
 /// A file that says that the folder is to be kept.
 const KEPT: &str = "kept";
 
@@ -239,6 +242,7 @@ impl Cluster {
         let ca = ClusterCa::create(CLUSTER_ID)?;
         let images = root.path().join("images");
         fs::create_dir(&images)?;
+        fs::create_dir(root.path().join(POOL))?;
         fs::copy(&setup.probe, images.join("probe")).context("copying the probe")?;
         fs::write(
             images.join("novel"),
@@ -566,6 +570,11 @@ impl Cluster {
             .issue_to(&self.root.path().join(format!("as-{name}")), role, name)?)
     }
 
+    /// A volume's file in the pool `default`.
+    pub fn volume_file(&self, volume: &str) -> PathBuf {
+        self.root.path().join(POOL).join(volume).join("data.raw")
+    }
+
     /// A folder for a test's own files.
     pub fn scratch(&self) -> &Path {
         self.root.path()
@@ -630,10 +639,15 @@ fn controller_config(index: usize, tls: &TlsFiles, settings: &Settings) -> serde
 
 fn agent_config(index: usize, tls: &TlsFiles, images: &Path, setup: &Setup) -> serde_json::Value {
     let own = format!("{}:{AGENT_PORT}", host_ip(index));
+    let pools = if index + 1 < PARTIES {
+        json!({"default": format!("../{POOL}")})
+    } else {
+        json!({})
+    };
     json!({
         "cluster_id": CLUSTER_ID, "name": host_name(index), "data_dir": "data", "listen": own, "advertise": own,
         "migration_ip": host_ip(index), "controllers": controller_addrs(), "images_dir": images,
-        "vmm": VMM, "tls": tls, "memory_mib": setup.host_memory_mib, "cpus": 8,
+        "vmm": VMM, "tls": tls, "memory_mib": setup.host_memory_mib, "cpus": 8, "pools": pools,
     })
 }
 

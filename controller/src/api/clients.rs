@@ -9,12 +9,13 @@ use drover_proto::v1::command::Kind;
 use drover_proto::v1::controller_server::Controller;
 use drover_proto::v1::{
     AbortMigrationRequest, CancelMigrationRequest, Cluster, CommandResponse, CreateVm, CreateVmRequest,
-    DeleteVm, DeleteVmRequest, GetClusterRequest, GetHostRequest, GetMigrationRequest, GetVmRequest, Host,
-    ListEventsRequest, ListEventsResponse, ListHostsRequest, ListHostsResponse, ListMigrationsRequest,
-    ListMigrationsResponse, ListVmsRequest, ListVmsResponse, MigrateVmRequest, Migration, MigrationForecast,
-    PlanMigration, PostcopyMigrationRequest, ReadConsoleRequest, ReadConsoleResponse, Reason, StartVm,
-    StartVmRequest, StopVm, StopVmRequest, Vm, WantPostCopy, WatchMigrationRequest, WatchMigrationResponse,
-    WriteConsoleRequest, WriteConsoleResponse,
+    CreateVolume, CreateVolumeRequest, DeleteVm, DeleteVmRequest, DeleteVolume, DeleteVolumeRequest,
+    GetClusterRequest, GetHostRequest, GetMigrationRequest, GetVmRequest, Host, ListEventsRequest,
+    ListEventsResponse, ListHostsRequest, ListHostsResponse, ListMigrationsRequest, ListMigrationsResponse,
+    ListVmsRequest, ListVmsResponse, ListVolumesRequest, ListVolumesResponse, MigrateVmRequest, Migration,
+    MigrationForecast, PlanMigration, PostcopyMigrationRequest, ReadConsoleRequest, ReadConsoleResponse,
+    Reason, StartVm, StartVmRequest, StopVm, StopVmRequest, Vm, Volume, WantPostCopy, WatchMigrationRequest,
+    WatchMigrationResponse, WriteConsoleRequest, WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use drover_state::{State, Usage};
@@ -212,6 +213,45 @@ impl Controller for Api {
                 )
             },
             |_, response| response.vm,
+        )
+        .await
+    }
+
+    async fn create_volume(&self, mut request: Request<CreateVolumeRequest>) -> Answer<Volume> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/CreateVolume",
+            request,
+            |_, message| {
+                let create = CreateVolume {
+                    volume: message.volume,
+                };
+                (message.request_id, Kind::CreateVolume(create))
+            },
+            |_, response| response.volume,
+        )
+        .await
+    }
+
+    async fn list_volumes(&self, request: Request<ListVolumesRequest>) -> Answer<ListVolumesResponse> {
+        let stale = request.get_ref().allow_stale;
+        self.read("/drover.v1.Controller/ListVolumes", request, stale, |api, _| {
+            let volumes = api.consensus.read(State::volumes_with_users);
+            Ok(ListVolumesResponse { volumes })
+        })
+        .await
+    }
+
+    async fn delete_volume(&self, mut request: Request<DeleteVolumeRequest>) -> Answer<Volume> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/DeleteVolume",
+            request,
+            |_, message| {
+                let delete = DeleteVolume { name: message.name };
+                (message.request_id, Kind::DeleteVolume(delete))
+            },
+            |_, response| response.volume,
         )
         .await
     }

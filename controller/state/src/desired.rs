@@ -5,10 +5,12 @@
 //! stopped or that failed is in neither, so its VMM is destroyed; if nobody does that, its lease ends it. One that is
 //! being stopped stays in `stopping` until its agent has reported it gone.
 
-use drover_proto::v1::{HostDesired, Migration, MigrationPhase, Vm, VmDesired, VmRef, VmRole, VmState};
+use drover_proto::v1::{
+    HostDesired, Migration, MigrationPhase, Vm, VmDesired, VmRef, VmRole, VmState, Volume,
+};
 use prost::Message;
 
-use crate::state::{State, epoch_of, host_of, is_committed, is_ended};
+use crate::state::{State, epoch_of, host_of, is_committed, is_ended, spec_of};
 
 /// The VMMs that shall exist on the host, and those whose end is awaited, by VM name. `revision` is a digest of both
 /// lists: it changes exactly when they do, and is never 0.
@@ -23,6 +25,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 role: VmRole::Run.into(),
                 migration: migration_of_run(state, vm).cloned(),
                 arrived_by: arrived_by(vm).to_owned(),
+                volumes: volumes_of(state, vm),
             });
         }
         if let Some(migration) = incoming(state, vm, host) {
@@ -33,6 +36,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 role: VmRole::Incoming.into(),
                 migration: Some(migration.clone()),
                 arrived_by: String::new(),
+                volumes: volumes_of(state, vm),
             });
         }
         if let Some(migration) = serving(state, vm, host) {
@@ -86,6 +90,15 @@ fn has_run(vm: &Vm) -> bool {
         vm.state(),
         VmState::Starting | VmState::Running | VmState::Paused | VmState::Unknown
     )
+}
+
+/// The volumes of the VM's disks, in their order.
+fn volumes_of(state: &State, vm: &Vm) -> Vec<Volume> {
+    let disks = &spec_of(vm).disks;
+    disks
+        .iter()
+        .filter_map(|disk| state.volume(&disk.volume).cloned())
+        .collect()
 }
 
 /// The migration that brought the placement's epoch, or nothing: then the VM booted for it.

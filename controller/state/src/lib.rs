@@ -23,6 +23,7 @@ pub mod preflight;
 mod snapshot;
 mod state;
 mod validate;
+mod volumes;
 
 pub use apply::{Effect, apply, into_result, may_restart, refusal};
 pub use desired::{desired, grants};

@@ -44,6 +44,21 @@ pub const POST_COPY_CHARS_MAX: usize = 512;
 /// Bytes of a reason's message; longer ones are cut.
 pub const REASON_BYTES_MAX: usize = 4_096;
 
+/// Volumes in the cluster: more than one for each VM.
+pub const VOLUMES_MAX: usize = 40_000;
+/// Disks of one VM: the VMM's bus has room for them.
+pub const DISKS_MAX: usize = 24;
+/// Bytes of a disk's serial number: what virtio's `GET_ID` carries.
+pub const SERIAL_BYTES_MAX: usize = 20;
+/// A volume is a multiple of this, bytes, and at least one.
+pub const VOLUME_BYTES_UNIT: u64 = 1 << 20;
+/// The largest volume, bytes.
+pub const VOLUME_BYTES_MAX: u64 = 64 << 40;
+/// Pools that one host may report.
+pub const HOST_POOLS_MAX: usize = 64;
+/// The pool of a volume that names none.
+pub const POOL_DEFAULT: &str = "default";
+
 /// vCPUs placed on a host for each of its CPUs: beyond it guests starve each other.
 pub const VCPUS_PER_CPU_MAX: u32 = 8;
 /// Hosts named with their reason when none fits; the rest is counted.

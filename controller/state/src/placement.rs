@@ -12,6 +12,7 @@ use drover_proto::{Code, Fault};
 use crate::limits::{REFUSALS_SHOWN_MAX, VCPUS_PER_CPU_MAX};
 use crate::state::{State, Usage};
 use crate::validate::quoted;
+use crate::volumes;
 
 /// What the place is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +71,10 @@ pub fn fits(state: &State, spec: &VmSpec, purpose: Purpose<'_>, host: &str) -> R
 pub(crate) fn could_ever_fit(state: &State, spec: &VmSpec) -> Result<(), Fault> {
     let mut refusals = Vec::new();
     for host in state.hosts() {
-        match capacity(spec, host, Usage::default()).and_then(|_| pin(spec, Purpose::Start, host)) {
+        let may = capacity(spec, host, Usage::default())
+            .and_then(|_| pin(spec, Purpose::Start, host))
+            .and_then(|()| volumes::reaches(state, spec, host));
+        match may {
             Ok(()) => return Ok(()),
             Err(fault) => refusals.push((host_name(host), fault)),
         }
@@ -121,6 +125,7 @@ fn check(
     }
     let score = capacity(spec, host, usage)?;
     images(spec, host)?;
+    volumes::reaches(state, spec, host)?;
     cpu(state, spec, purpose, host)?;
     device_model(state, purpose, host)?;
     Ok(score)
@@ -194,7 +199,7 @@ pub(crate) fn target_checks(
     spec: &VmSpec,
     from: &str,
     host: &Host,
-) -> [(&'static str, Result<String, Fault>); 5] {
+) -> Vec<(&'static str, Result<String, Fault>)> {
     let usage = state.usages().get(host_name(host)).copied().unwrap_or_default();
     let purpose = Purpose::Migrate { from };
     let memory = memory(spec, host, usage).map(|(free, total)| {
@@ -206,7 +211,7 @@ pub(crate) fn target_checks(
     let vcpus = vcpus(spec, host, usage)
         .map(|(free, total)| format!("has {free} vCPUs free of {total}, {} are needed", spec.vcpus));
     let profile = &spec.cpu_profile;
-    [
+    let mut checks = vec![
         ("memory", memory),
         ("vcpus", vcpus),
         (
@@ -222,7 +227,15 @@ pub(crate) fn target_checks(
             "device_model",
             device_model(state, purpose, host).map(|()| format!("reads the save-state that {from} writes")),
         ),
-    ]
+    ];
+    if !spec.disks.is_empty() {
+        let reaches = volumes::reaches(state, spec, host);
+        checks.push((
+            "pools",
+            reaches.map(|()| "has the pools of its volumes".to_owned()),
+        ));
+    }
+    checks
 }
 
 /// What is wrong with an image that is to be booted or loaded, if anything.

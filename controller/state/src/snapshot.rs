@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use drover_proto::v1::{StateSnapshot, VmRef};
 use prost::Message;
 
-use crate::limits::{EVENTS_MAX, HOSTS_MAX, REQUESTS_MAX, RETIRED_MAX, SNAPSHOT_BYTES_MAX, VMS_MAX};
+use crate::limits::{
+    EVENTS_MAX, HOSTS_MAX, REQUESTS_MAX, RETIRED_MAX, SNAPSHOT_BYTES_MAX, VMS_MAX, VOLUMES_MAX,
+};
 use crate::state::{Requests, State, migration_number};
 
 /// Why bytes are not a snapshot.
@@ -47,6 +49,7 @@ impl State {
             next_event: self.next_event,
             retired: retired.collect(),
             epoch_floor: self.epoch_floor,
+            volumes: self.volumes.values().cloned().collect(),
         }
         .encode_to_vec()
     }
@@ -98,6 +101,9 @@ impl State {
             settings: snapshot.settings.ok_or(DecodeError::List("settings"))?,
             hosts: keyed(snapshot.hosts, HOSTS_MAX, "hosts", name_of_host)?,
             vms: keyed(snapshot.vms, VMS_MAX, "vms", name_of_vm)?,
+            volumes: keyed(snapshot.volumes, VOLUMES_MAX, "volumes", |volume| {
+                Some(volume.name.clone())
+            })?,
             migrations,
             events: snapshot.events.into(),
             requests,

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use drover_proto::v1::{
-    Blackout, Event, Host, HostState, Migration, MigrationPhase, RequestRecord, Settings, Vm, VmSpec, VmState,
+    Blackout, Event, Host, HostState, Migration, MigrationPhase, RequestRecord, Settings, Vm, VmSpec,
+    VmState, Volume,
 };
 
 /// The replicated state of one cluster. Equal logs give equal states, byte for byte once encoded.
@@ -13,6 +14,7 @@ pub struct State {
     pub(crate) settings: Settings,
     pub(crate) hosts: BTreeMap<String, Host>,
     pub(crate) vms: BTreeMap<String, Vm>,
+    pub(crate) volumes: BTreeMap<String, Volume>,
     pub(crate) migrations: BTreeMap<u64, Migration>,
     pub(crate) events: VecDeque<Event>,
     pub(crate) requests: Requests,
@@ -47,6 +49,7 @@ impl Default for State {
             settings: default_settings(),
             hosts: BTreeMap::new(),
             vms: BTreeMap::new(),
+            volumes: BTreeMap::new(),
             migrations: BTreeMap::new(),
             events: VecDeque::new(),
             requests: Requests::default(),

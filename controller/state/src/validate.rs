@@ -3,13 +3,16 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use drover_proto::v1::{Compression, HostSpec, MigrationOptions, RestartPolicy, Settings, VmSpec, VmmBuild};
+use drover_proto::v1::{
+    Compression, HostSpec, MigrationOptions, RestartPolicy, Settings, VmSpec, VmmBuild, Volume,
+};
 use drover_proto::{Code, Fault};
 
 use crate::limits::{
-    BANDWIDTH_MIB_S_MAX, BUILD_CHARS_MAX, CMDLINE_BYTES_MAX, DEADLINE_MS_MAX, HOST_LIST_MAX,
-    IMAGE_NAME_BYTES_MAX, MAX_DOWNTIME_MS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN, NAME_BYTES_MAX,
-    POST_COPY_CHARS_MAX, STREAMS_MAX, TEXT_BYTES_MAX, THROTTLE_PERCENT_MAX, VCPUS_MAX,
+    BANDWIDTH_MIB_S_MAX, BUILD_CHARS_MAX, CMDLINE_BYTES_MAX, DEADLINE_MS_MAX, DISKS_MAX, HOST_LIST_MAX,
+    HOST_POOLS_MAX, IMAGE_NAME_BYTES_MAX, MAX_DOWNTIME_MS_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN,
+    NAME_BYTES_MAX, POOL_DEFAULT, POST_COPY_CHARS_MAX, SERIAL_BYTES_MAX, STREAMS_MAX, TEXT_BYTES_MAX,
+    THROTTLE_PERCENT_MAX, VCPUS_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_UNIT,
 };
 use crate::state::default_settings;
 
@@ -116,7 +119,63 @@ pub(crate) fn vm_spec(spec: Option<&VmSpec>) -> Result<VmSpec, Fault> {
     if !spec.host.is_empty() {
         name("spec.host", &spec.host)?;
     }
+    disks(&spec)?;
     Ok(spec)
+}
+
+/// The form of a spec's disks. What they name is looked up elsewhere.
+fn disks(spec: &VmSpec) -> Result<(), Fault> {
+    const FIELD: &str = "spec.disks";
+    if spec.disks.len() > DISKS_MAX {
+        let message = format!(
+            "{FIELD} has {} disks; at most {DISKS_MAX} are possible",
+            spec.disks.len()
+        );
+        return Err(invalid(FIELD, message));
+    }
+    for (at, disk) in spec.disks.iter().enumerate() {
+        name("spec.disks.volume", &disk.volume)?;
+        if spec.disks[..at].iter().any(|other| other.volume == disk.volume) {
+            let message = format!("{FIELD} names volume {} twice; once is possible", disk.volume);
+            return Err(invalid("spec.disks.volume", message));
+        }
+        let printable = disk.serial.bytes().all(|byte| byte.is_ascii_graphic());
+        if disk.serial.len() > SERIAL_BYTES_MAX || !printable {
+            let message = format!(
+                "the serial number of volume {} is {}; at most {SERIAL_BYTES_MAX} printable ASCII characters without blanks are possible",
+                disk.volume,
+                quoted(&disk.serial)
+            );
+            return Err(invalid("spec.disks.serial", message));
+        }
+    }
+    Ok(())
+}
+
+/// Checks what is asked for of a volume and fills in its pool; all else of it is the cluster's to say.
+pub(crate) fn volume(asked: Option<&Volume>) -> Result<Volume, Fault> {
+    let asked = asked.cloned().unwrap_or_default();
+    name("volume.name", &asked.name)?;
+    let pool = if asked.pool.is_empty() {
+        POOL_DEFAULT.to_owned()
+    } else {
+        asked.pool
+    };
+    name("volume.pool", &pool)?;
+    let size_bytes = asked.size_bytes;
+    let whole = size_bytes.is_multiple_of(VOLUME_BYTES_UNIT);
+    if !whole || !(VOLUME_BYTES_UNIT..=VOLUME_BYTES_MAX).contains(&size_bytes) {
+        let message = format!(
+            "volume.size_bytes is {size_bytes}; a multiple of {VOLUME_BYTES_UNIT} (1 MiB), at most {VOLUME_BYTES_MAX} (64 TiB), is possible"
+        );
+        return Err(invalid("volume.size_bytes", message));
+    }
+    Ok(Volume {
+        name: asked.name,
+        pool,
+        size_bytes,
+        ..Volume::default()
+    })
 }
 
 fn image_name(field: &str, value: &str) -> Result<(), Fault> {
@@ -175,6 +234,8 @@ pub(crate) fn host_spec(spec: &HostSpec) -> Result<HostSpec, Fault> {
     spec.cpu_features.dedup();
     spec.kvm_caps.sort_unstable();
     spec.kvm_caps.dedup();
+    spec.pools.sort_unstable();
+    spec.pools.dedup();
     spec.images.sort_by(|a, b| a.name.cmp(&b.name));
     spec.images.dedup_by(|a, b| a.name == b.name);
     Ok(spec)
@@ -216,6 +277,14 @@ fn host_lists(spec: &HostSpec) -> Result<(), Fault> {
             ));
         }
     }
+    if spec.pools.len() > HOST_POOLS_MAX {
+        let message = format!(
+            "spec.pools has {} pools; at most {HOST_POOLS_MAX} are possible",
+            spec.pools.len()
+        );
+        return Err(invalid("spec.pools", message));
+    }
+    spec.pools.iter().try_for_each(|pool| name("spec.pools", pool))?;
     let too_long = |text: &str| text.len() > TEXT_BYTES_MAX;
     if spec.images.len() > HOST_LIST_MAX
         || spec.images.iter().any(|image| {

@@ -11,16 +11,19 @@ use common::*;
 use drover_proto::Code;
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::{Command, MigrationPhase, RestartPolicy, VmState};
-use drover_state::{State, apply, epoch_of, grants, host_of, into_result, is_committed};
+use drover_state::{State, apply, desired, epoch_of, grants, host_of, into_result, is_committed};
 use proptest::prelude::*;
 
 const HOSTS: [&str; 3] = ["host1", "host2", "host3"];
+const VOLUMES: [&str; 3] = ["vol1", "vol2", "vol3"];
 const VMS: [&str; 4] = ["vm1", "vm2", "vm3", "vm4"];
 
 /// One step, its numbers still relative: epochs to the VM's, migrations to the newest.
 #[derive(Clone, Debug)]
 enum Step {
-    Create(usize, u64),
+    Create(usize, u64, Vec<(usize, bool)>),
+    CreateVolume(usize, u64),
+    DeleteVolume(usize),
     Start(usize),
     Stop(usize),
     Delete(usize),
@@ -54,7 +57,10 @@ fn step() -> impl Strategy<Value = Step> {
     ];
     let back = prop_oneof![5 => Just(0_u64), 1 => 1..4_u64];
     prop_oneof![
-        2 => (vm.clone(), 100..700_u64).prop_map(|(v, m)| Step::Create(v, m)),
+        3 => (vm.clone(), 100..700_u64, prop::collection::vec((0..VOLUMES.len(), any::<bool>()), 0..3))
+            .prop_map(|(v, m, d)| Step::Create(v, m, d)),
+        2 => (0..VOLUMES.len(), 0..4_u64).prop_map(|(v, size)| Step::CreateVolume(v, size)),
+        1 => (0..VOLUMES.len()).prop_map(Step::DeleteVolume),
         1 => vm.clone().prop_map(Step::Start),
         1 => vm.clone().prop_map(Step::Stop),
         1 => vm.clone().prop_map(Step::Delete),
@@ -85,8 +91,13 @@ fn resolve(state: &State, step: &Step) -> Kind {
         migration.cloned().unwrap_or_default()
     };
     match *step {
-        Step::Create(vm, memory_mib) => {
-            let Kind::CreateVm(mut request) = create(VMS[vm]) else {
+        Step::Create(vm, memory_mib, ref disks) => {
+            let named = |(volume, reads): &(usize, bool)| {
+                format!("{}{}", VOLUMES[*volume], if *reads { ":ro" } else { "" })
+            };
+            let disks: Vec<String> = disks.iter().map(named).collect();
+            let disks: Vec<&str> = disks.iter().map(String::as_str).collect();
+            let Kind::CreateVm(mut request) = create_with_disks(VMS[vm], &disks) else {
                 unreachable!()
             };
             let spec = request.spec.as_mut().unwrap();
@@ -94,6 +105,8 @@ fn resolve(state: &State, step: &Step) -> Kind {
             spec.set_restart(RestartPolicy::OnFailure);
             Kind::CreateVm(request)
         }
+        Step::CreateVolume(volume, mib) => create_volume(VOLUMES[volume], "", mib << 20),
+        Step::DeleteVolume(volume) => delete_volume(VOLUMES[volume]),
         Step::Start(vm) => start(VMS[vm]),
         Step::Stop(vm) => stop(VMS[vm]),
         Step::Delete(vm) => delete(VMS[vm]),
@@ -219,6 +232,28 @@ fn capacity_respected(state: &State) {
     }
 }
 
+/// Every disk has its volume, every host that may run it has the volume told, and a volume with a writer has no other user.
+fn volumes_have_one_writer_or_only_readers(state: &State) {
+    let mut users: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+    for disk in state.vms().flat_map(|vm| &vm.spec.as_ref().unwrap().disks) {
+        assert!(state.volume(&disk.volume).is_some(), "{} is gone", disk.volume);
+        let (writers, all) = users.entry(disk.volume.as_str()).or_default();
+        *writers += usize::from(!disk.read_only);
+        *all += 1;
+    }
+    for (volume, (writers, all)) in users {
+        assert!(
+            writers == 0 || all == 1,
+            "{volume}: {writers} writers of {all} users"
+        );
+    }
+    for vm in HOSTS.iter().flat_map(|host| desired(state, host).vms) {
+        let told: Vec<&String> = vm.volumes.iter().map(|volume| &volume.name).collect();
+        let disks = vm.spec.as_ref().unwrap().disks.iter();
+        assert_eq!(told, disks.map(|disk| &disk.volume).collect::<Vec<_>>());
+    }
+}
+
 fn migrations_go_forward(before: &State, after: &State) {
     for migration in after.migrations() {
         let under_way = after
@@ -272,6 +307,7 @@ proptest! {
             capacity_respected(&state);
             upgrades_stay_on_their_host(&before, &state);
             migrations_go_forward(&before, &state);
+            volumes_have_one_writer_or_only_readers(&state);
         }
     }
 

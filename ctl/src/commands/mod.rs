@@ -11,6 +11,7 @@ mod progress;
 mod terminal;
 pub mod upgrade;
 pub mod vm;
+pub mod volume;
 
 use std::time::{Duration, Instant};
 

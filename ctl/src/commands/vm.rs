@@ -67,6 +67,7 @@ async fn create(session: &Session, args: &CreateArgs) -> Result<()> {
         cpu_profile: args.cpu_profile.clone(),
         restart: restart.into(),
         host: args.host.clone().unwrap_or_default(),
+        disks: args.disks.clone(),
     };
     let mut vm = session.client.create_vm(spec, args.start).await?;
     if args.wait {

@@ -154,9 +154,15 @@ impl Folder {
         self.root.join("images")
     }
 
+    /// The folder of the pool `default`, which all hosts share.
+    pub fn pool(&self) -> PathBuf {
+        self.root.join("pool")
+    }
+
     /// Makes what is missing: CA, identities, configurations, the context.
     pub fn prepare(&self, vmm: &Path) -> Result<()> {
         make_dir(&self.images())?;
+        make_dir(&self.pool())?;
         let ca = self.ca()?;
         for (node, id) in self.plan.controllers.iter().zip(1_u64..) {
             let tls = self.identity(&ca, &node.name, Role::Controller, &node.name)?;
@@ -244,6 +250,7 @@ impl Folder {
             "vmm": vmm,
             "tls": beside(tls),
             "memory_mib": memory_mib,
+            "pools": { "default": "../pool" },
         })
     }
 
@@ -458,6 +465,8 @@ mod tests {
         let agent = read(&folder.of("host3").join("config.json"));
         assert_eq!(agent["vmm"], "/opt/drover-vmm");
         assert_eq!(agent["images_dir"], "../images");
+        assert_eq!(agent["pools"]["default"], "../pool");
+        assert!(folder.pool().is_dir());
         assert_eq!(agent["controllers"].as_array().map(Vec::len), Some(3));
         assert!(agent["memory_mib"].as_u64().unwrap() >= MEMORY_MIB_MIN);
 

@@ -176,6 +176,8 @@ pub struct HostView {
     pub boot_id: String,
     /// The images it has.
     pub images: Vec<HostImageView>,
+    /// Storage for volumes that it reaches.
+    pub pools: Vec<String>,
     /// What KVM offers.
     pub kvm_caps: Vec<String>,
     /// The CPU's features.
@@ -229,6 +231,7 @@ impl From<v1::Host> for HostView {
             device_model: spec.device_model,
             boot_id: spec.boot_id,
             images: spec.images.into_iter().map(HostImageView::from).collect(),
+            pools: spec.pools,
             kvm_caps: spec.kvm_caps,
             cpu_features: spec.cpu_features,
             registered_ms: host.registered_ms,
@@ -299,6 +302,7 @@ impl Detailed for HostView {
             ("device model", self.device_model.to_string()),
             ("boot id", self.boot_id.clone()),
             ("images", images.join(", ")),
+            ("pools", dash(some(self.pools.join(", ")).as_deref())),
             ("kvm", self.kvm_caps.join(" ")),
             ("cpu", self.cpu_features.join(" ")),
             ("registered", instant(self.registered_ms)),

@@ -8,12 +8,14 @@ mod forecast;
 mod migration;
 mod upgrade;
 mod vm;
+mod volume;
 
 pub use cluster::{ClusterView, EventView, HostView, ImageView};
 pub use forecast::DryRunView;
 pub use migration::{MigrationView, StreamView};
 pub use upgrade::{UpgradeView, VmmView};
 pub use vm::{VmView, vm_state_word};
+pub use volume::VolumeView;
 
 use drover_proto::v1;
 use serde::Serialize;

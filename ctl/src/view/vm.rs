@@ -68,6 +68,29 @@ pub struct SpecView {
     pub restart: &'static str,
     /// The only host it starts on.
     pub host: Option<String>,
+    /// Its disks, in the order of their slots.
+    pub disks: Vec<DiskView>,
+}
+
+/// A disk of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DiskView {
+    /// The volume's name.
+    pub volume: String,
+    /// Whether the guest cannot write to it.
+    pub read_only: bool,
+    /// What the guest is told as its serial number; null: the beginning of the volume's name.
+    pub serial: Option<String>,
+}
+
+impl From<v1::VmDisk> for DiskView {
+    fn from(disk: v1::VmDisk) -> Self {
+        Self {
+            volume: disk.volume,
+            read_only: disk.read_only,
+            serial: some(disk.serial),
+        }
+    }
 }
 
 /// The word for a VM's state.
@@ -117,6 +140,7 @@ impl From<v1::Vm> for VmView {
                 cpu_profile: some(spec.cpu_profile).unwrap_or_else(|| "baseline".to_owned()),
                 restart,
                 host: some(spec.host),
+                disks: spec.disks.into_iter().map(DiskView::from).collect(),
             },
             restarts: vm.restarts,
             deleting: vm.deleting,
@@ -135,6 +159,16 @@ impl VmView {
             .as_ref()
             .zip(installed)
             .map(|(runs, installed)| *runs != installed);
+    }
+
+    /// Its disks in a line: `data, base (read-only)`.
+    fn disks(&self) -> String {
+        let one = |disk: &DiskView| {
+            let how = if disk.read_only { " (read-only)" } else { "" };
+            format!("{}{how}", disk.volume)
+        };
+        let disks: Vec<String> = self.spec.disks.iter().map(one).collect();
+        dash(some(disks.join(", ")).as_deref())
     }
 
     /// State and placement in a sentence: `vm1 is running on host1 (epoch 3)`.
@@ -222,6 +256,7 @@ impl Detailed for VmView {
                 "restart",
                 format!("{} ({} so far)", self.spec.restart, self.restarts),
             ),
+            ("disks", self.disks()),
             ("pinned to", dash(self.spec.host.as_deref())),
             ("migration", dash(self.migration.as_deref())),
             ("last migration", dash(self.last_migration.as_deref())),

@@ -27,6 +27,8 @@ pub struct State {
     pub lose_answers: u32,
     /// VMs, each with the states that the next reads show.
     pub vms: BTreeMap<String, (v1::Vm, Vec<v1::VmState>)>,
+    /// Volumes.
+    pub volumes: Vec<v1::Volume>,
     /// Hosts.
     pub hosts: Vec<v1::Host>,
     /// What the next reads of a migration show; the last one stays.
@@ -375,6 +377,38 @@ impl Controller for Service {
         };
         vm.deleting = true;
         answer(state, vm)
+    }
+
+    async fn create_volume(&self, request: Request<v1::CreateVolumeRequest>) -> Answer<v1::Volume> {
+        let request = request.into_inner();
+        let mut state = self.enter("create_volume", &request.request_id)?;
+        let volume = request.volume.unwrap_or_default();
+        state.volumes.push(volume.clone());
+        answer(state, volume)
+    }
+
+    async fn list_volumes(&self, _: Request<v1::ListVolumesRequest>) -> Answer<v1::ListVolumesResponse> {
+        let volumes = self.enter("list_volumes", "")?.volumes.clone();
+        Ok(Response::new(v1::ListVolumesResponse { volumes }))
+    }
+
+    async fn delete_volume(&self, request: Request<v1::DeleteVolumeRequest>) -> Answer<v1::Volume> {
+        let request = request.into_inner();
+        let mut state = self.enter("delete_volume", &request.request_id)?;
+        let found = state
+            .volumes
+            .iter()
+            .position(|volume| volume.name == request.name);
+        let Some(at) = found else {
+            let message = format!("no volume is named \"{}\"", request.name);
+            return Err(Fault::new(Code::VolumeNotFound, message).field("name").into());
+        };
+        if let Some(vm) = state.volumes[at].vms.first() {
+            let message = format!("name is {}, which VM {vm} has", request.name);
+            return Err(Fault::new(Code::VolumeInUse, message).field("name").into());
+        }
+        let volume = state.volumes.remove(at);
+        answer(state, volume)
     }
 
     async fn read_console(&self, _: Request<v1::ReadConsoleRequest>) -> Answer<v1::ReadConsoleResponse> {

@@ -9,3 +9,4 @@ mod dev;
 mod dry_run;
 mod fake;
 mod follow;
+mod volume;

@@ -29,6 +29,7 @@ fn wanted(role: VmRole, epoch: u64, migration: Option<Migration>) -> VmDesired {
         role: role.into(),
         migration,
         arrived_by: String::new(),
+        volumes: Vec::new(),
     }
 }
 
@@ -762,7 +763,7 @@ prop_compose! {
     ) -> HostDesired {
         let vms = vms.into_iter().map(|(vm, epoch, run, migration, by)| VmDesired {
             vm, epoch, spec: None, role: if run { VmRole::Run } else { VmRole::Incoming }.into(), migration,
-            arrived_by: if run { by } else { String::new() },
+            arrived_by: if run { by } else { String::new() }, volumes: Vec::new(),
         }).collect();
         let stopping = stopping.into_iter().map(|(vm, epoch)| VmRef { vm, epoch }).collect();
         HostDesired { revision: 1, vms, stopping }

@@ -1,5 +1,6 @@
-//! What stands on this host for its VMMs: their folders with the durable markers ([`store`]) and their processes
-//! ([`process`]).
+//! What stands on this host for its VMMs: their folders with the durable markers ([`store`]), their processes
+//! ([`process`]), and their volumes' files, which other hosts share ([`volumes`]).
 
 pub mod process;
 pub mod store;
+pub mod volumes;

@@ -40,6 +40,8 @@ struct Config {
     socket: PathBuf,
     tls: drover_pki::TlsFiles,
     incoming: Option<Incoming>,
+    #[serde(default)]
+    disks: Vec<serde_json::Value>,
 }
 
 #[derive(serde::Deserialize)]

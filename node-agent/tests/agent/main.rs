@@ -13,6 +13,7 @@ mod fake_vmm;
 mod fleet_tests;
 mod migration_tests;
 mod vm_tests;
+mod volume_tests;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -60,6 +61,8 @@ tests! {
     vm_tests::silence_destroys_nothing_and_neither_does_an_unconfirmed_absence,
     vm_tests::a_vmm_that_hangs_is_killed_when_it_is_to_end,
     vm_tests::a_vmm_that_ignores_its_end_is_killed_also_by_the_next_agent,
+    volume_tests::a_vm_gets_its_volumes_as_disks_and_their_files_are_made_once,
+    volume_tests::a_volume_that_cannot_be_had_fails_the_start_with_its_code_and_starts_nothing,
     migration_tests::a_target_prepares_commits_and_runs_by_the_commits_lease,
     migration_tests::a_commit_is_asked_for_until_it_is_answered_also_by_the_next_agent,
     migration_tests::a_target_whose_commit_is_refused_ends_without_a_report,

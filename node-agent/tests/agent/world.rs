@@ -37,6 +37,7 @@ impl World {
         let (fleet, addr) = FakeFleet::start(&Credentials::load(&controller, "test").unwrap()).await;
         let images = dir.path().join("images");
         std::fs::create_dir(&images).unwrap();
+        std::fs::create_dir(dir.path().join("pool")).unwrap();
         std::fs::write(images.join("kernel"), "any bytes").unwrap();
         let vmm = dir.path().join("drover-vmm");
         let this = std::env::current_exe().unwrap();
@@ -62,6 +63,7 @@ impl World {
             cpus: Some(2),
             huge_pages: true,
             post_copy: true,
+            pools: [("default".to_owned(), dir.path().join("pool"))].into(),
         };
         Self {
             dir,
@@ -190,6 +192,7 @@ pub fn run(epoch: u64, migration: Option<Migration>) -> HostDesired {
         role,
         migration,
         arrived_by: String::new(),
+        volumes: Vec::new(),
     };
     HostDesired {
         vms: vec![vm],

@@ -18,6 +18,7 @@ mod soak;
 mod switchover;
 mod tour;
 mod upgrade;
+mod volumes;
 
 use drover_chaos_cluster::client::probe_spec;
 use drover_chaos_cluster::cluster::{PARTIES, host_name};

@@ -1,11 +1,12 @@
 //! The one function that changes the state.
 //!
 //! Every command is checked in full before it changes anything: a refusal leaves the state as it was, but for the
-//! record of the answer when the request carried an id. Handlers stand by subject: `hosts`, `vms`, `migrations`.
+//! record of the answer when the request carried an id. Handlers stand by subject: `hosts`, `vms`, `volumes`, `migrations`.
 
 mod hosts;
 mod migrations;
 mod vms;
+mod volumes;
 
 pub use vms::may_restart;
 pub(crate) use vms::unfit;
@@ -166,6 +167,8 @@ impl Tx<'_> {
             Some(Kind::AbortMigration(abort)) => self.abort_migration(abort),
             Some(Kind::FinishMigration(finish)) => self.finish_migration(finish),
             Some(Kind::WantPostCopy(want)) => self.want_post_copy(want),
+            Some(Kind::CreateVolume(create)) => self.create_volume(create),
+            Some(Kind::DeleteVolume(delete)) => self.delete_volume(&delete.name),
             // An entry of a newer build: every build of this version refuses it alike.
             None => Err(Fault::new(
                 Code::Internal,

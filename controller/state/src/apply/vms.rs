@@ -24,6 +24,7 @@ use crate::limits::{RESTARTS_MAX, RETIRED_MAX, VMS_MAX};
 use crate::placement::{self, Purpose};
 use crate::state::{epoch_of, host_of, is_committed, occupies, spec_of};
 use crate::validate::{self, quoted};
+use crate::volumes;
 
 impl Tx<'_> {
     pub(super) fn create_vm(&mut self, create: &CreateVm) -> Applied {
@@ -46,6 +47,7 @@ impl Tx<'_> {
             return Err(Fault::new(Code::HostNotFound, message).field("spec.host"));
         }
         placement::images_exist(self.state, &spec)?;
+        volumes::may_have(self.state, &spec)?;
         placement::could_ever_fit(self.state, &spec)?;
         let epoch = self.state.retired.remove(&name).unwrap_or(self.state.epoch_floor);
         let mut vm = Vm {
@@ -258,6 +260,8 @@ impl Tx<'_> {
         let vm = self.vm_mut(name);
         let state = vm.state();
         vm.seen_epoch = epoch_of(vm);
+        self.note_used(name);
+        let vm = self.vm_mut(name);
         // While its host is declared down the lease decides: the host's return makes it run again, not a late report.
         if state == reported || state == VmState::Unknown {
             return;

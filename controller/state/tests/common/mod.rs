@@ -5,9 +5,9 @@
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::{
     AbortMigrationRequest, AdvanceMigration, Command, CommandResponse, CommitHandoverRequest, CreateVm,
-    DeleteVm, FinishMigration, HostCapacity, HostDown, HostSpec, HostUp, Image, MigrationPhase, PlaceVm,
-    PlanMigration, Reason, Receipt, ReportVmRequest, StartVm, StopVm, Vm, VmPending, VmSpec, VmState,
-    VmmBuild,
+    CreateVolume, DeleteVm, DeleteVolume, FinishMigration, HostCapacity, HostDown, HostSpec, HostUp, Image,
+    MigrationPhase, PlaceVm, PlanMigration, Reason, Receipt, ReportVmRequest, StartVm, StopVm, Vm, VmDisk,
+    VmPending, VmSpec, VmState, VmmBuild, Volume,
 };
 use drover_proto::{Code, Fault};
 use drover_state::{State, apply, into_result};
@@ -36,6 +36,7 @@ pub fn host_spec(name: &str) -> HostSpec {
         ],
         boot_id: "boot-1".into(),
         vmm: Some(vmm_build()),
+        pools: vec!["default".into()],
         ..HostSpec::default()
     }
 }
@@ -166,6 +167,37 @@ pub fn stop(name: &str) -> Kind {
 
 pub fn delete(name: &str) -> Kind {
     Kind::DeleteVm(DeleteVm { name: name.into() })
+}
+
+/// vm with these disks: names, `:ro` behind those that it only reads.
+pub fn create_with_disks(vm: &str, disks: &[&str]) -> Kind {
+    let disk = |text: &&str| VmDisk {
+        volume: text.trim_end_matches(":ro").into(),
+        read_only: text.ends_with(":ro"),
+        ..VmDisk::default()
+    };
+    Kind::CreateVm(CreateVm {
+        spec: Some(VmSpec {
+            disks: disks.iter().map(disk).collect(),
+            ..vm_spec(vm)
+        }),
+        start: true,
+    })
+}
+
+pub fn create_volume(name: &str, pool: &str, size_bytes: u64) -> Kind {
+    Kind::CreateVolume(CreateVolume {
+        volume: Some(Volume {
+            name: name.into(),
+            pool: pool.into(),
+            size_bytes,
+            ..Volume::default()
+        }),
+    })
+}
+
+pub fn delete_volume(name: &str) -> Kind {
+    Kind::DeleteVolume(DeleteVolume { name: name.into() })
 }
 
 pub fn place(vm: &str, host: &str, expected_epoch: u64) -> Kind {

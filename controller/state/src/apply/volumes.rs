@@ -1,0 +1,77 @@
+//! Volumes: made known, noted as used, forgotten. Their files are the agents' (docs/node-agent.md).
+
+use drover_proto::v1::{CommandResponse, CreateVolume, Volume};
+use drover_proto::{Code, Fault};
+
+use super::{Applied, Tx};
+use crate::limits::VOLUMES_MAX;
+use crate::state::spec_of;
+use crate::validate::{self, quoted};
+use crate::volumes::has_pool;
+
+impl Tx<'_> {
+    pub(super) fn create_volume(&mut self, create: &CreateVolume) -> Applied {
+        let volume = validate::volume(create.volume.as_ref())?;
+        let name = volume.name.clone();
+        if self.state.volumes.contains_key(&name) {
+            let message = format!("volume.name is {}; a volume of this name exists", quoted(&name));
+            return Err(Fault::new(Code::VolumeExists, message).field("volume.name"));
+        }
+        if self.state.volumes.len() >= VOLUMES_MAX {
+            let message = format!(
+                "volume.name is {name}; the cluster has {VOLUMES_MAX} volumes, which is all it takes"
+            );
+            return Err(Fault::new(Code::InvalidArgument, message).field("volume.name"));
+        }
+        if !self.state.hosts().any(|host| has_pool(host, &volume.pool)) {
+            let message = format!(
+                "volume.pool is {}; no host has a pool of this name",
+                quoted(&volume.pool)
+            );
+            return Err(Fault::new(Code::PoolNotFound, message).field("volume.pool"));
+        }
+        let volume = Volume {
+            created_ms: self.now_ms,
+            ..volume
+        };
+        let message = format!("{name} was created by {}", self.caller);
+        self.state.volumes.insert(name.clone(), volume.clone());
+        self.event("volume.created", format!("volume/{name}"), message);
+        Ok(answer(volume))
+    }
+
+    pub(super) fn delete_volume(&mut self, name: &str) -> Applied {
+        if let Some(vm) = self.state.user_of(name, |_| true) {
+            let message = format!(
+                "name is {name}, which VM {} has; delete the VM first",
+                spec_of(vm).name
+            );
+            return Err(Fault::new(Code::VolumeInUse, message).field("name"));
+        }
+        let Some(volume) = self.state.volumes.remove(name) else {
+            let message = format!("name is {}; no volume has this name", quoted(name));
+            return Err(Fault::new(Code::VolumeNotFound, message).field("name"));
+        };
+        let message = format!("{name} was deleted by {}", self.caller);
+        self.event("volume.deleted", format!("volume/{name}"), message);
+        Ok(answer(volume))
+    }
+
+    /// The VM was seen running: from now on a host that does not find a file of its volumes lacks the storage, and makes none.
+    pub(super) fn note_used(&mut self, vm: &str) {
+        let Some(vm) = self.state.vms.get(vm) else { return };
+        for disk in &spec_of(vm).disks {
+            if let Some(volume) = self.state.volumes.get_mut(&disk.volume) {
+                volume.used = true;
+            }
+        }
+    }
+}
+
+fn answer(volume: Volume) -> CommandResponse {
+    CommandResponse {
+        volume: Some(volume),
+        current: true,
+        ..CommandResponse::default()
+    }
+}

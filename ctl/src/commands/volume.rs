@@ -1,0 +1,38 @@
+//! `ctl volume create|list|delete`.
+
+use drover_proto::v1;
+
+use super::Session;
+use crate::args::VolumeCommand;
+use crate::failure::Result;
+use crate::view::VolumeView;
+
+/// `ctl volume …`
+pub async fn run(session: &Session, command: &VolumeCommand) -> Result<()> {
+    match command {
+        VolumeCommand::Create { name, size, pool } => {
+            let volume = v1::Volume {
+                name: name.clone(),
+                pool: pool.clone(),
+                size_bytes: size.saturating_mul(1 << 20),
+                ..v1::Volume::default()
+            };
+            let view = VolumeView::from(session.client.create_volume(volume).await?);
+            let sentence = format!("{} is created: {} in pool {}", view.name, view.size(), view.pool);
+            session.out.done(&view, &sentence)
+        }
+        VolumeCommand::List => {
+            let volumes = session.client.volumes().await?;
+            let views: Vec<_> = volumes.into_iter().map(VolumeView::from).collect();
+            session.out.list(&views)
+        }
+        VolumeCommand::Delete { volume } => {
+            let view = VolumeView::from(session.client.delete_volume(volume).await?);
+            let sentence = format!(
+                "{0} is deleted; its file {0}/data.raw, if it was ever used, stays in pool {1}",
+                view.name, view.pool
+            );
+            session.out.done(&view, &sentence)
+        }
+    }
+}

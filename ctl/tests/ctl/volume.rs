@@ -1,0 +1,83 @@
+//! `ctl volume` and the disks of `ctl vm`.
+
+use drover_proto::v1;
+use serde_json::json;
+
+use crate::fake::Fake;
+
+fn volume(name: &str, vms: &[&str]) -> v1::Volume {
+    v1::Volume {
+        name: name.to_owned(),
+        pool: "default".to_owned(),
+        size_bytes: 10 << 30,
+        vms: vms.iter().map(|vm| (*vm).to_owned()).collect(),
+        ..Default::default()
+    }
+}
+
+#[test]
+fn a_volume_is_created_with_its_size_in_bytes_and_one_request_id() {
+    let fake = Fake::start();
+    fake.state().lose_answers = 1;
+    let ended = fake.run("volume create data --size 10G");
+    assert_eq!(
+        (ended.code, ended.stdout.as_str()),
+        (Some(0), "data is created: 10.0 GiB in pool default\n"),
+        "{ended:?}"
+    );
+    let state = fake.state();
+    let asked = &state.volumes[0];
+    assert_eq!((asked.pool.as_str(), asked.size_bytes), ("default", 10 << 30));
+    let ids: Vec<_> = state.calls.iter().map(|(_, id)| id).collect();
+    assert!(
+        ids.len() == 2 && ids[0] == ids[1] && !ids[0].is_empty(),
+        "{ids:?}"
+    );
+}
+
+#[test]
+fn volumes_are_listed_with_the_vms_that_have_them() {
+    let fake = Fake::start();
+    fake.state().volumes = vec![volume("base", &["vm1", "vm2"]), volume("data", &[])];
+    let ended = fake.run("volume list");
+    assert!(
+        ended.stdout.contains("vm1, vm2") && ended.stdout.contains("10.0 GiB"),
+        "{ended:?}"
+    );
+    assert_eq!(fake.run("volume list -q").stdout, "base\ndata\n");
+    let json = fake.run("volume list -o json").json();
+    assert_eq!(json[0]["vms"], json!(["vm1", "vm2"]));
+    assert_eq!(json[1]["size_bytes"], json!(10_u64 << 30));
+}
+
+#[test]
+fn deleting_a_volume_tells_that_its_file_stays_and_a_refusal_has_its_exit_code() {
+    let fake = Fake::start();
+    fake.state().volumes = vec![volume("base", &["vm1"]), volume("data", &[])];
+    let ended = fake.run("volume delete base -o json");
+    assert_eq!(ended.code, Some(4), "{ended:?}");
+    assert!(ended.stderr.contains("volume_in_use"), "{ended:?}");
+    assert_eq!(fake.run("volume delete none").code, Some(3));
+    let ended = fake.run("volume delete data");
+    assert!(
+        ended.code == Some(0) && ended.stdout.contains("data/data.raw"),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn a_vm_is_created_with_its_disks_and_shows_them() {
+    let fake = Fake::start();
+    let ended = fake.run("vm create vm1 --image probe --disk data --disk base:ro");
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    let shown = fake.run("vm show vm1");
+    assert!(shown.stdout.contains("data, base (read-only)"), "{shown:?}");
+    let json = fake.run("vm show vm1 -o json").json();
+    assert_eq!(
+        json["spec"]["disks"],
+        json!([
+            {"volume": "data", "read_only": false, "serial": null},
+            {"volume": "base", "read_only": true, "serial": null},
+        ])
+    );
+}

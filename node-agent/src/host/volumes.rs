@@ -1,0 +1,217 @@
+//! Volumes' files: `<pool's folder>/<volume>/data.raw`, on storage that several hosts reach.
+//!
+//! The file is made by the agent that first starts a VM with it, thin and whole: written beside its place, then linked into it.
+//! A link, not a rename: it fails where something is, so that no agent, however late, puts an empty file over another's. What is
+//! there is never truncated, grown or replaced; if it has another size than the volume, no VM gets it. Once a VM that has the
+//! volume was seen running, nobody makes its file any more: a host that does not find it lacks the storage, and an empty disk
+//! would look to the guest as if all was lost.
+//!
+//! Nothing here removes a file.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use drover_proto::v1::Volume;
+use drover_proto::{Code, Fault};
+
+use crate::key::Key;
+
+/// A volume's content, in its folder.
+const DATA: &str = "data.raw";
+
+/// Whether `name` can be a volume's or a pool's: one folder's name that leads nowhere else.
+pub fn is_name(name: &str) -> bool {
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    (1..=63).contains(&name.len()) && name.bytes().all(inner)
+}
+
+/// The volume's file in the pool's folder.
+pub fn path(pool: &Path, volume: &str) -> PathBuf {
+    pool.join(volume).join(DATA)
+}
+
+/// Makes sure that the volume's file is there and is of its size; blocks on the storage. `maker`: the VMM that needs it, of the
+/// agent's host `host`.
+///
+/// # Errors
+/// `disk_unusable`, with what is wrong.
+pub fn ensure(pool: &Path, volume: &Volume, host: &str, maker: &Key) -> Result<PathBuf, Fault> {
+    let path = path(pool, &volume.name);
+    let unusable = |what: String| {
+        let message = format!("volume {}: {}: {what}", volume.name, path.display());
+        Fault::new(Code::DiskUnusable, message).field("disks")
+    };
+    let failed = |error: io::Error| unusable(error.to_string());
+    if !is_name(&volume.name) {
+        return Err(unusable("no name of a volume".to_owned()));
+    }
+    let mut found = look(&path).map_err(failed)?;
+    if found.is_none() {
+        if volume.used || maker.migration().is_some() {
+            let why = "it is not there, but was used before: is the pool's storage mounted on this host?";
+            return Err(unusable(why.to_owned()));
+        }
+        let staged = format!(".{DATA}.{host}.{}.{}", maker.vm, maker.epoch);
+        make(pool, volume, &path, &staged).map_err(failed)?;
+        found = look(&path).map_err(failed)?;
+    }
+    match found {
+        Some(Found::File(bytes)) if bytes == volume.size_bytes => Ok(path.clone()),
+        Some(Found::File(bytes)) => Err(unusable(format!(
+            "it has {bytes} bytes, the volume has {}: nothing was changed",
+            volume.size_bytes
+        ))),
+        Some(Found::Other) => Err(unusable("it is no regular file".to_owned())),
+        None => Err(unusable("it was removed as soon as it was made".to_owned())),
+    }
+}
+
+enum Found {
+    File(u64),
+    Other,
+}
+
+fn look(path: &Path) -> io::Result<Option<Found>> {
+    match fs::metadata(path) {
+        Ok(meta) if meta.is_file() => Ok(Some(Found::File(meta.len()))),
+        Ok(_) => Ok(Some(Found::Other)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Puts a file of the volume's size in its place, unless something is there by then.
+fn make(pool: &Path, volume: &Volume, path: &Path, staged: &str) -> io::Result<()> {
+    let folder = pool.join(&volume.name);
+    // The pool's own folder is never made: where it is missing its storage is.
+    match fs::DirBuilder::new().mode(0o700).create(&folder) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let staged = folder.join(staged);
+    remove(&staged)?; // Of an agent that died here.
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&staged)?;
+    file.set_len(volume.size_bytes)?;
+    file.sync_all()?;
+    match fs::hard_link(&staged, path) {
+        // Another host was quicker: its file is as good.
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+            remove(&staged)?;
+            return Err(error);
+        }
+        _ => {}
+    }
+    remove(&staged)?;
+    File::open(&folder)?.sync_all()?;
+    File::open(pool)?.sync_all()
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn volume(used: bool) -> Volume {
+        Volume {
+            name: "data".into(),
+            pool: "default".into(),
+            size_bytes: 64 * MIB,
+            used,
+            ..Volume::default()
+        }
+    }
+
+    fn start(epoch: u64) -> Key {
+        Key::start("vm1", epoch)
+    }
+
+    fn refused(pool: &Path, volume: &Volume, key: &Key) -> String {
+        let fault = ensure(pool, volume, "host1", key).unwrap_err();
+        assert_eq!(fault.code, Code::DiskUnusable);
+        fault.message
+    }
+
+    #[test]
+    fn the_first_start_makes_a_thin_file_and_later_ones_leave_its_content_alone() {
+        let pool = tempfile::tempdir().unwrap();
+        let path = ensure(pool.path(), &volume(false), "host1", &start(1)).unwrap();
+        assert_eq!(path, pool.path().join("data/data.raw"));
+        let meta = fs::metadata(&path).unwrap();
+        assert_eq!(meta.len(), 64 * MIB);
+        assert!(meta.blocks() * 512 < MIB, "it takes room before it is written to");
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(b"kept", MIB).unwrap();
+        for (used, key) in [
+            (false, start(2)),
+            (true, start(3)),
+            (true, Key::incoming("vm1", 4, "m1")),
+        ] {
+            assert_eq!(ensure(pool.path(), &volume(used), "host2", &key).unwrap(), path);
+        }
+        assert_eq!(&fs::read(&path).unwrap()[1 << 20..][..4], b"kept");
+        let names = fs::read_dir(pool.path().join("data")).unwrap().count();
+        assert_eq!(names, 1, "what it was staged in is gone");
+    }
+
+    #[test]
+    fn a_file_of_another_size_is_refused_and_stays_as_it_is() {
+        let pool = tempfile::tempdir().unwrap();
+        fs::create_dir(pool.path().join("data")).unwrap();
+        let path = pool.path().join("data/data.raw");
+        fs::write(&path, b"somebody's").unwrap();
+        let said = refused(pool.path(), &volume(false), &start(1));
+        assert!(said.contains("10 bytes") && said.contains("67108864"), "{said}");
+        assert_eq!(fs::read(&path).unwrap(), b"somebody's");
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(refused(pool.path(), &volume(false), &start(1)).contains("no regular file"));
+    }
+
+    #[test]
+    fn nobody_makes_a_file_for_a_volume_that_was_used_nor_for_a_migration_nor_a_pool() {
+        let pool = tempfile::tempdir().unwrap();
+        let none = pool.path().join("not-mounted");
+        refused(&none, &volume(false), &start(1));
+        assert!(!none.exists());
+        assert!(refused(pool.path(), &volume(true), &start(2)).contains("mounted"));
+        refused(pool.path(), &volume(false), &Key::incoming("vm1", 2, "m1"));
+        let leads_out = Volume {
+            name: "..".into(),
+            ..volume(false)
+        };
+        refused(pool.path(), &leads_out, &start(1));
+        assert_eq!(fs::read_dir(pool.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_crash_left_and_what_another_host_made_meanwhile_harm_nothing() {
+        let pool = tempfile::tempdir().unwrap();
+        let folder = pool.path().join("data");
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join(".data.raw.host1.vm1.1"), b"half").unwrap();
+        let path = ensure(pool.path(), &volume(false), "host1", &start(1)).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), 64 * MIB);
+        // The other host looked before this file was there, and comes to its link only now.
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(b"kept", 0).unwrap();
+        make(pool.path(), &volume(false), &path, ".data.raw.host2.vm2.1").unwrap();
+        assert_eq!(&fs::read(&path).unwrap()[..4], b"kept");
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
+    }
+}

@@ -1,0 +1,86 @@
+//! Volumes on their way from the desired state to a VMM's configuration.
+
+use drover_proto::Code;
+use drover_proto::v1::*;
+use serde_json::json;
+
+use crate::world::{World, run};
+
+const BYTES: u64 = 4 << 20;
+
+fn volume(name: &str, pool: &str, used: bool) -> Volume {
+    Volume {
+        name: name.into(),
+        pool: pool.into(),
+        size_bytes: BYTES,
+        used,
+        ..Volume::default()
+    }
+}
+
+/// vm1 with the volume, written to, and `base`, read.
+fn with_disks(volumes: Vec<Volume>) -> HostDesired {
+    let mut desired = run(1, None);
+    let disk = |volume: &Volume| VmDisk {
+        volume: volume.name.clone(),
+        read_only: volume.name == "base",
+        serial: if volume.name == "base" { "S-1" } else { "" }.into(),
+    };
+    let vm = &mut desired.vms[0];
+    vm.spec.as_mut().unwrap().disks = volumes.iter().map(disk).collect();
+    vm.volumes = volumes;
+    desired
+}
+
+pub async fn a_vm_gets_its_volumes_as_disks_and_their_files_are_made_once() {
+    let world = World::new().await;
+    let pool = world.config.pools["default"].clone();
+    let base = pool.join("base/data.raw");
+    std::fs::create_dir(pool.join("base")).unwrap();
+    let content = vec![7; usize::try_from(BYTES).unwrap()];
+    std::fs::write(&base, &content).unwrap();
+    let _agent = world.agent().await;
+    let long = "a-name-of-more-than-twenty-characters";
+    let desired = with_disks(vec![
+        volume(long, "default", false),
+        volume("base", "default", true),
+    ]);
+    world.fleet.say(|script| {
+        script.desired = desired;
+        script.grants = vec![("vm1".into(), 1)];
+    });
+    world.until_state("e1-start", VmmState::Running).await;
+    let config = std::fs::read(world.folder("e1-start").join("config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    let made = pool.join(long).join("data.raw");
+    assert_eq!(
+        config["disks"],
+        json!([
+            {"path": made, "read_only": false, "serial": "a-name-of-more-than-"},
+            {"path": base, "read_only": true, "serial": "S-1"},
+        ])
+    );
+    assert_eq!(made.metadata().unwrap().len(), BYTES);
+    assert_eq!(std::fs::read(&base).unwrap(), content, "what was there stays");
+}
+
+pub async fn a_volume_that_cannot_be_had_fails_the_start_with_its_code_and_starts_nothing() {
+    for (bad, code) in [
+        (volume("data", "tape", false), Code::PoolNotFound),
+        (volume("data", "default", true), Code::DiskUnusable),
+        (volume("small", "default", false), Code::DiskUnusable),
+    ] {
+        let world = World::new().await;
+        let pool = world.config.pools["default"].clone();
+        std::fs::create_dir(pool.join("small")).unwrap();
+        std::fs::write(pool.join("small/data.raw"), "somebody's").unwrap();
+        let _agent = world.agent().await;
+        let desired = with_disks(vec![bad]);
+        world.fleet.say(|script| script.desired = desired);
+        let reason = world.fleet.until_vm(VmState::Failed, 1).await.reason.unwrap();
+        assert_eq!(reason.code, code.as_str(), "{}", reason.message);
+        assert!(!world.folder("e1-start").join("config.json").exists());
+        assert!(!pool.join("data").exists());
+        assert_eq!(std::fs::read(pool.join("small/data.raw")).unwrap(), b"somebody's");
+    }
+}
