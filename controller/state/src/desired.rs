@@ -47,6 +47,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 role: VmRole::Serving.into(),
                 migration: Some(migration.clone()),
                 arrived_by: String::new(),
+                volumes: volumes_of(state, vm),
             });
         }
     }
