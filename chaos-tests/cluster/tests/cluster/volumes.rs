@@ -112,15 +112,21 @@ fn a_volume_follows_its_vm_through_a_migration_an_upgrade_and_the_kill_of_its_vm
 
 /// Another VM, another host, and the volume's end are refused as long as the VM has it.
 fn assert_refused(cluster: &Cluster) {
-    let fault = cluster.client.create_vm(&with_disk("vm2", ""), true).unwrap_err();
+    let fault = cluster
+        .client
+        .create_vm(&with_disk("vm2", ""), true)
+        .expect_err("the volume is another VM's");
     assert_eq!(
         (fault.code, fault.field.as_str()),
         (Code::VolumeInUse, "spec.disks.volume")
     );
-    let fault = cluster.client.delete_volume("data").unwrap_err();
+    let fault = cluster.client.delete_volume("data").expect_err("a VM has it");
     assert_eq!(fault.code, Code::VolumeInUse);
     let last = host_name(PARTIES - 1);
-    let fault = cluster.client.migrate(VM, &last).unwrap_err();
+    let fault = cluster
+        .client
+        .migrate(VM, &last)
+        .expect_err("that host has no pool");
     assert_eq!(fault.code, Code::NoHostFits);
     let reason = format!("{last} has no pool \"default\", in which volume data is");
     assert!(fault.message.contains(&reason), "{fault}");
