@@ -191,9 +191,7 @@ impl<'a> Vm<'a> {
         let qmp = &mut self.process.qmp;
         let mut parameters = json!({"max-bandwidth": BANDWIDTH_MAX, "downtime-limit": DOWNTIME_MS});
         if self.workload.peer_tls {
-            let files = credentials(self.cluster, self.at, "client")?;
-            qmp.execute("object-add", files.object())?;
-            parameters["tls-creds"] = json!(files.id());
+            parameters["tls-creds"] = credentials(qmp, self.cluster, self.at, "client")?;
             parameters["tls-hostname"] = json!(host_dns(&host_name(to)));
         }
         qmp.execute("migrate-set-parameters", parameters)?;
@@ -232,14 +230,9 @@ impl<'a> Vm<'a> {
     }
 }
 
-/// A host's certificate as QEMU wants it laid out.
-struct Credentials {
-    dir: PathBuf,
-    endpoint: &'static str,
-}
-
-/// The certificate of host `at` for one end of a connection, `client` or `server`.
-fn credentials(cluster: &Cluster, at: usize, endpoint: &'static str) -> Result<Credentials> {
+/// Gives a QEMU the certificate of its host `at`, laid out as it wants it, for one end of a connection, `client` or `server`. Returns what it
+/// is called by.
+fn credentials(qmp: &mut Qmp, cluster: &Cluster, at: usize, endpoint: &str) -> Result<Value> {
     let name = host_name(at);
     let dir = cluster.scratch().join(format!("qemu-{name}-{endpoint}"));
     if !dir.exists() {
@@ -255,17 +248,10 @@ fn credentials(cluster: &Cluster, at: usize, endpoint: &'static str) -> Result<C
             fs::copy(&from, &to).with_context(|| format!("copying {}", from.display()))?;
         }
     }
-    Ok(Credentials { dir, endpoint })
-}
-
-impl Credentials {
-    fn id(&self) -> String {
-        format!("tls-{}", self.endpoint)
-    }
-
-    fn object(&self) -> Value {
-        json!({"qom-type": "tls-creds-x509", "id": self.id(), "dir": self.dir, "endpoint": self.endpoint, "verify-peer": true})
-    }
+    let id = json!(format!("tls-{endpoint}"));
+    let object = json!({"qom-type": "tls-creds-x509", "id": id, "dir": dir, "endpoint": endpoint, "verify-peer": true});
+    qmp.execute("object-add", object)?;
+    Ok(id)
 }
 
 /// Starts a QEMU at a host; with `port` one that waits there for a VM.
@@ -317,13 +303,10 @@ fn start(
         format!("QEMU at host {}: {}", at + 1, said.trim())
     })?;
     if let Some(port) = port {
-        let mut parameters = json!({});
         if workload.peer_tls {
-            let files = credentials(cluster, at, "server")?;
-            qmp.execute("object-add", files.object())?;
-            parameters["tls-creds"] = json!(files.id());
+            let id = credentials(&mut qmp, cluster, at, "server")?;
+            qmp.execute("migrate-set-parameters", json!({"tls-creds": id}))?;
         }
-        qmp.execute("migrate-set-parameters", parameters)?;
         let uri = format!("tcp:{}:{port}", host_ip(at));
         qmp.execute("migrate-incoming", json!({"uri": uri}))?;
     }

@@ -51,13 +51,13 @@ pub fn take(cluster: &Cluster, probe: &Path, workload: &Workload, pairs: usize) 
             let copied = copy::measure(cluster, workload, from, to, pair).context("the plain copy")?;
             keep(&mut runs, workload, copied);
         }
-        let qemu_first = number % 2 == 1;
-        if qemu_first {
-            qemus_turn(cluster, probe, workload, turn, &mut runs)?;
-        }
-        our_turn(cluster, workload, turn, last, &mut runs)?;
-        if !qemu_first {
-            qemus_turn(cluster, probe, workload, turn, &mut runs)?;
+        let mut order = [Side::Ours, Side::Qemu];
+        order.rotate_left(number % 2);
+        for side in order {
+            match side {
+                Side::Ours => our_turn(cluster, workload, turn, last, &mut runs)?,
+                _ => qemus_turn(cluster, probe, workload, turn, &mut runs)?,
+            }
         }
     }
     Ok(Summary::new(workload, pairs, runs))

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use drover_pki::TlsFiles;
 use serde::Deserialize;
 
-use crate::host::volumes::is_name;
+use crate::key::is_name;
 
 /// Most controllers that are tried in turn.
 const CONTROLLERS_MAX: usize = 16;

@@ -3,8 +3,8 @@
 
 use std::fmt;
 
-/// Longest VM name: a DNS label.
-const VM_NAME_MAX: usize = 63;
+/// Longest name: a DNS label.
+const NAME_MAX: usize = 63;
 /// Longest migration id: "m" and a 64-bit number.
 const MIGRATION_ID_MAX: usize = 21;
 /// What a cold start is called in a folder's name; no migration id looks like it.
@@ -76,11 +76,7 @@ impl Key {
 
     /// Whether VM and migration are names that stay inside their folder. A controller's word is not taken for it.
     pub fn is_well_formed(&self) -> bool {
-        let label = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-        let vm = (1..=VM_NAME_MAX).contains(&self.vm.len())
-            && self.vm.bytes().all(label)
-            && !self.vm.starts_with('-')
-            && !self.vm.ends_with('-');
+        let vm = is_name(&self.vm) && !self.vm.starts_with('-') && !self.vm.ends_with('-');
         let migration = self
             .migration()
             .is_none_or(|id| migration_number(id).is_some() && id.len() <= MIGRATION_ID_MAX);
@@ -92,6 +88,12 @@ impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.vm, self.folder_name())
     }
+}
+
+/// Whether `name`, of a VM, a volume or a pool, is one folder's name that leads nowhere else.
+pub fn is_name(name: &str) -> bool {
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    (1..=NAME_MAX).contains(&name.len()) && name.bytes().all(inner)
 }
 
 /// The number in a migration's id: a later migration has a higher one.

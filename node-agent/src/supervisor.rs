@@ -454,6 +454,16 @@ fn slot_of(action: &Action) -> String {
     }
 }
 
+/// Tells a source what the log says. `kill`: it was told to end before, and lives on.
+async fn tell_outcome(link: &Link, migration: String, committed: bool, kill: bool) -> Result<(), Fault> {
+    pause_point("agent.before_outcome").await;
+    if kill {
+        kill_it(link).await;
+    }
+    let request = OutcomeRequest { migration, committed };
+    bounded(link.client.clone().outcome(request)).await.map(drop)
+}
+
 async fn carry_out(
     context: &Context,
     link: Option<&Link>,
@@ -475,12 +485,7 @@ async fn carry_out(
             Some(link),
         ) => {
             tracing::info!(vmm = %key, migration, committed, "the outcome is known");
-            pause_point("agent.before_outcome").await;
-            if kill {
-                kill_it(link).await;
-            }
-            let request = OutcomeRequest { migration, committed };
-            bounded(link.client.clone().outcome(request)).await?;
+            tell_outcome(link, migration, committed, kill).await?;
             Ok(if committed {
                 Effect::CommitTaken(key)
             } else {
@@ -497,12 +502,8 @@ async fn carry_out(
         }
         (Action::Serve { key, migration }, Some(link)) => {
             tracing::info!(vmm = %key, migration, "committed: it gives the target its pages");
-            pause_point("agent.before_outcome").await;
-            let request = OutcomeRequest {
-                migration,
-                committed: true,
-            };
-            bounded(link.client.clone().outcome(request)).await?;
+            // One that serves is never in the way of its own end.
+            tell_outcome(link, migration, true, false).await?;
             Ok(Effect::CommitTaken(key))
         }
         (Action::Destroy { reason, .. }, Some(link)) => {

@@ -91,6 +91,28 @@ fn a_guest_finds_its_disk_keeps_a_journal_and_the_next_boot_finds_all_of_it() {
     }
 }
 
+/// A guest that keeps its journal, and where its disk is.
+fn writing(world: &World) -> (PathBuf, Arc<Machine>) {
+    let path = disk(world);
+    let machine = world.machine("host1", 1, |config| with_disk(config, &path));
+    grant(&machine);
+    await_growth(&machine, 0);
+    (path, machine)
+}
+
+/// Sends `source`, by migration `m1` and with the same disk, to a VMM on `host` that has received it on return. Gives that, and what the guest had
+/// said before.
+fn sent(world: &World, source: &Arc<Machine>, path: &Path, host: &str) -> (Arc<Machine>, String) {
+    let target = world.machine(host, 2, |config| {
+        with_disk(config, path);
+        incoming(config, "m1", "host1", host == "host1");
+    });
+    send(source, "m1", &target, host);
+    await_state(&target, VmmState::Ready);
+    let before = text(source.console());
+    (target, before)
+}
+
 fn listen_addr(machine: &Machine) -> String {
     await_info(machine, "listen_addr", |info| !info.listen_addr.is_empty()).listen_addr
 }
@@ -129,10 +151,7 @@ fn assert_goes_on(target: &Machine, before: &str) {
 fn a_guest_moves_with_its_disk_and_loses_neither_a_page_nor_a_block() {
     needs_kvm!();
     let world = World::new();
-    let path = disk(&world);
-    let mut source = world.machine("host1", 1, |config| with_disk(config, &path));
-    grant(&source);
-    await_growth(&source, 0);
+    let (path, mut source) = writing(&world);
     for epoch in 2..6 {
         let (from, to) = [("host2", "host1"), ("host1", "host2")][usize::from(epoch % 2 == 0)];
         let id = format!("m{epoch}");
@@ -159,17 +178,8 @@ fn a_guest_moves_with_its_disk_and_loses_neither_a_page_nor_a_block() {
 fn a_guest_is_handed_to_the_next_vmm_of_its_host_with_its_disk() {
     needs_kvm!();
     let world = World::new();
-    let path = disk(&world);
-    let source = world.machine("host1", 1, |config| with_disk(config, &path));
-    grant(&source);
-    await_growth(&source, 0);
-    let next = world.machine("host1", 2, |config| {
-        with_disk(config, &path);
-        incoming(config, "m1", "host1", true);
-    });
-    send(&source, "m1", &next, "host1");
-    await_state(&next, VmmState::Ready);
-    let before = text(source.console());
+    let (path, source) = writing(&world);
+    let (next, before) = sent(&world, &source, &path, "host1");
     grant(&next);
     outcome(&source, "m1", true);
     assert_goes_on(&next, &before);
@@ -179,17 +189,8 @@ fn a_guest_is_handed_to_the_next_vmm_of_its_host_with_its_disk() {
 fn an_abort_after_the_pause_gives_the_source_its_disk_back() {
     needs_kvm!();
     let world = World::new();
-    let path = disk(&world);
-    let source = world.machine("host1", 1, |config| with_disk(config, &path));
-    grant(&source);
-    await_growth(&source, 0);
-    let target = world.machine("host2", 2, |config| {
-        with_disk(config, &path);
-        incoming(config, "m1", "host1", false);
-    });
-    send(&source, "m1", &target, "host2");
-    await_state(&target, VmmState::Ready);
-    let before = text(source.console());
+    let (path, source) = writing(&world);
+    let (_target, before) = sent(&world, &source, &path, "host2");
     outcome(&source, "m1", false);
     assert_goes_on(&source, &before);
 }

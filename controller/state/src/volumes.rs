@@ -13,12 +13,7 @@ use crate::state::{State, spec_of};
 use crate::validate::quoted;
 
 impl State {
-    /// All volumes, by name. Who has them is not filled in: see [`State::volumes_with_users`].
-    pub fn volumes(&self) -> impl Iterator<Item = &Volume> {
-        self.volumes.values()
-    }
-
-    /// One volume.
+    /// One volume. Who has it is not filled in: see [`State::volumes_with_users`].
     pub fn volume(&self, name: &str) -> Option<&Volume> {
         self.volumes.get(name)
     }

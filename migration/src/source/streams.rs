@@ -273,7 +273,7 @@ impl<'a> Crew<'a> {
                     return Task::End(end);
                 }
             }
-            let on_its_way = sender.link.unacknowledged(&mut unacknowledged) > 0;
+            let on_its_way = sender.link.unacknowledged(&mut unacknowledged).0 > 0;
             let patience = if on_its_way { SLICE } else { IDLE };
             let waited = self.changed.wait_timeout(board, patience);
             board = waited.unwrap_or_else(PoisonError::into_inner).0;

@@ -263,15 +263,16 @@ impl<'c, S: Stream> Link<'c, S> {
         }
     }
 
-    /// What was written and has not reached the peer's host yet. Tells the watch that the link moves if that is not what it was
-    /// `before`, which takes on what it is.
-    pub fn unacknowledged(&self, before: &mut Option<u64>) -> u64 {
+    /// What was written and has not reached the peer's host yet, and whether that is not what it was `before`, which takes on what it
+    /// is. Then the link moves, and the watch is told so.
+    pub fn unacknowledged(&self, before: &mut Option<u64>) -> (u64, bool) {
         let now = self.stream.unacknowledged();
-        if before.is_some() && now != *before {
+        let moves = before.is_some() && now != *before;
+        if moves {
             self.watch.moved();
         }
         *before = now;
-        now.unwrap_or(0)
+        (now.unwrap_or(0), moves)
     }
 
     fn moved(&self) -> Moved {
@@ -298,9 +299,8 @@ impl<'c, S: Stream> Link<'c, S> {
         }
         // A last word is not worth waiting until all before it is out.
         if patience.heeds_watch {
-            let before = moved.unacknowledged;
-            self.unacknowledged(&mut moved.unacknowledged);
-            if before.is_some() && moved.unacknowledged != before {
+            let (_, moves) = self.unacknowledged(&mut moved.unacknowledged);
+            if moves {
                 moved.at = Instant::now();
             }
         }

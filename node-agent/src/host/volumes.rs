@@ -16,16 +16,10 @@ use std::path::{Path, PathBuf};
 use drover_proto::v1::Volume;
 use drover_proto::{Code, Fault};
 
-use crate::key::Key;
+use crate::key::{Key, is_name};
 
 /// A volume's content, in its folder.
 const DATA: &str = "data.raw";
-
-/// Whether `name` can be a volume's or a pool's: one folder's name that leads nowhere else.
-pub fn is_name(name: &str) -> bool {
-    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    (1..=63).contains(&name.len()) && name.bytes().all(inner)
-}
 
 /// The volume's file in the pool's folder.
 pub fn path(pool: &Path, volume: &str) -> PathBuf {

@@ -9,13 +9,12 @@ use super::pci::SLOTS;
 use super::pci::bus::SavedBus;
 use super::pci::config::CONFIG_BYTES;
 use super::pci::msix::{ENTRY_BYTES, VECTORS_MAX};
+use super::virtio::blk::SERIAL_BYTES;
 use super::virtio::queue::Queue;
 use super::virtio::transport::Transport;
 
 /// Most queues of a device.
 const QUEUES_MAX: usize = 64;
-/// Longest serial number of a disk, bytes.
-const SERIAL_BYTES_MAX: usize = 20;
 
 /// The bus and its devices, from slot 1 on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -256,7 +255,7 @@ fn decode_device(save: VirtioSave) -> Result<SavedVirtio, String> {
     }
     let device = match save.device.ok_or("of no known kind")? {
         Device::Rng(VirtioRngSave {}) => SavedDevice::Rng,
-        Device::Blk(blk) if blk.serial.len() > SERIAL_BYTES_MAX => {
+        Device::Blk(blk) if blk.serial.len() > SERIAL_BYTES => {
             return Err(format!("a serial number of {} bytes", blk.serial.len()));
         }
         Device::Blk(blk) => SavedDevice::Blk(SavedBlk {

@@ -94,6 +94,24 @@ fn await_serving(cluster: &Cluster, source: usize) {
     });
 }
 
+/// Begins a migration from host `source` and waits until its target runs without its pages; its id. `None` where that cannot be.
+fn await_lacking(cluster: &Cluster, source: usize) -> Option<String> {
+    // Seconds too slow for the deadline, so that the switch is in the first round.
+    let planned = cluster
+        .client
+        .migrate_with(VM, &host_name(next(source)), allowed(2, 2000))
+        .expect("the migration is planned");
+    let (_, lacking) = follow(cluster, &planned.id, |migration| {
+        migration.phase() == MigrationPhase::PostCopy || has_ended(migration)
+    });
+    if is_unavailable(&lacking) {
+        return None;
+    }
+    assert_eq!(lacking.phase(), MigrationPhase::PostCopy, "{lacking:?}");
+    await_serving(cluster, source);
+    Some(planned.id)
+}
+
 /// A VM that is started again when it fails, and that has just begun to run at the target while most of its pages are missing; its
 /// background is slow, so that they are for seconds.
 struct Lacking {
@@ -116,23 +134,11 @@ impl Lacking {
         let mut console = Console::new(VM);
         console.await_more(&cluster.client, 1);
         let (source, epoch) = cluster.await_runs_exactly_once(VM);
-        // Seconds too slow for the deadline, so that the switch is in the first round.
-        let planned = cluster
-            .client
-            .migrate_with(VM, &host_name(next(source)), allowed(2, 2000))
-            .expect("the migration is planned");
-        let (_, lacking) = follow(&cluster, &planned.id, |migration| {
-            migration.phase() == MigrationPhase::PostCopy || has_ended(migration)
-        });
-        if is_unavailable(&lacking) {
-            return None;
-        }
-        assert_eq!(lacking.phase(), MigrationPhase::PostCopy, "{lacking:?}");
-        await_serving(&cluster, source);
+        let id = await_lacking(&cluster, source)?;
         Some(Self {
             cluster,
             console,
-            id: planned.id,
+            id,
             source,
             epoch,
         })
@@ -233,19 +239,11 @@ fn a_source_that_hears_of_the_commit_before_it_has_read_ready_serves_all_the_sam
     let mut console = boot(&cluster, 1, STEADY);
     let (source, epoch) = cluster.await_runs_exactly_once(VM);
     cluster.hold("source.ready_received");
-    let planned = cluster
-        .client
-        .migrate_with(VM, &host_name(next(source)), allowed(2, 2000))
-        .expect("the migration is planned");
-    let (_, lacking) = follow(&cluster, &planned.id, |migration| {
-        migration.phase() == MigrationPhase::PostCopy || has_ended(migration)
-    });
-    if is_unavailable(&lacking) {
+    let Some(id) = await_lacking(&cluster, source) else {
         return;
-    }
-    await_serving(&cluster, source);
+    };
     cluster.release("source.ready_received");
-    let ended = cluster.client.await_end(&planned.id);
+    let ended = cluster.client.await_end(&id);
     assert_done(&ended);
     assert!(ended.reason.is_none() && ended.receipt.is_some(), "{ended:?}");
     assert_eq!(cluster.await_runs_exactly_once(VM), (next(source), epoch + 1));

@@ -70,13 +70,8 @@ pub fn serve(disk: &Disk, chain: &Chain, memory: &Mapped, flushes: bool) -> Resu
     answer.skip(room);
     let mut header = [0; HEADER_BYTES as usize];
     readable.read(&mut header)?;
-    let word = |at: usize| {
-        let mut bytes = [0; 4];
-        bytes.copy_from_slice(&header[at..at + 4]);
-        u32::from_le_bytes(bytes)
-    };
-    let sector = u64::from(word(8)) | u64::from(word(12)) << 32;
-    let done = match word(0) {
+    let (kind, sector) = (u32_at(&header, 0), sector_at(&header, 8));
+    let done = match kind {
         IN => read(disk, sector, &mut writable, room),
         OUT => write(disk, sector, &mut readable, flushes),
         FLUSH => disk.flush().map(|()| 0).map_err(Refused::from),
@@ -91,6 +86,17 @@ pub fn serve(disk: &Disk, chain: &Chain, memory: &Mapped, flushes: bool) -> Resu
     };
     answer.write(&[status as u8])?;
     Ok(u32::try_from(written + 1).expect("a request's data is bounded"))
+}
+
+/// Little-endian numbers of a request; `at` is a constant within it.
+fn u32_at(bytes: &[u8; 16], at: usize) -> u32 {
+    let mut word = [0; 4];
+    word.copy_from_slice(&bytes[at..at + 4]);
+    u32::from_le_bytes(word)
+}
+
+fn sector_at(bytes: &[u8; 16], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
 
 /// The data's place on the disk, bytes; whole sectors within it, and not too many.
@@ -155,13 +161,8 @@ fn zero(disk: &Disk, from: &mut Cursor<'_>, discard: bool, flushes: bool) -> Res
     }
     let mut range = [0; RANGE_BYTES as usize];
     from.read(&mut range)?;
-    let word = |at: usize| {
-        let mut bytes = [0; 4];
-        bytes.copy_from_slice(&range[at..at + 4]);
-        u32::from_le_bytes(bytes)
-    };
-    let sector = u64::from(word(0)) | u64::from(word(4)) << 32;
-    let (count, flags) = (word(8), word(12));
+    let sector = sector_at(&range, 0);
+    let (count, flags) = (u32_at(&range, 8), u32_at(&range, 12));
     // A discard has no flags; of zeroes no others are known (5.2.6.2).
     if flags & !MAY_UNMAP != 0 || (discard && flags != 0) {
         return Err(UNSUPPORTED);
