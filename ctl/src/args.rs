@@ -69,6 +69,9 @@ pub enum Command {
     /// Volumes: what VMs' disks hold
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Networks: what VMs' NICs are attached to
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// Move a running VM to another host and show how it went
     Migrate(MigrateArgs),
     /// Migrations, under way and ended
@@ -233,6 +236,76 @@ pub enum VolumeCommand {
     },
 }
 
+/// `ctl network …`
+#[derive(Debug, Subcommand)]
+pub enum NetworkCommand {
+    /// Create a network, for `ctl vm create --nic`
+    Create(NetworkArgs),
+    /// List the networks
+    List,
+    /// Show one network, its VMs and the hosts that offer it
+    Show {
+        /// Its name
+        network: String,
+    },
+    /// Delete a network in which no VM has a NIC
+    Delete {
+        /// Its name
+        network: String,
+    },
+}
+
+/// `ctl network create …`
+#[derive(Debug, Args)]
+pub struct NetworkArgs {
+    /// Its name: lower-case letters, digits and '-'. Without --vxlan, hosts offer it by this name
+    pub name: String,
+    /// A tunnel between the hosts, with this number (1 to 16777215) [default: a bridge of each host]
+    #[arg(long, value_name = "VNI")]
+    pub vxlan: Option<u32>,
+    /// The UDP port of its tunnels [default: 4789]
+    #[arg(long, requires = "vxlan", value_name = "PORT")]
+    pub port: Option<u32>,
+    /// Give each VM an IPv4 address out of this, as 10.1.0.0/24
+    #[arg(long, value_name = "CIDR")]
+    pub subnet: Option<String>,
+    /// The address in the subnet that no VM gets [default: the subnet's first]
+    #[arg(long, requires = "subnet", value_name = "IP")]
+    pub gateway: Option<String>,
+    /// The largest packet, bytes [default: 1500, with --vxlan 1450]
+    #[arg(long, value_name = "BYTES")]
+    pub mtu: Option<u32>,
+    /// Let VMs send with source addresses that are not theirs: for those that route
+    #[arg(long)]
+    pub allow_spoofing: bool,
+}
+
+fn parse_nic(text: &str) -> Result<v1::VmNic, String> {
+    let wanted = "want NETWORK[:mac=MAC,ip=IP]";
+    let (network, more) = text
+        .split_once(':')
+        .map_or((text, None), |(net, more)| (net, Some(more)));
+    if network.is_empty() {
+        return Err(format!("the network is missing: {wanted}"));
+    }
+    let mut nic = v1::VmNic {
+        network: network.to_owned(),
+        ..v1::VmNic::default()
+    };
+    for part in more.into_iter().flat_map(|more| more.split(',')) {
+        let (slot, value) = match part.split_once('=') {
+            Some(("mac", value)) => (&mut nic.mac, value),
+            Some(("ip", value)) => (&mut nic.ip, value),
+            _ => return Err(format!("\"{part}\" is nothing that a NIC has: {wanted}")),
+        };
+        if value.is_empty() || !slot.is_empty() {
+            return Err(format!("\"{part}\" is empty or given twice: {wanted}"));
+        }
+        value.clone_into(slot);
+    }
+    Ok(nic)
+}
+
 fn parse_disk(text: &str) -> Result<v1::VmDisk, String> {
     let (volume, read_only) = match text.split_once(':') {
         None => (text, false),
@@ -283,6 +356,10 @@ pub struct CreateArgs {
     /// A volume as a disk, `:ro` behind it to only read it; may be repeated, in the order in which the guest finds them
     #[arg(long = "disk", value_name = "VOLUME[:ro]", value_parser = parse_disk)]
     pub disks: Vec<v1::VmDisk>,
+    /// A NIC in a network, with addresses of its own or, without, ones that are chosen; may be repeated, in the order in which the
+    /// guest finds them
+    #[arg(long = "nic", value_name = "NETWORK[:mac=…,ip=…]", value_parser = parse_nic)]
+    pub nics: Vec<v1::VmNic>,
     /// Start on this host only [default: placement decides]
     #[arg(long, value_name = "HOST")]
     pub host: Option<String>,
@@ -613,6 +690,13 @@ mod tests {
             "ctl vm create vm1 --image probe --wait",
             "ctl vm create vm1 --image probe --disk data:rw",
             "ctl vm create vm1 --image probe --disk :ro",
+            "ctl vm create vm1 --image probe --nic :mac=52:54:00:00:00:01",
+            "ctl vm create vm1 --image probe --nic lan:52:54:00:00:00:01",
+            "ctl vm create vm1 --image probe --nic lan:ip=",
+            "ctl vm create vm1 --image probe --nic lan:ip=10.0.0.1,ip=10.0.0.2",
+            "ctl network create lan --port 4789",
+            "ctl network create lan --gateway 10.0.0.1",
+            "ctl network create lan --vxlan many",
             "ctl volume create data",
             "ctl volume create data --size some",
             "ctl vm create vm1 --image probe --cpu-profile pentium",

@@ -292,6 +292,35 @@ impl Client {
             .volumes)
     }
 
+    /// Creates a network.
+    pub async fn create_network(&self, network: v1::Network) -> Result<v1::Network> {
+        let request = v1::CreateNetworkRequest {
+            request_id: request_id()?,
+            network: Some(network),
+        };
+        self.plain(async |mut grpc| grpc.create_network(request.clone()).await)
+            .await
+    }
+
+    /// All networks, by name.
+    pub async fn networks(&self) -> Result<Vec<v1::Network>> {
+        let request = v1::ListNetworksRequest { allow_stale: false };
+        Ok(self
+            .plain(async |mut grpc| grpc.list_networks(request).await)
+            .await?
+            .networks)
+    }
+
+    /// Deletes a network.
+    pub async fn delete_network(&self, name: &str) -> Result<v1::Network> {
+        let request = v1::DeleteNetworkRequest {
+            request_id: request_id()?,
+            name: name.to_owned(),
+        };
+        self.plain(async |mut grpc| grpc.delete_network(request.clone()).await)
+            .await
+    }
+
     /// Forgets a volume.
     pub async fn delete_volume(&self, name: &str) -> Result<v1::Volume> {
         let request = v1::DeleteVolumeRequest {

@@ -24,7 +24,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
 use crate::args::{Cli, ClusterCommand, Command, Format, HostCommand, ImageCommand, Shell};
-use crate::commands::{Session, ca, events, migrate, objects, vm, volume};
+use crate::commands::{Session, ca, events, migrate, network, objects, vm, volume};
 use crate::failure::{Exit, Failure, Result};
 use crate::output::Out;
 
@@ -92,6 +92,7 @@ async fn run(cli: &Cli) -> Result<()> {
         Command::Image(ImageCommand::List) => objects::image_list(&session).await,
         Command::Vm(command) => vm::run(&session, command).await,
         Command::Volume(command) => volume::run(&session, command).await,
+        Command::Network(command) => network::run(&session, command).await,
         Command::Migrate(args) => migrate::migrate(&session, args).await,
         Command::Migration(command) => migrate::run(&session, command).await,
         Command::Events(args) => events::run(&session, args).await,

@@ -183,5 +183,8 @@ fn host_spec(config: &Config, addr: SocketAddr) -> Result<HostSpec, AgentError> 
         boot_id: inventory::boot_id().map_err(AgentError::Measure)?,
         post_copy: String::new(),
         pools: config.pools.keys().cloned().collect(),
+        networks: Vec::new(),
+        vxlan: String::new(),
+        networking: String::new(),
     })
 }

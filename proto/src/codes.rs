@@ -49,6 +49,8 @@ codes! {
     VolumeNotFound = "volume_not_found", NotFound;
     /// The host does not have the pool, or no host has it.
     PoolNotFound = "pool_not_found", NotFound;
+    /// No such network.
+    NetworkNotFound = "network_not_found", NotFound;
     /// No such migration.
     MigrationNotFound = "migration_not_found", NotFound;
     /// A VM of this name exists.
@@ -57,6 +59,12 @@ codes! {
     VolumeExists = "volume_exists", AlreadyExists;
     /// A VM has the volume: it can be neither deleted nor had by another, unless all only read it.
     VolumeInUse = "volume_in_use", FailedPrecondition;
+    /// A network of this name, or with this VXLAN number, exists.
+    NetworkExists = "network_exists", AlreadyExists;
+    /// A VM has a NIC in the network: it cannot be deleted.
+    NetworkInUse = "network_in_use", FailedPrecondition;
+    /// Another NIC has the MAC or IP address, or none is left.
+    AddressInUse = "address_in_use", FailedPrecondition;
     /// The image is not a kernel that can be booted.
     ImageInvalid = "image_invalid", FailedPrecondition;
     /// No host, or not the asked one, can take the VM; the message lists every host with its reason.
@@ -137,6 +145,8 @@ codes! {
     PostCopyUnavailable = "postcopy_unavailable", Aborted;
     /// A disk of the VM cannot be opened, is not of its size, or is locked by another.
     DiskUnusable = "disk_unusable", Aborted;
+    /// The host does not offer a network, or its agent cannot make what a NIC hangs on.
+    NetworkUnavailable = "network_unavailable", Aborted;
     /// The migration was begun without leave to go on by post-copy.
     PostCopyNotAllowed = "postcopy_not_allowed", FailedPrecondition;
 }

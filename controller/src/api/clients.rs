@@ -8,14 +8,16 @@ use std::time::Duration;
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::controller_server::Controller;
 use drover_proto::v1::{
-    AbortMigrationRequest, CancelMigrationRequest, Cluster, CommandResponse, CreateVm, CreateVmRequest,
-    CreateVolume, CreateVolumeRequest, DeleteVm, DeleteVmRequest, DeleteVolume, DeleteVolumeRequest,
-    GetClusterRequest, GetHostRequest, GetMigrationRequest, GetVmRequest, Host, ListEventsRequest,
-    ListEventsResponse, ListHostsRequest, ListHostsResponse, ListMigrationsRequest, ListMigrationsResponse,
-    ListVmsRequest, ListVmsResponse, ListVolumesRequest, ListVolumesResponse, MigrateVmRequest, Migration,
-    MigrationForecast, PlanMigration, PostcopyMigrationRequest, ReadConsoleRequest, ReadConsoleResponse,
-    Reason, StartVm, StartVmRequest, StopVm, StopVmRequest, Vm, Volume, WantPostCopy, WatchMigrationRequest,
-    WatchMigrationResponse, WriteConsoleRequest, WriteConsoleResponse,
+    AbortMigrationRequest, CancelMigrationRequest, Cluster, CommandResponse, CreateNetwork,
+    CreateNetworkRequest, CreateVm, CreateVmRequest, CreateVolume, CreateVolumeRequest, DeleteNetwork,
+    DeleteNetworkRequest, DeleteVm, DeleteVmRequest, DeleteVolume, DeleteVolumeRequest, GetClusterRequest,
+    GetHostRequest, GetMigrationRequest, GetVmRequest, Host, ListEventsRequest, ListEventsResponse,
+    ListHostsRequest, ListHostsResponse, ListMigrationsRequest, ListMigrationsResponse, ListNetworksRequest,
+    ListNetworksResponse, ListVmsRequest, ListVmsResponse, ListVolumesRequest, ListVolumesResponse,
+    MigrateVmRequest, Migration, MigrationForecast, Network, PlanMigration, PostcopyMigrationRequest,
+    ReadConsoleRequest, ReadConsoleResponse, Reason, StartVm, StartVmRequest, StopVm, StopVmRequest, Vm,
+    Volume, WantPostCopy, WatchMigrationRequest, WatchMigrationResponse, WriteConsoleRequest,
+    WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use drover_state::{State, Usage};
@@ -252,6 +254,45 @@ impl Controller for Api {
                 (message.request_id, Kind::DeleteVolume(delete))
             },
             |_, response| response.volume,
+        )
+        .await
+    }
+
+    async fn create_network(&self, mut request: Request<CreateNetworkRequest>) -> Answer<Network> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/CreateNetwork",
+            request,
+            |_, message| {
+                let create = CreateNetwork {
+                    network: message.network,
+                };
+                (message.request_id, Kind::CreateNetwork(create))
+            },
+            |_, response| response.network,
+        )
+        .await
+    }
+
+    async fn list_networks(&self, request: Request<ListNetworksRequest>) -> Answer<ListNetworksResponse> {
+        let stale = request.get_ref().allow_stale;
+        self.read("/drover.v1.Controller/ListNetworks", request, stale, |api, _| {
+            let networks = api.consensus.read(State::networks_with_users);
+            Ok(ListNetworksResponse { networks })
+        })
+        .await
+    }
+
+    async fn delete_network(&self, mut request: Request<DeleteNetworkRequest>) -> Answer<Network> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/DeleteNetwork",
+            request,
+            |_, message| {
+                let delete = DeleteNetwork { name: message.name };
+                (message.request_id, Kind::DeleteNetwork(delete))
+            },
+            |_, response| response.network,
         )
         .await
     }

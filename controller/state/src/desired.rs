@@ -5,15 +5,17 @@
 //! stopped or that failed is in neither, so its VMM is destroyed; if nobody does that, its lease ends it. One that is
 //! being stopped stays in `stopping` until its agent has reported it gone.
 
+use std::collections::BTreeSet;
+
 use drover_proto::v1::{
-    HostDesired, Migration, MigrationPhase, Vm, VmDesired, VmRef, VmRole, VmState, Volume,
+    HostDesired, Migration, MigrationPhase, Network, Vm, VmDesired, VmRef, VmRole, VmState, Volume,
 };
 use prost::Message;
 
 use crate::state::{State, epoch_of, host_of, is_committed, is_ended, spec_of};
 
-/// The VMMs that shall exist on the host, and those whose end is awaited, by VM name. `revision` is a digest of both
-/// lists: it changes exactly when they do, and is never 0.
+/// The VMMs that shall exist on the host, those whose end is awaited, by VM name, and their networks' peers. `revision` is a digest
+/// of it: it changes exactly when that does, and is never 0.
 pub fn desired(state: &State, host: &str) -> HostDesired {
     let mut vms = Vec::new();
     for (name, vm) in &state.vms {
@@ -26,6 +28,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 migration: migration_of_run(state, vm).cloned(),
                 arrived_by: arrived_by(vm).to_owned(),
                 volumes: volumes_of(state, vm),
+                networks: networks_of(state, vm),
             });
         }
         if let Some(migration) = incoming(state, vm, host) {
@@ -37,6 +40,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 migration: Some(migration.clone()),
                 arrived_by: String::new(),
                 volumes: volumes_of(state, vm),
+                networks: networks_of(state, vm),
             });
         }
         if let Some(migration) = serving(state, vm, host) {
@@ -48,6 +52,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 migration: Some(migration.clone()),
                 arrived_by: String::new(),
                 volumes: volumes_of(state, vm),
+                networks: networks_of(state, vm),
             });
         }
     }
@@ -59,8 +64,13 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
             epoch: epoch_of(vm),
         })
         .collect();
+    let specs = vms.iter().filter_map(|vm| vm.spec.as_ref());
+    let networks: BTreeSet<&str> = specs
+        .flat_map(|spec| spec.nics.iter().map(|nic| nic.network.as_str()))
+        .collect();
     let mut desired = HostDesired {
         revision: 0,
+        peers: state.network_peers(&networks, host),
         vms,
         stopping,
     };
@@ -102,6 +112,14 @@ fn volumes_of(state: &State, vm: &Vm) -> Vec<Volume> {
         .collect()
 }
 
+/// The networks of the VM's NICs, in their order.
+fn networks_of(state: &State, vm: &Vm) -> Vec<Network> {
+    let nics = &spec_of(vm).nics;
+    nics.iter()
+        .filter_map(|nic| state.network(&nic.network).cloned())
+        .collect()
+}
+
 /// The migration that brought the placement's epoch, or nothing: then the VM booted for it.
 fn arrived_by(vm: &Vm) -> &str {
     vm.placement
@@ -119,7 +137,7 @@ fn migration_of_run<'a>(state: &'a State, vm: &Vm) -> Option<&'a Migration> {
 }
 
 /// The migration that is to bring the VM to the host, once its target shall exist.
-fn incoming<'a>(state: &'a State, vm: &Vm, host: &str) -> Option<&'a Migration> {
+pub(crate) fn incoming<'a>(state: &'a State, vm: &Vm, host: &str) -> Option<&'a Migration> {
     let migration = state.migration(&vm.migration)?;
     let prepared = migration.phase() >= MigrationPhase::Preparing;
     (migration.to == host && prepared && !is_committed(migration) && !is_ended(migration))
@@ -127,7 +145,7 @@ fn incoming<'a>(state: &'a State, vm: &Vm, host: &str) -> Option<&'a Migration> 
 }
 
 /// The migration whose source, on the host, still gives the target its pages.
-fn serving<'a>(state: &'a State, vm: &Vm, host: &str) -> Option<&'a Migration> {
+pub(crate) fn serving<'a>(state: &'a State, vm: &Vm, host: &str) -> Option<&'a Migration> {
     let migration = state.migration(&vm.migration)?;
     (migration.from == host && migration.phase() == MigrationPhase::PostCopy).then_some(migration)
 }

@@ -18,6 +18,7 @@
 mod apply;
 mod desired;
 pub mod limits;
+mod networks;
 pub mod placement;
 pub mod preflight;
 mod snapshot;

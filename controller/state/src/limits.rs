@@ -59,6 +59,25 @@ pub const HOST_POOLS_MAX: usize = 64;
 /// The pool of a volume that names none.
 pub const POOL_DEFAULT: &str = "default";
 
+/// Networks in the cluster: as many as hosts can have VXLAN devices and bridges of without trouble.
+pub const NETWORKS_MAX: usize = 4_000;
+/// NICs of one VM: what the VMM's bus has room for beside its disks.
+pub const NICS_MAX: usize = 4;
+/// Networks that one host may report.
+pub const HOST_NETWORKS_MAX: usize = 64;
+/// The largest VXLAN number: 24 bits (RFC 7348, 5).
+pub const VNI_MAX: u32 = (1 << 24) - 1;
+/// The UDP port that is assigned to VXLAN (RFC 7348, 8).
+pub const VXLAN_PORT: u32 = 4_789;
+/// What a tunnel adds to a frame, bytes: Ethernet, IPv4, UDP and VXLAN headers.
+pub const MTU_VXLAN_OVERHEAD: u32 = 50;
+/// The smallest MTU of a network, bytes: what every host must take of IPv4 (RFC 1122, 3.3.2).
+pub const MTU_MIN: u32 = 576;
+/// The largest, bytes: jumbo frames.
+pub const MTU_MAX: u32 = 9_000;
+/// Lengths of a subnet's prefix, bits: from as many addresses as a cluster never has VMs, to two.
+pub const SUBNET_PREFIXES: std::ops::RangeInclusive<u32> = 8..=30;
+
 /// vCPUs placed on a host for each of its CPUs: beyond it guests starve each other.
 pub const VCPUS_PER_CPU_MAX: u32 = 8;
 /// Hosts named with their reason when none fits; the rest is counted.

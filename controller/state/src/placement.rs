@@ -10,6 +10,7 @@ use drover_proto::v1::{Host, HostCapacity, Image, VmSpec};
 use drover_proto::{Code, Fault};
 
 use crate::limits::{REFUSALS_SHOWN_MAX, VCPUS_PER_CPU_MAX};
+use crate::networks;
 use crate::state::{State, Usage};
 use crate::validate::quoted;
 use crate::volumes;
@@ -73,7 +74,8 @@ pub(crate) fn could_ever_fit(state: &State, spec: &VmSpec) -> Result<(), Fault> 
     for host in state.hosts() {
         let may = capacity(spec, host, Usage::default())
             .and_then(|_| pin(spec, Purpose::Start, host))
-            .and_then(|()| volumes::reaches(state, spec, host));
+            .and_then(|()| volumes::reaches(state, spec, host))
+            .and_then(|()| networks::reaches(state, spec, host));
         match may {
             Ok(()) => return Ok(()),
             Err(fault) => refusals.push((host_name(host), fault)),
@@ -126,6 +128,7 @@ fn check(
     let score = capacity(spec, host, usage)?;
     images(spec, host)?;
     volumes::reaches(state, spec, host)?;
+    networks::reaches(state, spec, host)?;
     cpu(state, spec, purpose, host)?;
     device_model(state, purpose, host)?;
     Ok(score)
@@ -233,6 +236,13 @@ pub(crate) fn target_checks(
         checks.push((
             "pools",
             reaches.map(|()| "has the pools of its volumes".to_owned()),
+        ));
+    }
+    if !spec.nics.is_empty() {
+        let reaches = networks::reaches(state, spec, host);
+        checks.push((
+            "networks",
+            reaches.map(|()| "offers the networks of its NICs".to_owned()),
         ));
     }
     checks

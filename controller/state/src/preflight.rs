@@ -19,7 +19,7 @@ const POST_COPY: &str = "post_copy";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
     /// Its stable name: `options`, `migration`, `state`, `target`, `other_host`, `host_up`, `memory`, `vcpus`, `images`,
-    /// `cpu`, `device_model`, `post_copy`, `pools` of a VM with disks; of an upgrade besides: `installed`, `running`.
+    /// `cpu`, `device_model`, `post_copy`, `pools` of a VM with disks, `networks` of one with NICs; of an upgrade besides: `installed`, `running`.
     pub check: &'static str,
     /// What was found, for people, or what refuses the migration.
     pub outcome: Result<String, Fault>,

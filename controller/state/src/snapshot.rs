@@ -6,7 +6,7 @@ use drover_proto::v1::{StateSnapshot, VmRef};
 use prost::Message;
 
 use crate::limits::{
-    EVENTS_MAX, HOSTS_MAX, REQUESTS_MAX, RETIRED_MAX, SNAPSHOT_BYTES_MAX, VMS_MAX, VOLUMES_MAX,
+    EVENTS_MAX, HOSTS_MAX, NETWORKS_MAX, REQUESTS_MAX, RETIRED_MAX, SNAPSHOT_BYTES_MAX, VMS_MAX, VOLUMES_MAX,
 };
 use crate::state::{Requests, State, migration_number};
 
@@ -50,6 +50,7 @@ impl State {
             retired: retired.collect(),
             epoch_floor: self.epoch_floor,
             volumes: self.volumes.values().cloned().collect(),
+            networks: self.networks.values().cloned().collect(),
         }
         .encode_to_vec()
     }
@@ -103,6 +104,9 @@ impl State {
             vms: keyed(snapshot.vms, VMS_MAX, "vms", name_of_vm)?,
             volumes: keyed(snapshot.volumes, VOLUMES_MAX, "volumes", |volume| {
                 Some(volume.name.clone())
+            })?,
+            networks: keyed(snapshot.networks, NETWORKS_MAX, "networks", |network| {
+                Some(network.name.clone())
             })?,
             migrations,
             events: snapshot.events.into(),

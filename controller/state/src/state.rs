@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use drover_proto::v1::{
-    Blackout, Event, Host, HostState, Migration, MigrationPhase, RequestRecord, Settings, Vm, VmSpec,
-    VmState, Volume,
+    Blackout, Event, Host, HostState, Migration, MigrationPhase, Network, RequestRecord, Settings, Vm,
+    VmSpec, VmState, Volume,
 };
 
 /// The replicated state of one cluster. Equal logs give equal states, byte for byte once encoded.
@@ -15,6 +15,7 @@ pub struct State {
     pub(crate) hosts: BTreeMap<String, Host>,
     pub(crate) vms: BTreeMap<String, Vm>,
     pub(crate) volumes: BTreeMap<String, Volume>,
+    pub(crate) networks: BTreeMap<String, Network>,
     pub(crate) migrations: BTreeMap<u64, Migration>,
     pub(crate) events: VecDeque<Event>,
     pub(crate) requests: Requests,
@@ -50,6 +51,7 @@ impl Default for State {
             hosts: BTreeMap::new(),
             vms: BTreeMap::new(),
             volumes: BTreeMap::new(),
+            networks: BTreeMap::new(),
             migrations: BTreeMap::new(),
             events: VecDeque::new(),
             requests: Requests::default(),

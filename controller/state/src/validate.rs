@@ -14,12 +14,13 @@ use crate::limits::{
     NAME_BYTES_MAX, POOL_DEFAULT, POST_COPY_CHARS_MAX, SERIAL_BYTES_MAX, STREAMS_MAX, TEXT_BYTES_MAX,
     THROTTLE_PERCENT_MAX, VCPUS_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_UNIT,
 };
+use crate::networks;
 use crate::state::default_settings;
 
 /// CPU profiles by name; the first is the default.
 pub(crate) const CPU_PROFILES: [&str; 4] = ["baseline", "x86-64-v2", "x86-64-v3", "host"];
 
-fn invalid(field: &str, message: String) -> Fault {
+pub(crate) fn invalid(field: &str, message: String) -> Fault {
     Fault::new(Code::InvalidArgument, message).field(field)
 }
 
@@ -120,6 +121,7 @@ pub(crate) fn vm_spec(spec: Option<&VmSpec>) -> Result<VmSpec, Fault> {
         name("spec.host", &spec.host)?;
     }
     disks(&spec)?;
+    networks::check_nics(&mut spec)?;
     Ok(spec)
 }
 
@@ -228,6 +230,7 @@ pub(crate) fn host_spec(spec: &HostSpec) -> Result<HostSpec, Fault> {
         ));
     }
     host_lists(&spec)?;
+    networks::check_host(&mut spec)?;
     spec.vmm = spec.vmm.as_ref().map(vmm_build);
     spec.post_copy = spec.post_copy.chars().take(POST_COPY_CHARS_MAX).collect();
     spec.cpu_features.sort_unstable();

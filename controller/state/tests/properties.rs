@@ -5,23 +5,31 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use common::*;
 use drover_proto::Code;
 use drover_proto::v1::command::Kind;
-use drover_proto::v1::{Command, MigrationPhase, RestartPolicy, VmState};
+use drover_proto::v1::{Command, MigrationPhase, RestartPolicy, VmNic, VmState};
 use drover_state::{State, apply, desired, epoch_of, grants, host_of, into_result, is_committed};
 use proptest::prelude::*;
 
 const HOSTS: [&str; 3] = ["host1", "host2", "host3"];
 const VOLUMES: [&str; 3] = ["vol1", "vol2", "vol3"];
+/// "lan" has four addresses to give, "net" none.
+const NETWORKS: [(&str, u32, &str); 3] = [
+    ("lan", 0, "10.1.0.0/29"),
+    ("net", 5, ""),
+    ("wide", 6, "10.2.0.0/16"),
+];
 const VMS: [&str; 4] = ["vm1", "vm2", "vm3", "vm4"];
 
 /// One step, its numbers still relative: epochs to the VM's, migrations to the newest.
 #[derive(Clone, Debug)]
 enum Step {
-    Create(usize, u64, Vec<(usize, bool)>),
+    Create(usize, u64, Vec<(usize, bool)>, Vec<(usize, u8)>),
+    CreateNetwork(usize),
+    DeleteNetwork(usize),
     CreateVolume(usize, u64),
     DeleteVolume(usize),
     Start(usize),
@@ -57,8 +65,15 @@ fn step() -> impl Strategy<Value = Step> {
     ];
     let back = prop_oneof![5 => Just(0_u64), 1 => 1..4_u64];
     prop_oneof![
-        3 => (vm.clone(), 100..700_u64, prop::collection::vec((0..VOLUMES.len(), any::<bool>()), 0..3))
-            .prop_map(|(v, m, d)| Step::Create(v, m, d)),
+        3 => (
+            vm.clone(),
+            100..700_u64,
+            prop::collection::vec((0..VOLUMES.len(), any::<bool>()), 0..3),
+            prop::collection::vec((0..NETWORKS.len(), 0..20_u8), 0..4),
+        )
+            .prop_map(|(v, m, d, n)| Step::Create(v, m, d, n)),
+        3 => (0..NETWORKS.len()).prop_map(Step::CreateNetwork),
+        1 => (0..NETWORKS.len()).prop_map(Step::DeleteNetwork),
         2 => (0..VOLUMES.len(), 0..4_u64).prop_map(|(v, size)| Step::CreateVolume(v, size)),
         1 => (0..VOLUMES.len()).prop_map(Step::DeleteVolume),
         1 => vm.clone().prop_map(Step::Start),
@@ -91,7 +106,7 @@ fn resolve(state: &State, step: &Step) -> Kind {
         migration.cloned().unwrap_or_default()
     };
     match *step {
-        Step::Create(vm, memory_mib, ref disks) => {
+        Step::Create(vm, memory_mib, ref disks, ref nics) => {
             let named = |(volume, reads): &(usize, bool)| {
                 format!("{}{}", VOLUMES[*volume], if *reads { ":ro" } else { "" })
             };
@@ -102,11 +117,32 @@ fn resolve(state: &State, step: &Step) -> Kind {
             };
             let spec = request.spec.as_mut().unwrap();
             spec.memory_mib = memory_mib;
+            // Some ask for addresses that another has, or that the allocation comes to.
+            let asked = |&(network, with): &(usize, u8)| {
+                let (name, _, subnet) = NETWORKS[network];
+                let mut nic = VmNic {
+                    network: name.into(),
+                    ..VmNic::default()
+                };
+                match with {
+                    0..3 => nic.mac = format!("52:54:00:00:00:0{with}"),
+                    3..7 if !subnet.is_empty() => nic.ip = subnet.replace("0/", &format!("{with}/")),
+                    _ => {}
+                }
+                nic.ip = nic.ip.split('/').next().unwrap_or_default().into();
+                nic
+            };
+            spec.nics = nics.iter().map(asked).collect();
             spec.set_restart(RestartPolicy::OnFailure);
             Kind::CreateVm(request)
         }
         Step::CreateVolume(volume, mib) => create_volume(VOLUMES[volume], "", mib << 20),
         Step::DeleteVolume(volume) => delete_volume(VOLUMES[volume]),
+        Step::CreateNetwork(network) => {
+            let (name, vni, subnet) = NETWORKS[network];
+            create_network(name, vni, subnet)
+        }
+        Step::DeleteNetwork(network) => delete_network(NETWORKS[network].0),
         Step::Start(vm) => start(VMS[vm]),
         Step::Stop(vm) => stop(VMS[vm]),
         Step::Delete(vm) => delete(VMS[vm]),
@@ -254,6 +290,53 @@ fn volumes_have_one_writer_or_only_readers(state: &State) {
     }
 }
 
+/// Every NIC has its network and a MAC and an address of its own, the address neither the subnet's ends nor its gateway; every host
+/// that may run it is told the networks, and of a VXLAN network exactly the other hosts that hold a VM in it.
+fn nics_have_networks_and_addresses_of_their_own(state: &State) {
+    let (mut macs, mut ips) = (BTreeSet::new(), BTreeSet::new());
+    for nic in state.vms().flat_map(|vm| &vm.spec.as_ref().unwrap().nics) {
+        let network = state.network(&nic.network).expect("a network in use stays");
+        assert!(macs.insert(&nic.mac), "{} stands twice", nic.mac);
+        assert_eq!(nic.ip.is_empty(), network.subnet.is_empty(), "{nic:?}");
+        if !nic.ip.is_empty() {
+            assert!(ips.insert((&nic.network, &nic.ip)), "{nic:?} stands twice");
+            let (first, last) = match nic.network.as_str() {
+                "lan" => ("10.1.0.0", "10.1.0.7"),
+                _ => ("10.2.0.0", "10.2.255.255"),
+            };
+            assert!(
+                ![first, last, &network.gateway].contains(&nic.ip.as_str()),
+                "{nic:?}"
+            );
+        }
+    }
+    let mut holds: BTreeMap<String, BTreeSet<&str>> = BTreeMap::new();
+    let all: Vec<_> = HOSTS.iter().map(|host| (*host, desired(state, host))).collect();
+    for (host, desired) in &all {
+        for vm in &desired.vms {
+            let nics = &vm.spec.as_ref().unwrap().nics;
+            let told: Vec<&String> = vm.networks.iter().map(|network| &network.name).collect();
+            assert_eq!(told, nics.iter().map(|nic| &nic.network).collect::<Vec<_>>());
+            for nic in nics {
+                holds.entry(nic.network.clone()).or_default().insert(host);
+            }
+        }
+    }
+    for (host, desired) in &all {
+        for peers in &desired.peers {
+            let mut wanted = holds[&peers.network].clone();
+            assert!(wanted.remove(host), "told of a network that it has no VM of");
+            for address in wanted.iter().map(|host| host_spec(host).vxlan) {
+                assert!(peers.addresses.contains(&address), "{host} is not told {address}");
+            }
+            assert!(
+                !peers.addresses.contains(&host_spec(host).vxlan),
+                "{host} is its own peer"
+            );
+        }
+    }
+}
+
 fn migrations_go_forward(before: &State, after: &State) {
     for migration in after.migrations() {
         let under_way = after
@@ -308,6 +391,7 @@ proptest! {
             upgrades_stay_on_their_host(&before, &state);
             migrations_go_forward(&before, &state);
             volumes_have_one_writer_or_only_readers(&state);
+            nics_have_networks_and_addresses_of_their_own(&state);
         }
     }
 

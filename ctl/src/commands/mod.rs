@@ -6,6 +6,7 @@ mod dry_run;
 pub mod events;
 mod follow;
 pub mod migrate;
+pub mod network;
 pub mod objects;
 mod progress;
 mod terminal;

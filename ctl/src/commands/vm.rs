@@ -68,6 +68,7 @@ async fn create(session: &Session, args: &CreateArgs) -> Result<()> {
         restart: restart.into(),
         host: args.host.clone().unwrap_or_default(),
         disks: args.disks.clone(),
+        nics: args.nics.clone(),
     };
     let mut vm = session.client.create_vm(spec, args.start).await?;
     if args.wait {

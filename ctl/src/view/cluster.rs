@@ -178,6 +178,12 @@ pub struct HostView {
     pub images: Vec<HostImageView>,
     /// Storage for volumes that it reaches.
     pub pools: Vec<String>,
+    /// Networks of kind `bridge` that it offers.
+    pub networks: Vec<String>,
+    /// Its address in tunnels; null: it offers no network of kind `vxlan`.
+    pub vxlan: Option<String>,
+    /// `ok`, or why it offers less than it is configured to; null: nothing is configured.
+    pub networking: Option<String>,
     /// What KVM offers.
     pub kvm_caps: Vec<String>,
     /// The CPU's features.
@@ -232,6 +238,9 @@ impl From<v1::Host> for HostView {
             boot_id: spec.boot_id,
             images: spec.images.into_iter().map(HostImageView::from).collect(),
             pools: spec.pools,
+            networks: spec.networks,
+            vxlan: some(spec.vxlan),
+            networking: some(spec.networking),
             kvm_caps: spec.kvm_caps,
             cpu_features: spec.cpu_features,
             registered_ms: host.registered_ms,
@@ -303,6 +312,9 @@ impl Detailed for HostView {
             ("boot id", self.boot_id.clone()),
             ("images", images.join(", ")),
             ("pools", dash(some(self.pools.join(", ")).as_deref())),
+            ("networks", dash(some(self.networks.join(", ")).as_deref())),
+            ("vxlan", dash(self.vxlan.as_deref())),
+            ("networking", dash(self.networking.as_deref())),
             ("kvm", self.kvm_caps.join(" ")),
             ("cpu", self.cpu_features.join(" ")),
             ("registered", instant(self.registered_ms)),

@@ -6,6 +6,7 @@
 mod cluster;
 mod forecast;
 mod migration;
+mod network;
 mod upgrade;
 mod vm;
 mod volume;
@@ -13,6 +14,7 @@ mod volume;
 pub use cluster::{ClusterView, EventView, HostView, ImageView};
 pub use forecast::DryRunView;
 pub use migration::{MigrationView, StreamView};
+pub use network::NetworkView;
 pub use upgrade::{UpgradeView, VmmView};
 pub use vm::{VmView, vm_state_word};
 pub use volume::VolumeView;

@@ -70,6 +70,29 @@ pub struct SpecView {
     pub host: Option<String>,
     /// Its disks, in the order of their slots.
     pub disks: Vec<DiskView>,
+    /// Its NICs, in the order of their slots.
+    pub nics: Vec<NicView>,
+}
+
+/// A NIC of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NicView {
+    /// The network's name.
+    pub network: String,
+    /// Its MAC.
+    pub mac: Option<String>,
+    /// The address that the VM has in the network; null: the network has no subnet.
+    pub ip: Option<String>,
+}
+
+impl From<v1::VmNic> for NicView {
+    fn from(nic: v1::VmNic) -> Self {
+        Self {
+            network: nic.network,
+            mac: some(nic.mac),
+            ip: some(nic.ip),
+        }
+    }
 }
 
 /// A disk of a VM.
@@ -141,6 +164,7 @@ impl From<v1::Vm> for VmView {
                 restart,
                 host: some(spec.host),
                 disks: spec.disks.into_iter().map(DiskView::from).collect(),
+                nics: spec.nics.into_iter().map(NicView::from).collect(),
             },
             restarts: vm.restarts,
             deleting: vm.deleting,
@@ -169,6 +193,16 @@ impl VmView {
         };
         let disks: Vec<String> = self.spec.disks.iter().map(one).collect();
         dash(some(disks.join(", ")).as_deref())
+    }
+
+    /// Its NICs in a line: `lan 52:54:00:00:00:01 10.1.0.7, wide …`.
+    fn nics(&self) -> String {
+        let one = |nic: &NicView| {
+            let parts = [Some(nic.network.as_str()), nic.mac.as_deref(), nic.ip.as_deref()];
+            parts.into_iter().flatten().collect::<Vec<_>>().join(" ")
+        };
+        let nics: Vec<String> = self.spec.nics.iter().map(one).collect();
+        dash(some(nics.join(", ")).as_deref())
     }
 
     /// State and placement in a sentence: `vm1 is running on host1 (epoch 3)`.
@@ -257,6 +291,7 @@ impl Detailed for VmView {
                 format!("{} ({} so far)", self.spec.restart, self.restarts),
             ),
             ("disks", self.disks()),
+            ("nics", self.nics()),
             ("pinned to", dash(self.spec.host.as_deref())),
             ("migration", dash(self.migration.as_deref())),
             ("last migration", dash(self.last_migration.as_deref())),

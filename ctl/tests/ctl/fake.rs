@@ -27,6 +27,8 @@ pub struct State {
     pub lose_answers: u32,
     /// VMs, each with the states that the next reads show.
     pub vms: BTreeMap<String, (v1::Vm, Vec<v1::VmState>)>,
+    /// Networks.
+    pub networks: Vec<v1::Network>,
     /// Volumes.
     pub volumes: Vec<v1::Volume>,
     /// Hosts.
@@ -377,6 +379,38 @@ impl Controller for Service {
         };
         vm.deleting = true;
         answer(state, vm)
+    }
+
+    async fn create_network(&self, request: Request<v1::CreateNetworkRequest>) -> Answer<v1::Network> {
+        let request = request.into_inner();
+        let mut state = self.enter("create_network", &request.request_id)?;
+        let network = request.network.unwrap_or_default();
+        state.networks.push(network.clone());
+        answer(state, network)
+    }
+
+    async fn list_networks(&self, _: Request<v1::ListNetworksRequest>) -> Answer<v1::ListNetworksResponse> {
+        let networks = self.enter("list_networks", "")?.networks.clone();
+        Ok(Response::new(v1::ListNetworksResponse { networks }))
+    }
+
+    async fn delete_network(&self, request: Request<v1::DeleteNetworkRequest>) -> Answer<v1::Network> {
+        let request = request.into_inner();
+        let mut state = self.enter("delete_network", &request.request_id)?;
+        let found = state
+            .networks
+            .iter()
+            .position(|network| network.name == request.name);
+        let Some(at) = found else {
+            let message = format!("no network is named \"{}\"", request.name);
+            return Err(Fault::new(Code::NetworkNotFound, message).field("name").into());
+        };
+        if let Some(vm) = state.networks[at].vms.first() {
+            let message = format!("name is {}, in which VM {vm} has a NIC", request.name);
+            return Err(Fault::new(Code::NetworkInUse, message).field("name").into());
+        }
+        let network = state.networks.remove(at);
+        answer(state, network)
     }
 
     async fn create_volume(&self, request: Request<v1::CreateVolumeRequest>) -> Answer<v1::Volume> {

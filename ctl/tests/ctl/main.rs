@@ -9,4 +9,5 @@ mod dev;
 mod dry_run;
 mod fake;
 mod follow;
+mod network;
 mod volume;

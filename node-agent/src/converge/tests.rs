@@ -30,6 +30,7 @@ fn wanted(role: VmRole, epoch: u64, migration: Option<Migration>) -> VmDesired {
         migration,
         arrived_by: String::new(),
         volumes: Vec::new(),
+        networks: Vec::new(),
     }
 }
 
@@ -38,6 +39,7 @@ fn run(epoch: u64, migration: Option<Migration>) -> HostDesired {
         revision: 1,
         vms: vec![wanted(VmRole::Run, epoch, migration)],
         stopping: vec![],
+        ..HostDesired::default()
     }
 }
 
@@ -53,6 +55,7 @@ fn incoming(epoch: u64, id: &str, phase: MigrationPhase) -> HostDesired {
         revision: 1,
         vms: vec![wanted(VmRole::Incoming, epoch, Some(migration))],
         stopping: vec![],
+        ..HostDesired::default()
     }
 }
 
@@ -580,6 +583,7 @@ fn upgrading(phase: MigrationPhase) -> HostDesired {
             wanted(VmRole::Incoming, 2, Some(upgrade)),
         ],
         stopping: vec![],
+        ..HostDesired::default()
     }
 }
 
@@ -763,10 +767,10 @@ prop_compose! {
     ) -> HostDesired {
         let vms = vms.into_iter().map(|(vm, epoch, run, migration, by)| VmDesired {
             vm, epoch, spec: None, role: if run { VmRole::Run } else { VmRole::Incoming }.into(), migration,
-            arrived_by: if run { by } else { String::new() }, volumes: Vec::new(),
+            arrived_by: if run { by } else { String::new() }, volumes: Vec::new(), networks: Vec::new(),
         }).collect();
         let stopping = stopping.into_iter().map(|(vm, epoch)| VmRef { vm, epoch }).collect();
-        HostDesired { revision: 1, vms, stopping }
+        HostDesired { revision: 1, vms, stopping, ..HostDesired::default() }
     }
 }
 
@@ -904,6 +908,7 @@ fn a_source_that_serves_is_told_the_commit_and_left_alone_until_it_is_not_needed
         revision: 1,
         vms: vec![wanted(VmRole::Serving, 2, Some(newest))],
         stopping: vec![],
+        ..HostDesired::default()
     };
     let key = || Key::start("vm1", 2);
     let here = |life: Life| Observed {

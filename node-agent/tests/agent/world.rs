@@ -193,6 +193,7 @@ pub fn run(epoch: u64, migration: Option<Migration>) -> HostDesired {
         migration,
         arrived_by: String::new(),
         volumes: Vec::new(),
+        networks: Vec::new(),
     };
     HostDesired {
         vms: vec![vm],

@@ -1,10 +1,12 @@
 //! The one function that changes the state.
 //!
 //! Every command is checked in full before it changes anything: a refusal leaves the state as it was, but for the
-//! record of the answer when the request carried an id. Handlers stand by subject: `hosts`, `vms`, `volumes`, `migrations`.
+//! record of the answer when the request carried an id. Handlers stand by subject: `hosts`, `vms`, `volumes`, `networks`,
+//! `migrations`.
 
 mod hosts;
 mod migrations;
+mod networks;
 mod vms;
 mod volumes;
 
@@ -169,6 +171,8 @@ impl Tx<'_> {
             Some(Kind::WantPostCopy(want)) => self.want_post_copy(want),
             Some(Kind::CreateVolume(create)) => self.create_volume(create),
             Some(Kind::DeleteVolume(delete)) => self.delete_volume(&delete.name),
+            Some(Kind::CreateNetwork(create)) => self.create_network(create),
+            Some(Kind::DeleteNetwork(delete)) => self.delete_network(&delete.name),
             // An entry of a newer build: every build of this version refuses it alike.
             None => Err(Fault::new(
                 Code::Internal,

@@ -21,6 +21,7 @@ use drover_proto::{Code, Fault};
 
 use super::{Applied, Tx, bounded, reason};
 use crate::limits::{RESTARTS_MAX, RETIRED_MAX, VMS_MAX};
+use crate::networks;
 use crate::placement::{self, Purpose};
 use crate::state::{epoch_of, host_of, is_committed, occupies, spec_of};
 use crate::validate::{self, quoted};
@@ -28,7 +29,7 @@ use crate::volumes;
 
 impl Tx<'_> {
     pub(super) fn create_vm(&mut self, create: &CreateVm) -> Applied {
-        let spec = validate::vm_spec(create.spec.as_ref())?;
+        let mut spec = validate::vm_spec(create.spec.as_ref())?;
         let name = spec.name.clone();
         if self.state.vms.contains_key(&name) {
             let message = format!("spec.name is {}; a VM of this name exists", quoted(&name));
@@ -48,6 +49,7 @@ impl Tx<'_> {
         }
         placement::images_exist(self.state, &spec)?;
         volumes::may_have(self.state, &spec)?;
+        networks::address(self.state, &mut spec)?;
         placement::could_ever_fit(self.state, &spec)?;
         let epoch = self.state.retired.remove(&name).unwrap_or(self.state.epoch_floor);
         let mut vm = Vm {

@@ -4,10 +4,10 @@
 
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::{
-    AbortMigrationRequest, AdvanceMigration, Command, CommandResponse, CommitHandoverRequest, CreateVm,
-    CreateVolume, DeleteVm, DeleteVolume, FinishMigration, HostCapacity, HostDown, HostSpec, HostUp, Image,
-    MigrationPhase, PlaceVm, PlanMigration, Reason, Receipt, ReportVmRequest, StartVm, StopVm, Vm, VmDisk,
-    VmPending, VmSpec, VmState, VmmBuild, Volume,
+    AbortMigrationRequest, AdvanceMigration, Command, CommandResponse, CommitHandoverRequest, CreateNetwork,
+    CreateVm, CreateVolume, DeleteNetwork, DeleteVm, DeleteVolume, FinishMigration, HostCapacity, HostDown,
+    HostSpec, HostUp, Image, MigrationPhase, Network, NetworkKind, PlaceVm, PlanMigration, Reason, Receipt,
+    ReportVmRequest, StartVm, StopVm, Vm, VmDisk, VmNic, VmPending, VmSpec, VmState, VmmBuild, Volume,
 };
 use drover_proto::{Code, Fault};
 use drover_state::{State, apply, into_result};
@@ -37,6 +37,12 @@ pub fn host_spec(name: &str) -> HostSpec {
         boot_id: "boot-1".into(),
         vmm: Some(vmm_build()),
         pools: vec!["default".into()],
+        networks: vec!["lan".into()],
+        vxlan: format!(
+            "10.0.0.{}",
+            name.len() + usize::from(name.as_bytes()[name.len() - 1])
+        ),
+        networking: "ok".into(),
         ..HostSpec::default()
     }
 }
@@ -198,6 +204,51 @@ pub fn create_volume(name: &str, pool: &str, size_bytes: u64) -> Kind {
 
 pub fn delete_volume(name: &str) -> Kind {
     Kind::DeleteVolume(DeleteVolume { name: name.into() })
+}
+
+/// vm with these NICs: `network[,mac=…][,ip=…]`.
+pub fn create_with_nics(vm: &str, nics: &[&str]) -> Kind {
+    let nic = |text: &&str| {
+        let mut parts = text.split(',');
+        let mut nic = VmNic {
+            network: parts.next().unwrap().into(),
+            ..VmNic::default()
+        };
+        for part in parts {
+            match part.split_once('=').unwrap() {
+                ("mac", mac) => nic.mac = mac.into(),
+                (_, ip) => nic.ip = ip.into(),
+            }
+        }
+        nic
+    };
+    Kind::CreateVm(CreateVm {
+        spec: Some(VmSpec {
+            nics: nics.iter().map(nic).collect(),
+            ..vm_spec(vm)
+        }),
+        start: true,
+    })
+}
+
+/// A network with a subnet, or without one when that is empty; of kind vxlan unless `vni` is 0.
+pub fn create_network(name: &str, vni: u32, subnet: &str) -> Kind {
+    let mut network = Network {
+        name: name.into(),
+        vni,
+        subnet: subnet.into(),
+        ..Network::default()
+    };
+    if vni != 0 {
+        network.set_kind(NetworkKind::Vxlan);
+    }
+    Kind::CreateNetwork(CreateNetwork {
+        network: Some(network),
+    })
+}
+
+pub fn delete_network(name: &str) -> Kind {
+    Kind::DeleteNetwork(DeleteNetwork { name: name.into() })
 }
 
 pub fn place(vm: &str, host: &str, expected_epoch: u64) -> Kind {
