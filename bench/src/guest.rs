@@ -135,6 +135,7 @@ mod tests {
             lost,
             back: 0,
             disk: None,
+            net: None,
         };
         format!("{report}\r\n")
     }

@@ -9,6 +9,7 @@
 extern crate std;
 
 pub mod clock;
+pub mod echo;
 pub mod journal;
 pub mod layout;
 pub mod ledger;

@@ -77,6 +77,8 @@ pub struct Params {
     pub hz: u32,
     /// Whether to keep a journal on a disk.
     pub disk: bool,
+    /// The IPv4 address that a station on a NIC answers for, where there is to be one.
+    pub net: Option<[u8; 4]>,
     /// How to end, and after how many seconds.
     pub fault: Option<(Fault, u64)>,
 }
@@ -118,6 +120,10 @@ pub enum Why {
     },
     /// `fault_after` alone.
     WithoutFault,
+    /// Not an IPv4 address.
+    NotAnAddress,
+    /// `net=echo` alone, or `ip` alone.
+    NetAndIp,
     /// The machine has less memory.
     DoesNotFit {
         /// Pages that the machine could give.
@@ -130,7 +136,7 @@ impl fmt::Display for BadParam<'_> {
         write!(f, "probe bad parameter \"{}\": ", self.word)?;
         match self.why {
             Why::Unknown => f.write_str(
-                "unknown name, known are own, hot, rate, pattern, content, cpus, hz, disk, fault, fault_after",
+                "unknown name, known are own, hot, rate, pattern, content, cpus, hz, disk, net, ip, fault, fault_after",
             ),
             Why::NotOneOf(words) => write!(f, "must be one of {words}"),
             Why::OutOfRange { low, high } => write!(f, "must be a number from {low} to {high}"),
@@ -142,6 +148,8 @@ impl fmt::Display for BadParam<'_> {
                 write!(f, "is fewer pages than the {cpus} processors need, one each")
             }
             Why::WithoutFault => f.write_str("needs fault=triple, emulation or shutdown"),
+            Why::NotAnAddress => f.write_str("must be an IPv4 address such as 10.0.0.2"),
+            Why::NetAndIp => f.write_str("net=echo and ip=ADDRESS need each other"),
             Why::DoesNotFit { pages } => write!(f, "does not fit, the memory map has room for {pages} pages"),
         }
     }
@@ -162,11 +170,13 @@ impl Params {
             cpus: None,
             hz: 1000,
             disk: false,
+            net: None,
             fault: None,
         };
         let mut hot_word = None;
         let mut fault = None;
         let mut fault_after = None;
+        let (mut net, mut ip) = (None, None);
         for word in line.split_ascii_whitespace() {
             let (name, value) = word.split_once('=').unwrap_or((word, ""));
             let bad = |why| BadParam { word, why };
@@ -182,6 +192,8 @@ impl Params {
                     params.hz = u32::try_from(hz).unwrap_or(u32::MAX);
                 }
                 "disk" => params.disk = journal(value).map_err(bad)?,
+                "net" => net = station(value).map_err(bad)?.then_some(word),
+                "ip" => ip = Some((word, address(value).ok_or(bad(Why::NotAnAddress))?)),
                 "fault" => fault = Some(fault_kind(value).map_err(bad)?),
                 "fault_after" => {
                     fault_after = Some((word, number(value, 0, FAULT_AFTER_MAX_S).map_err(bad)?))
@@ -201,6 +213,16 @@ impl Params {
                 },
             });
         }
+        params.net = match (net, ip) {
+            (Some(_), Some((_, ip))) => Some(ip),
+            (None, None) => None,
+            (Some(word), None) | (None, Some((word, _))) => {
+                return Err(BadParam {
+                    word,
+                    why: Why::NetAndIp,
+                });
+            }
+        };
         params.fault = match (fault, fault_after) {
             (Some(fault), after) => Some((fault, after.map_or(0, |(_, seconds)| seconds))),
             (None, Some((word, _))) => {
@@ -291,6 +313,23 @@ fn journal(text: &str) -> Result<bool, Why> {
     }
 }
 
+fn station(text: &str) -> Result<bool, Why> {
+    match text {
+        "none" => Ok(false),
+        "echo" => Ok(true),
+        _ => Err(Why::NotOneOf("none, echo")),
+    }
+}
+
+fn address(text: &str) -> Option<[u8; 4]> {
+    let mut ip = [0; 4];
+    let mut words = text.split('.');
+    for byte in &mut ip {
+        *byte = words.next()?.parse().ok()?;
+    }
+    words.next().is_none().then_some(ip)
+}
+
 fn fault_kind(text: &str) -> Result<Fault, Why> {
     match text {
         "triple" => Ok(Fault::Triple),
@@ -318,7 +357,7 @@ mod tests {
 
     #[test]
     fn every_parameter_is_followed() {
-        let line = "console=ttyS0 own=1G hot=256K rate=500 pattern=zipf content=repeat cpus=2 hz=100 disk=journal fault=triple fault_after=3";
+        let line = "console=ttyS0 own=1G hot=256K rate=500 pattern=zipf content=repeat cpus=2 hz=100 disk=journal net=echo ip=10.0.0.2 fault=triple fault_after=3";
         let expected = Params {
             own_pages: 262_144,
             hot_pages: 64,
@@ -328,6 +367,7 @@ mod tests {
             cpus: Some(2),
             hz: 100,
             disk: true,
+            net: Some([10, 0, 0, 2]),
             fault: Some((Fault::Triple, 3)),
         };
         assert_eq!(Params::parse(line), Ok(expected));
@@ -360,6 +400,12 @@ mod tests {
             ("hz=9", "hz=9", "from 10 to 4000"),
             ("fault=quad", "fault=quad", "triple, emulation, shutdown"),
             ("disk=sda", "disk=sda", "none, journal"),
+            ("net=on", "net=on", "none, echo"),
+            ("net=echo", "net=echo", "need each other"),
+            ("ip=10.0.0.2", "ip=10.0.0.2", "need each other"),
+            ("net=echo ip=10.0.0", "ip=10.0.0", "an IPv4 address"),
+            ("net=echo ip=10.0.0.256", "ip=10.0.0.256", "an IPv4 address"),
+            ("net=echo ip=10.0.0.2.1", "ip=10.0.0.2.1", "an IPv4 address"),
             ("fault_after=1", "fault_after=1", "needs fault="),
             ("own=64M patern=zipf", "patern=zipf", "unknown name"),
             ("quiet", "quiet", "unknown name"),

@@ -52,6 +52,19 @@ pub struct Second {
     pub back: u64,
     /// The journal's, where there is one.
     pub disk: Option<DiskSecond>,
+    /// The station's on the network, where there is one.
+    pub net: Option<NetSecond>,
+}
+
+/// Of the station on the network, with each line of a second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NetSecond {
+    /// Frames that came since boot.
+    pub received: u64,
+    /// Those among them that were answered.
+    pub answered: u64,
+    /// Interrupts for frames since boot.
+    pub interrupts: u64,
 }
 
 /// Of the journal on the disk, with each line of a second.
@@ -139,20 +152,33 @@ impl fmt::Display for Second {
             lost,
             back,
             disk,
+            net,
         } = self;
         write!(
             f,
             "probe t={t_s} ticks={ticks} gap_us={gap_us} max_gap_us={max_gap_us} written={written} verified={verified} \
              lost={lost} back={back}"
         )?;
-        match disk {
-            None => Ok(()),
-            Some(DiskSecond {
-                sequence,
-                lost,
-                interrupts,
-            }) => write!(f, " disk_seq={sequence} disk_lost={lost} disk_irqs={interrupts}"),
+        if let Some(DiskSecond {
+            sequence,
+            lost,
+            interrupts,
+        }) = disk
+        {
+            write!(f, " disk_seq={sequence} disk_lost={lost} disk_irqs={interrupts}")?;
         }
+        if let Some(NetSecond {
+            received,
+            answered,
+            interrupts,
+        }) = net
+        {
+            write!(
+                f,
+                " net_rx={received} net_answered={answered} net_irqs={interrupts}"
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -220,6 +246,13 @@ impl Second {
                     interrupts,
                 })
             }),
+            net: number(fields, "net_irqs").and_then(|interrupts| {
+                Some(NetSecond {
+                    received: number(fields, "net_rx")?,
+                    answered: number(fields, "net_answered")?,
+                    interrupts,
+                })
+            }),
         })
     }
 }
@@ -274,6 +307,7 @@ mod tests {
             lost: 1,
             back: 0,
             disk: None,
+            net: None,
         };
         let line = "probe t=3 ticks=3001 gap_us=1002 max_gap_us=9000 written=5 verified=6 lost=1 back=0";
         assert_eq!(second.to_string(), line);
@@ -312,6 +346,24 @@ mod tests {
             "probe disk sectors=8192 blocks=256 found_seq=72 lost=0"
         );
         assert_eq!(DiskFound::parse(&found.to_string()), Some(found));
+    }
+
+    #[test]
+    fn what_is_said_of_the_network_is_as_documented_and_reads_back() {
+        let second = Second {
+            net: Some(NetSecond {
+                received: 12,
+                answered: 10,
+                interrupts: 9,
+            }),
+            ..Second::default()
+        };
+        let line = second.to_string();
+        assert!(
+            line.ends_with(" back=0 net_rx=12 net_answered=10 net_irqs=9"),
+            "{line}"
+        );
+        assert_eq!(Second::parse(&line), Some(second));
     }
 
     #[test]

@@ -147,6 +147,8 @@ codes! {
     DiskUnusable = "disk_unusable", Aborted;
     /// The host does not offer a network, or its agent cannot make what a NIC hangs on.
     NetworkUnavailable = "network_unavailable", Aborted;
+    /// A tap of the VM is not there, cannot be opened, or is open in another process.
+    NicUnusable = "nic_unusable", Aborted;
     /// The migration was begun without leave to go on by post-copy.
     PostCopyNotAllowed = "postcopy_not_allowed", FailedPrecondition;
 }

@@ -11,9 +11,11 @@ use drover_proto::{Code, Fault};
 use serde::Deserialize;
 
 use crate::cpu::profile::Profile;
-use crate::devices::attached::Equipment;
+use crate::devices::attached::{Equipment, Nic};
 use crate::devices::virtio::blk::SERIAL_BYTES;
 use crate::devices::virtio::blk::disk::Disk;
+use crate::devices::virtio::net::tap::{NAME_BYTES_MAX, Tap};
+use crate::devices::virtio::net::{self, Mac};
 
 /// Most vCPUs of a VM.
 pub const VCPUS_MAX: u32 = 32;
@@ -23,6 +25,10 @@ pub const MEMORY_MIB_MIN: u64 = 16;
 pub const MEMORY_MIB_MAX: u64 = 1 << 20;
 /// Most disks of a VM; the bus has 31 slots.
 pub const DISKS_MAX: usize = 24;
+/// Most NICs of a VM: with random numbers and all disks the bus is full.
+pub const NICS_MAX: usize = 6;
+/// Least MTU of a NIC (RFC 791, 3.2).
+pub const MTU_MIN: u16 = 68;
 /// Longest kernel command line, bytes.
 pub const CMDLINE_BYTES_MAX: usize = 2048;
 /// The socket of an upgrade, in the VMM's folder.
@@ -69,6 +75,26 @@ pub struct Config {
     /// Its disks, in the order of their slots.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
+    /// Its NICs, in the order of their slots, which are after the disks'.
+    #[serde(default)]
+    pub nics: Vec<NicConfig>,
+}
+
+/// A NIC of the VM.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NicConfig {
+    /// The name of a tap of the host's.
+    pub tap: String,
+    /// Its address, six bytes in hexadecimal between colons.
+    pub mac: String,
+    /// Most bytes of a packet, 68..=65535.
+    #[serde(default = "ethernet_mtu")]
+    pub mtu: u16,
+}
+
+fn ethernet_mtu() -> u16 {
+    1500
 }
 
 /// A disk of the VM.
@@ -159,18 +185,59 @@ impl Config {
         self.memory_mib << 20
     }
 
-    /// What the VM is given on its bus; the disks' files are opened.
+    /// What the VM is given on its bus; the disks' files are opened, and the taps are there.
     pub fn equipment(&self) -> Result<Equipment, Fault> {
+        // One that another host's VMM hands its VM to has its taps now: see `tap.rs`.
+        let early = self.incoming.as_ref().is_some_and(|incoming| !incoming.local);
+        let nic = |nic: &NicConfig| {
+            Ok::<_, Fault>(Nic {
+                tap: Tap::find(&nic.tap, early)?,
+                mac: nic.address()?,
+                mtu: nic.mtu,
+            })
+        };
         let open = |disk: &DiskConfig| Disk::open(&disk.path, disk.read_only, &disk.serial);
         Ok(Equipment {
             rng: self.rng,
             disks: self.disks.iter().map(open).collect::<Result<_, _>>()?,
+            nics: self.nics.iter().map(nic).collect::<Result<_, _>>()?,
         })
     }
 
     /// Whether the VM has a bus.
     pub fn has_bus(&self) -> bool {
-        self.rng || !self.disks.is_empty()
+        self.rng || !self.disks.is_empty() || !self.nics.is_empty()
+    }
+
+    fn check_nics(&self) -> Result<(), Fault> {
+        if self.nics.len() > NICS_MAX {
+            let message = format!("{} NICs are too many, at most {NICS_MAX} are", self.nics.len());
+            return Err(invalid("nics", message));
+        }
+        for (index, nic) in self.nics.iter().enumerate() {
+            let mac = nic.address()?;
+            let named =
+                |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%') && byte != b'"';
+            if !(1..=NAME_BYTES_MAX).contains(&nic.tap.len()) || !nic.tap.bytes().all(named) {
+                let message = format!(
+                    "the tap {:?} of a NIC, must be the name of an interface: 1..={NAME_BYTES_MAX} printable ASCII characters",
+                    nic.tap
+                );
+                return Err(invalid("nics", message));
+            }
+            if nic.mtu < MTU_MIN {
+                let message = format!("the MTU {} of a NIC, must be {MTU_MIN}..=65535", nic.mtu);
+                return Err(invalid("nics", message));
+            }
+            let before = &self.nics[..index];
+            if before.iter().any(|other| other.tap == nic.tap)
+                || before.iter().any(|other| other.address() == Ok(mac))
+            {
+                let message = format!("tap {} or address {} is of two NICs", nic.tap, nic.mac);
+                return Err(invalid("nics", message));
+            }
+        }
+        Ok(())
     }
 
     fn check_disks(&self) -> Result<(), Fault> {
@@ -221,7 +288,23 @@ impl Config {
             let message = format!("cmdline must be at most {CMDLINE_BYTES_MAX} bytes without a zero byte");
             return Err(invalid("cmdline", message));
         }
-        self.check_disks()
+        self.check_disks()?;
+        self.check_nics()
+    }
+}
+
+impl NicConfig {
+    /// Its address, which is one that a single NIC can have (IEEE 802: the lowest bit of the first byte is of groups).
+    fn address(&self) -> Result<Mac, Fault> {
+        net::parse(&self.mac)
+            .filter(|mac| mac[0] & 1 == 0 && *mac != Mac::default())
+            .ok_or_else(|| {
+                let message = format!(
+                    "the address {:?} of a NIC, must be six bytes in hexadecimal between colons, not of a group: 52:54:00:12:34:56",
+                    self.mac
+                );
+                invalid("nics", message)
+            })
     }
 }
 
@@ -291,6 +374,46 @@ mod tests {
             Config::parse(&text(|v| v["disks"] = many)).unwrap_err().field,
             "disks"
         );
+    }
+
+    #[test]
+    fn nics_are_checked_by_name_address_and_mtu() {
+        let nic = |tap: &str, mac: &str, mtu: u32| serde_json::json!({"tap": tap, "mac": mac, "mtu": mtu});
+        let good = "52:54:00:12:34:56";
+        let config = Config::parse(&text(|v| {
+            v["nics"] = serde_json::json!([{"tap": "vm1-0", "mac": "52:54:00:AB:cd:01"}]);
+        }))
+        .unwrap();
+        assert!(config.has_bus());
+        assert_eq!(
+            (config.nics[0].address().unwrap(), config.nics[0].mtu),
+            ([0x52, 0x54, 0, 0xab, 0xcd, 1], 1500)
+        );
+        assert_eq!(config.equipment().unwrap_err().code, Code::NicUnusable);
+        let many: Vec<_> = (0..=NICS_MAX)
+            .map(|n| nic(&format!("tap{n}"), &format!("52:54:00:00:00:0{n}"), 1500))
+            .collect();
+        for bad in [
+            serde_json::json!(many),
+            serde_json::json!([nic("", good, 1500)]),
+            serde_json::json!([nic("a/b", good, 1500)]),
+            serde_json::json!([nic("sixteen-letters-", good, 1500)]),
+            serde_json::json!([nic("tap0", "52:54:00:12:34", 1500)]),
+            serde_json::json!([nic("tap0", "52:54:00:12:34:56:78", 1500)]),
+            serde_json::json!([nic("tap0", "52:54:00:12:34:+6", 1500)]),
+            serde_json::json!([nic("tap0", "53:54:00:12:34:56", 1500)]),
+            serde_json::json!([nic("tap0", "00:00:00:00:00:00", 1500)]),
+            serde_json::json!([nic("tap0", good, 67)]),
+            serde_json::json!([nic("tap0", good, 1500), nic("tap0", "52:54:00:12:34:57", 1500)]),
+            serde_json::json!([nic("tap0", good, 1500), nic("tap1", good, 1500)]),
+        ] {
+            let fault = Config::parse(&text(|v| v["nics"] = bad.clone())).unwrap_err();
+            assert_eq!(
+                (fault.code, fault.field.as_str()),
+                (Code::InvalidArgument, "nics"),
+                "{bad}"
+            );
+        }
     }
 
     #[test]

@@ -24,6 +24,7 @@ pub mod control;
 pub mod cpu;
 pub mod devices;
 pub mod dirty;
+mod fd;
 pub mod forecast;
 pub mod incoming;
 pub mod irqchip;
@@ -41,4 +42,4 @@ pub mod version;
 pub mod vm;
 
 /// Version of the save-state this build writes; it reads every version up to it.
-pub const DEVICE_MODEL: u32 = 2;
+pub const DEVICE_MODEL: u32 = 3;

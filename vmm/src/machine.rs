@@ -9,7 +9,7 @@
 //! A holder that panics ends the process, see `main.rs`.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -33,7 +33,7 @@ use crate::right::Right;
 use crate::time::{NS_PER_S, boottime_ns};
 use crate::vcpu::GuestEnd;
 use crate::vm::{Shape, Vm};
-use crate::{boot, incoming, outgoing, version};
+use crate::{boot, fd, incoming, outgoing, version};
 
 /// How long the watch thread sleeps at most, ms; only so that it notices when its machine is gone.
 const WATCH_PERIOD_MS: u16 = 1000;
@@ -217,7 +217,9 @@ impl Machine {
                     vm.announce_pause();
                 }
                 vm.resume(core.right.deadline_ns());
-                core.ran_before = true;
+                if !std::mem::replace(&mut core.ran_before, true) {
+                    vm.announce_nics();
+                }
             } else if core.running && core.right.handed_over() {
                 vm.pause_to_hand_over();
             } else if core.running {
@@ -795,7 +797,7 @@ fn watch_loop(machine: &Weak<Machine>) {
         let ended = vm.ended();
         let mut fds = [
             PollFd::new(machine.timer.as_fd(), PollFlags::POLLIN),
-            PollFd::new(borrow(ended), PollFlags::POLLIN),
+            PollFd::new(fd::lend(ended), PollFlags::POLLIN),
         ];
         match poll(&mut fds, PollTimeout::from(WATCH_PERIOD_MS)) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
@@ -806,11 +808,4 @@ fn watch_loop(machine: &Weak<Machine>) {
         let _ = ended.read();
         machine.look();
     }
-}
-
-#[allow(unsafe_code, reason = "an eventfd's descriptor is lent to poll")]
-fn borrow(fd: &vmm_sys_util::eventfd::EventFd) -> BorrowedFd<'_> {
-    use std::os::fd::AsRawFd;
-    // SAFETY: the descriptor is open as long as the eventfd is borrowed.
-    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
 }

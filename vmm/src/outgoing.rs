@@ -103,7 +103,7 @@ fn params(machine: &Machine, request: &StartOutgoingRequest) -> Params {
         source_epoch: config.epoch,
         target_epoch: request.target_epoch,
         options: request.options.unwrap_or_default(),
-        device_model: save::device_model(config.has_bus()),
+        device_model: save::device_model(config.has_bus(), !config.nics.is_empty()),
         cpu_profile: config.cpu_profile.name().to_owned(),
         tracker: if is_local(request) {
             "none"

@@ -20,8 +20,9 @@ use crate::devices::serial::{REGISTERS, SavedSerial};
 
 /// Largest encoded state: 32 vCPUs of some 20 KiB each and the console's 256 KiB, with room to grow.
 pub const SAVE_BYTES_MAX: usize = 8 << 20;
-/// The device model of VMs without a PCI bus.
+/// The device models of VMs without a PCI bus, and of those without NICs on it.
 const MODEL_WITHOUT_BUS: u32 = 1;
+const MODEL_WITHOUT_NICS: u32 = 2;
 /// Most MSRs of a vCPU; KVM lists under 200.
 pub const MSRS_MAX: usize = 1024;
 
@@ -42,15 +43,20 @@ pub struct Saved {
 }
 
 impl Saved {
-    /// The least device model that has all of it: a VM without a bus can still go to a VMM that knows none.
+    /// The least device model that has all of it.
     pub fn device_model(&self) -> u32 {
-        device_model(self.pci.is_some())
+        let nics = self.pci.as_ref().is_some_and(SavedPci::has_nics);
+        device_model(self.pci.is_some(), nics)
     }
 }
 
-/// The least device model of a VM with or without a bus.
-pub fn device_model(bus: bool) -> u32 {
-    if bus { DEVICE_MODEL } else { MODEL_WITHOUT_BUS }
+/// The least device model of a VM with or without a bus, with or without NICs on it: so it can still go to a VMM that knows none.
+pub fn device_model(bus: bool, nics: bool) -> u32 {
+    match (bus, nics) {
+        (_, true) => DEVICE_MODEL,
+        (true, false) => MODEL_WITHOUT_NICS,
+        (false, false) => MODEL_WITHOUT_BUS,
+    }
 }
 
 /// The state of one vCPU.
@@ -414,7 +420,7 @@ pub(crate) mod tests {
     fn a_state_of_the_wrong_shape_is_refused_with_what_is_wrong() {
         type Change = fn(&mut VmSave);
         let cases: [(Change, &str); 11] = [
-            (|save| save.device_model = DEVICE_MODEL + 1, "device model 3"),
+            (|save| save.device_model = DEVICE_MODEL + 1, "device model 4"),
             (|save| save.device_model = 0, "device model 0"),
             (|save| save.vcpus.clear(), "0 vCPUs"),
             (|save| save.vcpus[1].id = 0, "vCPU 0 stands where vCPU 1"),

@@ -170,7 +170,7 @@ impl Vm {
             return Ok(());
         }
         if !self.caps.irq_routing {
-            let message = "this host's KVM lacks IRQ_ROUTING, without which a VM has no disks";
+            let message = "this host's KVM lacks IRQ_ROUTING, without which a VM has neither disks nor NICs";
             return Err(Fault::new(Code::KvmUnusable, message));
         }
         let attached = Attached::build(&self.fd, &self.memory, &self.io, equipment)?;
@@ -230,6 +230,13 @@ impl Vm {
     /// VM; nothing of it may run then.
     pub fn open_devices(&self, deadline_ns: u64) -> Result<(), Fault> {
         self.io.open(deadline_ns)
+    }
+
+    /// Tells the network where the VM is, from a thread that ends: it has just begun to run here.
+    pub fn announce_nics(&self) {
+        if let Some(attached) = self.devices.attached() {
+            attached.announce();
+        }
     }
 
     /// Waits, but not for long, until a vCPU executes after [`Vm::resume`].

@@ -11,8 +11,8 @@ use std::mem::size_of;
 use std::path::{Path, PathBuf};
 
 use drover_proto::v1::{
-    ClockSave, CpuidEntry, IrqchipSave, Msr, PciSave, SerialSave, VcpuSave, VirtioBlkSave, VirtioQueueSave,
-    VirtioSave, VmSave, virtio_save,
+    ClockSave, CpuidEntry, IrqchipSave, Msr, PciSave, SerialSave, VcpuSave, VirtioBlkSave, VirtioNetSave,
+    VirtioQueueSave, VirtioSave, VmSave, virtio_save,
 };
 use kvm_bindings::{
     kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_pit_state2, kvm_regs, kvm_sregs,
@@ -115,6 +115,19 @@ fn with_disk() -> VmSave {
     }
 }
 
+/// The same with a NIC that holds a frame.
+fn with_nic() -> VmSave {
+    let mut save = with_disk();
+    save.device_model = 3;
+    let device = &mut save.pci.as_mut().unwrap().devices[0];
+    device.device = Some(virtio_save::Device::Net(VirtioNetSave {
+        mac: vec![0x52, 0x54, 0, 1, 2, 3],
+        mtu: 1500,
+        held: vec![0; 72],
+    }));
+    save
+}
+
 fn saves() -> Vec<(&'static str, Vec<u8>)> {
     let encoded = |change: fn(&mut VmSave)| {
         let mut save = vm(1);
@@ -127,7 +140,7 @@ fn saves() -> Vec<(&'static str, Vec<u8>)> {
         ("one-vcpu", whole.clone()),
         ("two-vcpus", vm(2).encode_to_vec()),
         ("truncated", whole[..whole.len() / 2].to_vec()),
-        ("newer-model", encoded(|save| save.device_model = 3)),
+        ("newer-model", encoded(|save| save.device_model = 4)),
         ("no-vcpus", encoded(|save| save.vcpus.clear())),
         ("wrong-order", encoded(|save| save.vcpus[0].id = 1)),
         ("short-xsave", encoded(|save| save.vcpus[0].xsave.truncate(100))),
@@ -141,6 +154,7 @@ fn saves() -> Vec<(&'static str, Vec<u8>)> {
         ),
         ("many-xcrs", encoded(|save| save.vcpus[0].xcrs[0] = 200)),
         ("one-disk", with_disk().encode_to_vec()),
+        ("one-nic", with_nic().encode_to_vec()),
         ("no-such-device", {
             let mut save = with_disk();
             save.pci.as_mut().unwrap().devices[0].device = None;
@@ -260,6 +274,31 @@ fn drivers() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
+/// Frames from outside before what a driver does.
+fn networks() -> Vec<(&'static str, Vec<u8>)> {
+    let frame = |words: u8, flags: u8| {
+        let mut frame = vec![0; 8 * usize::from(words) + 1];
+        (frame[0], frame[1]) = (words, flags);
+        frame
+    };
+    let frames = |of: &[(u8, u8)]| {
+        let count = u8::try_from(of.len()).unwrap();
+        let frames = of.iter().flat_map(|&(words, flags)| frame(words, flags));
+        [count].into_iter().chain(frames).collect::<Vec<u8>>()
+    };
+    let mut made = vec![("empty", vec![])];
+    for ((name, driver), come) in drivers().into_iter().skip(1).zip([
+        frames(&[(9, 0), (9, 0)]),
+        frames(&[(200, 0)]),
+        frames(&[(1, 0), (9, 3)]),
+        frames(&[(9, 1)]),
+        frames(&[]),
+    ]) {
+        made.push((name, [come, driver].concat()));
+    }
+    made
+}
+
 fn folder(target: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("fuzz/corpus")
@@ -292,7 +331,7 @@ fn check(target: &str, made: &[(&str, Vec<u8>)], exercise: fn(&[u8])) {
 #[test]
 fn the_corpus_of_saved_states_is_replayed() {
     check("save", &saves(), exercise::save);
-    for whole in ["one-vcpu", "two-vcpus", "one-disk"] {
+    for whole in ["one-vcpu", "two-vcpus", "one-disk", "one-nic"] {
         let bytes = std::fs::read(folder("save").join(whole)).unwrap();
         assert!(
             drover_vmm::save::decode(&bytes).is_ok(),
@@ -318,15 +357,21 @@ fn the_corpus_of_drivers_is_replayed() {
     check("virtio", &drivers(), exercise_virtio::virtio);
 }
 
+#[test]
+fn the_corpus_of_networks_is_replayed() {
+    check("nic", &networks(), exercise_virtio::nic);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn a_mutated_driver_breaks_nothing(
+        nic in any::<bool>(),
         pick in any::<prop::sample::Index>(),
         changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..12),
     ) {
-        let made = drivers();
+        let made = if nic { networks() } else { drivers() };
         let mut bytes = made[pick.index(made.len())].1.clone();
         for (at, value) in changes {
             if !bytes.is_empty() {
@@ -334,7 +379,7 @@ proptest! {
                 bytes[at] = value;
             }
         }
-        exercise_virtio::virtio(&bytes);
+        if nic { exercise_virtio::nic(&bytes) } else { exercise_virtio::virtio(&bytes) }
     }
 }
 

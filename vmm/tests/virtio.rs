@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use driver::{AVAILABLE, DATA, DESCRIPTORS, INDIRECT, MEMORY_BYTES, NEXT, Part, Rig, SIZE, USED, WRITE};
 use drover_migration::vm::PageSet;
+use drover_vmm::devices::gate::Begun;
 use drover_vmm::devices::pci::PciDevice;
 use drover_vmm::devices::saved::{self, SavedDevice, SavedPci};
 use drover_vmm::devices::virtio::queue::{Broken, Chain};
@@ -368,7 +369,14 @@ impl Device for Slow {
         &[64]
     }
     fn read_config(&self, _offset: usize, _data: &mut [u8]) {}
-    fn serve(&self, _queue: usize, _chain: &Chain, _memory: &Mapped, _features: u64) -> Result<u32, Broken> {
+    fn serve(
+        &self,
+        _queue: usize,
+        _chain: &Chain,
+        _memory: &Mapped,
+        _features: u64,
+        _begun: &Begun<'_>,
+    ) -> Result<u32, Broken> {
         self.began.lock().unwrap().send(()).unwrap();
         self.go.lock().unwrap().recv().unwrap();
         Ok(1)

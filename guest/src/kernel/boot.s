@@ -159,6 +159,17 @@ disk_entry:                 // the disk's message: counted, no more
     popq %rcx
     iretq
 
+.globl net_entry
+net_entry:                  // the NIC's, the same
+    pushq %rcx
+    movq %rsp, %rcx
+    andq $-CPU_AREA, %rcx
+    incq 40(%rcx)
+    movl $LAPIC, %ecx
+    movl $0, LAPIC_EOI(%rcx)
+    popq %rcx
+    iretq
+
 .globl spurious_entry
 spurious_entry:
     iretq

@@ -4,7 +4,7 @@ use core::sync::atomic::Ordering;
 
 use drover_probe::clock::microseconds;
 use drover_probe::params::Fault;
-use drover_probe::report::{DiskSecond, Second};
+use drover_probe::report::{DiskSecond, NetSecond, Second};
 
 use super::console::{self, say};
 use super::machine;
@@ -50,8 +50,8 @@ impl Desk {
         }
     }
 
-    /// Does what is due; `disk` is how the journal stands.
-    pub fn tend(&mut self, disk: Option<DiskSecond>) {
+    /// Does what is due; `disk` is how the journal stands, `net` what the station has done.
+    pub fn tend(&mut self, disk: Option<DiskSecond>, net: Option<NetSecond>) {
         let now = machine::counter();
         let second = self.plan.clock.ticks_per_s();
         if now >= self.next_look {
@@ -63,6 +63,7 @@ impl Desk {
             self.next_line = (self.next_line + second).max(now);
             let report = Second {
                 disk,
+                net,
                 ..self.report(now)
             };
             say!("{report}");

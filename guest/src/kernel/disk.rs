@@ -1,6 +1,6 @@
-//! A virtio disk and the journal on it: found by a scan of PCI's root bus, driven from ring 3 by one queue.
+//! A virtio disk and the journal on it, driven from ring 3 by one queue.
 //!
-//! Sources: Virtual I/O Device 1.2, 2.7 (the queue), 4.1 (PCI) and 5.2 (disks). Each request is three descriptors of its own: header, data,
+//! Source: Virtual I/O Device 1.2, 5.2. Each request is three descriptors of its own: header, data,
 //! answer. Answers are seen by polling, a step at a time between the worker's; interrupts are only counted, which shows that they arrive.
 //!
 //! ```text
@@ -8,7 +8,6 @@
 //! ```
 //!
 //! A request that is not answered for ten seconds of the timer's ticks, which stand while the guest does, is lost.
-#![allow(unsafe_code, reason = "a driver shares memory with its device")]
 
 use core::sync::atomic::{Ordering, fence};
 
@@ -20,6 +19,7 @@ use drover_probe::report::{DiskFound, DiskSecond};
 use super::console::say;
 use super::machine;
 use super::time::Clock;
+use super::virtio::{self, NEXT, PAGE, Queue, Registers, WRITE, get, put};
 
 /// Pages that the driver and the device share.
 pub const PAGES: u64 = DATA + SLOTS as u64;
@@ -33,13 +33,10 @@ const RINGS: u64 = 0;
 const USED: u64 = 1;
 const HEADERS: u64 = 2;
 const DATA: u64 = 3;
-const PAGE: u64 = 4096;
 const AVAILABLE_OFFSET: u64 = 2048;
 const HEADER_BYTES: u64 = 16;
 const ANSWERS_OFFSET: u64 = 2048;
 
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
@@ -48,20 +45,7 @@ const NO_ANSWER: u8 = 0xff;
 
 /// Virtio's vendor, and a disk that follows the standard.
 const DISK_ID: u32 = 0x1042_1af4;
-const SLOTS_OF_BUS: u32 = 32;
-const CAPABILITIES_MAX: u32 = 48;
-const MSIX: u32 = 0x11;
-const VENDORS_OWN: u32 = 9;
-/// Memory space and bus master.
-const COMMAND: u32 = 6;
-const MSIX_ENABLE: u32 = 1 << 31;
-
 const F_FLUSH: u32 = 1 << 9;
-const F_VERSION_1: u32 = 1;
-const ACKNOWLEDGE: u8 = 1;
-const DRIVER: u8 = 2;
-const DRIVER_OK: u8 = 4;
-const FEATURES_OK: u8 = 8;
 
 /// Between two batches.
 const PAUSE_MS: u64 = 5;
@@ -71,28 +55,6 @@ const PATIENCE_TICKS: u64 = 10_000;
 const BOOT_PATIENCE_S: u64 = 30;
 /// Losses that are said one by one.
 const LOSSES_SAID_MAX: u64 = 16;
-
-/// Reads shared memory or a register.
-fn get<T: Copy>(at: u64) -> T {
-    // SAFETY: `at` lies in the pages that the plan set aside for this driver, or in the region of the device's registers that its
-    // configuration space names, both mapped one to one; `T` is an integer, and the access is aligned and volatile.
-    unsafe { core::ptr::with_exposed_provenance::<T>(at as usize).read_volatile() }
-}
-
-/// Writes shared memory or a register.
-fn put<T: Copy>(at: u64, value: T) {
-    // SAFETY: as for `get`; nothing in Rust refers to these addresses but a page of data while no request has it.
-    unsafe { core::ptr::with_exposed_provenance_mut::<T>(at as usize).write_volatile(value) }
-}
-
-/// Where the device's registers are.
-#[derive(Clone, Copy, Default)]
-struct Registers {
-    common: u64,
-    doorbell: u64,
-    device: u64,
-    msix_table: u64,
-}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Doing {
@@ -119,61 +81,11 @@ pub struct Disk {
     lost: u64,
 }
 
-fn config(slot: u32, register: u32) -> u32 {
-    1 << 31 | slot << 11 | register
-}
-
-/// Finds the first disk, places nothing anew, and switches it on.
-fn find() -> Result<Registers, &'static str> {
-    let slot = (0..SLOTS_OF_BUS)
-        .find(|&slot| machine::config_read(config(slot, 0)) == DISK_ID)
-        .ok_or("no virtio disk on PCI's root bus")?;
-    let bar = |index: u32| u64::from(machine::config_read(config(slot, 0x10 + 4 * index)) & !0xf);
-    let mut found = Registers::default();
-    let mut msix = None;
-    let mut at = machine::config_read(config(slot, 0x34)) & 0xfc;
-    for _ in 0..CAPABILITIES_MAX {
-        if at == 0 {
-            break;
-        }
-        let head = machine::config_read(config(slot, at));
-        let second = machine::config_read(config(slot, at + 4));
-        let place = |offset: u32| bar(second & 7) + u64::from(offset);
-        match (head & 0xff, head >> 24) {
-            (MSIX, _) => {
-                msix = Some((at, head));
-                found.msix_table = place(second & !7);
-            }
-            (VENDORS_OWN, 1) => found.common = place(machine::config_read(config(slot, at + 8))),
-            (VENDORS_OWN, 2) => found.doorbell = place(machine::config_read(config(slot, at + 8))),
-            (VENDORS_OWN, 4) => found.device = place(machine::config_read(config(slot, at + 8))),
-            _ => {}
-        }
-        at = head >> 8 & 0xfc;
-    }
-    if found.common < PAGE || found.doorbell < PAGE || found.device < PAGE {
-        return Err("its registers are nowhere");
-    }
-    // SAFETY: the device writes to memory only once its queue is set up, and then to this driver's pages.
-    unsafe { machine::config_write(config(slot, 4), COMMAND) };
-    if let Some((at, head)) = msix {
-        for vector in 0..2 {
-            let entry = found.msix_table + 16 * vector;
-            put(entry, 0xfee0_0000u32);
-            put(entry + 4, 0u32);
-            put(entry + 8, machine::DISK_VECTOR);
-            put(entry + 12, 0u32);
-        }
-        // SAFETY: its messages go to the local APIC of processor 0.
-        unsafe { machine::config_write(config(slot, at), head & 0xffff | MSIX_ENABLE) };
-    }
-    Ok(found)
-}
-
 impl Disk {
     /// Finds the disk, sets it up, and reads the journal on it. `memory`: [`PAGES`] pages.
     pub fn open(memory: u64, clock: &Clock) -> Result<Disk, &'static str> {
-        let registers = find()?;
+        let registers =
+            virtio::find(DISK_ID, machine::DISK_VECTOR)?.ok_or("no virtio disk on PCI's root bus")?;
         for word in 0..PAGES * PAGE / 8 {
             put(memory + 8 * word, 0u64);
         }
@@ -201,37 +113,19 @@ impl Disk {
     }
 
     fn set_up(&self) -> Result<(), &'static str> {
-        let common = self.registers.common;
-        let status = common + 20;
-        put(status, 0u8);
-        for bits in [ACKNOWLEDGE, ACKNOWLEDGE | DRIVER] {
-            put(status, bits);
-        }
-        for (half, features) in [(0u32, F_FLUSH), (1, F_VERSION_1)] {
-            put(common + 8, half);
-            put(common + 12, features);
-        }
-        put(status, ACKNOWLEDGE | DRIVER | FEATURES_OK);
-        if get::<u8>(status) & FEATURES_OK == 0 {
+        if !virtio::agree(&self.registers, F_FLUSH) {
             return Err("it does not know flushes");
         }
-        put(common + 16, 0u16);
-        put(common + 22, 0u16);
-        if get::<u16>(common + 24) < QUEUE_SIZE {
-            return Err("its queue is too small");
-        }
-        put(common + 24, QUEUE_SIZE);
-        put(common + 26, 1u16);
-        for (register, place) in [
-            (32, self.page(RINGS)),
-            (40, self.page(RINGS) + AVAILABLE_OFFSET),
-            (48, self.page(USED)),
-        ] {
-            put(common + register, (place & 0xffff_ffff) as u32);
-            put(common + register + 4, (place >> 32) as u32);
-        }
-        put(common + 28, 1u16);
-        put(status, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        let queue = Queue {
+            index: 0,
+            size: QUEUE_SIZE,
+            vector: Some(1),
+            descriptors: self.page(RINGS),
+            available: self.page(RINGS) + AVAILABLE_OFFSET,
+            used: self.page(USED),
+        };
+        virtio::set_up(&self.registers, &queue)?;
+        virtio::start(&self.registers);
         Ok(())
     }
 
@@ -262,16 +156,12 @@ impl Disk {
     }
 
     fn describe(&self, index: u16, at: u64, len: u32, flags: u16, next: u16) {
-        let descriptor = self.page(RINGS) + 16 * u64::from(index);
-        put(descriptor, at);
-        put(descriptor + 8, len);
-        put(descriptor + 12, flags);
-        put(descriptor + 14, next);
+        virtio::describe(self.page(RINGS), index, at, len, flags, next);
     }
 
     fn ring(&mut self) {
         fence(Ordering::SeqCst);
-        put(self.registers.doorbell, 0u16);
+        virtio::ring(&self.registers, 0);
         self.asked_at_tick = machine::area(0).ticks.load(Ordering::Relaxed);
     }
 

@@ -40,6 +40,8 @@ pub mod lapic {
 const TIMER_VECTOR: usize = 0x20;
 /// The disk's interrupt.
 pub const DISK_VECTOR: u32 = 0x21;
+/// The NIC's interrupt.
+pub const NET_VECTOR: u32 = 0x22;
 const INVALID_OPCODE_VECTOR: usize = 6;
 const SPURIOUS_VECTOR: usize = 0xff;
 
@@ -56,7 +58,9 @@ pub struct CpuArea {
     pub back: AtomicU64,
     /// Interrupts of the disk.
     pub disk: AtomicU64,
-    reserved: [AtomicU64; 3],
+    /// Interrupts of the NIC.
+    pub net: AtomicU64,
+    reserved: [AtomicU64; 2],
     /// The hypervisor's clock page.
     pub clock_page: [AtomicU32; 8],
     stack: [AtomicU8; 4000],
@@ -75,6 +79,7 @@ unsafe extern "C" {
     static image_end: u8;
     fn timer_entry();
     fn disk_entry();
+    fn net_entry();
     fn spurious_entry();
     fn invalid_opcode_entry();
     fn service_call();
@@ -226,6 +231,7 @@ pub fn fill_interrupt_table() {
     gate(TIMER_VECTOR, timer_entry as *const () as u64);
     gate(INVALID_OPCODE_VECTOR, invalid_opcode_entry as *const () as u64);
     gate(DISK_VECTOR as usize, disk_entry as *const () as u64);
+    gate(NET_VECTOR as usize, net_entry as *const () as u64);
     gate(SPURIOUS_VECTOR, spurious_entry as *const () as u64);
     fence(Ordering::SeqCst);
 }

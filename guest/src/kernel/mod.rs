@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! boot.s (ring 0) -> probe_entry (ring 3)
-//!   processor 0:  boot information -> clock -> timer -> wakes the others -> publishes the plan -> fills -> (journal) -> "probe up" -> work + desk
+//!   processor 0:  boot information -> clock -> timer -> wakes the others -> publishes the plan -> fills -> (journal, station) -> "probe up" -> work + desk
 //!   the others:                                            wait for the plan -> timer -> fill -> work
 //! ```
 //!
@@ -13,8 +13,10 @@ mod console;
 mod desk;
 mod disk;
 mod machine;
+mod net;
 mod plan;
 mod time;
+mod virtio;
 mod worker;
 
 use core::sync::atomic::{AtomicUsize, Ordering};
@@ -23,6 +25,7 @@ use self::boot::BootInfo;
 use self::console::say;
 use self::desk::Desk;
 use self::disk::Disk;
+use self::net::Net;
 use self::plan::{PLAN, Plan};
 use self::time::Clock;
 use self::worker::Worker;
@@ -64,7 +67,7 @@ fn first(kind: u64, boot_address: u64) -> ! {
         say!("probe no timer: the local APIC's counter does not move");
         machine::stop()
     };
-    let disk_memory = plan.disk;
+    let (disk_memory, net_memory) = (plan.disk, plan.net);
     let cpus = machine::wake_others(plan.params.cpus, &clock);
     let plan = PLAN.publish(plan.with_machine(clock, timer, cpus));
     let mut worker = start_work(plan, 0);
@@ -79,12 +82,24 @@ fn first(kind: u64, boot_address: u64) -> ! {
             machine::stop()
         }
     };
+    let mut net = match net_memory
+        .zip(plan.params.net)
+        .map(|(memory, ip)| Net::open(memory, ip))
+    {
+        None => None,
+        Some(Ok(net)) => Some(net),
+        Some(Err(why)) => {
+            say!("probe no nic: {why}");
+            machine::stop()
+        }
+    };
     say!("{}", plan.up());
     let mut desk = Desk::new(plan);
     loop {
         let worked = worker.step();
         let journal = disk.as_mut().map(Disk::step);
-        desk.tend(journal);
+        let station = net.as_mut().map(Net::step);
+        desk.tend(journal, station);
         if !worked {
             machine::idle();
         }

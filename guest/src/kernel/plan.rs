@@ -10,7 +10,7 @@ use drover_probe::params::{BadParam, Params, Why};
 use drover_probe::report::Up;
 
 use super::time::Clock;
-use super::{disk, machine};
+use super::{disk, machine, net};
 
 const RECORD_BYTES: u64 = 8;
 
@@ -22,6 +22,8 @@ pub struct Draft {
     record: u64,
     /// Memory for the disk, where there is to be one: see [`super::disk`].
     pub disk: Option<u64>,
+    /// Memory for the NIC, where there is to be one: see [`super::net`].
+    pub net: Option<u64>,
 }
 
 /// The same, and the machine as it was found.
@@ -46,17 +48,20 @@ impl Plan {
         let params = Params::parse(line)?;
         let mut layout = memory.clone();
         let room = layout.pages();
-        let disk = if params.disk {
-            layout.take(disk::PAGES)
-        } else {
-            None
-        };
+        let drivers = [(params.disk, disk::PAGES), (params.net.is_some(), net::PAGES)];
+        let [disk, net] = drivers.map(|(wanted, pages)| wanted.then(|| layout.take(pages)).flatten());
+        let needed: u64 = drivers
+            .iter()
+            .filter(|(wanted, _)| *wanted)
+            .map(|(_, pages)| pages)
+            .sum();
         let record_pages = params.own_pages.saturating_mul(RECORD_BYTES).div_ceil(PAGE_SIZE);
         let record = layout
             .take(record_pages)
-            .filter(|_| layout.pages() >= params.own_pages && params.disk == disk.is_some());
+            .filter(|_| layout.pages() >= params.own_pages)
+            .filter(|_| params.disk == disk.is_some() && params.net.is_some() == net.is_some());
         let Some(record) = record else {
-            let room = room.saturating_sub(if params.disk { disk::PAGES } else { 0 });
+            let room = room.saturating_sub(needed);
             let pages = room - room.div_ceil(1 + PAGE_SIZE / RECORD_BYTES);
             let word = line
                 .split_ascii_whitespace()
@@ -73,6 +78,7 @@ impl Plan {
             layout,
             record,
             disk,
+            net,
         })
     }
 

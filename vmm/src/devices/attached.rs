@@ -1,10 +1,11 @@
 //! The devices of a VM that has a PCI bus, as one thing: built, saved, restored, ended.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use drover_proto::{Code, Fault};
 use kvm_ioctls::VmFd;
+use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::gate::IoGate;
@@ -13,6 +14,8 @@ use super::pci::{MMIO, PciDevice};
 use super::saved::SavedPci;
 use super::virtio::blk::Blk;
 use super::virtio::blk::disk::Disk;
+use super::virtio::net::tap::Tap;
+use super::virtio::net::{Mac, Net, announce};
 use super::virtio::pci::{REGION_BYTES, VirtioPci, vectors};
 use super::virtio::rng::Rng;
 use super::virtio::{Device, worker};
@@ -26,12 +29,25 @@ pub struct Equipment {
     pub rng: bool,
     /// Disks.
     pub disks: Vec<Disk>,
+    /// NICs.
+    pub nics: Vec<Nic>,
+}
+
+/// A NIC of a VM.
+#[derive(Debug)]
+pub struct Nic {
+    /// Where its frames go and come from.
+    pub tap: Tap,
+    /// Its address.
+    pub mac: Mac,
+    /// Most bytes of a packet.
+    pub mtu: u16,
 }
 
 impl Equipment {
     /// Whether there is nothing for a bus.
     pub fn is_empty(&self) -> bool {
-        !self.rng && self.disks.is_empty()
+        !self.rng && self.disks.is_empty() && self.nics.is_empty()
     }
 }
 
@@ -40,6 +56,8 @@ pub struct Attached {
     /// The bus.
     pub bus: Bus,
     devices: Vec<Arc<VirtioPci>>,
+    nics: Vec<announce::Place>,
+    taps: Vec<Arc<Tap>>,
     gate: Arc<IoGate>,
     workers: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -60,6 +78,16 @@ impl Attached {
             let disk = Arc::new(disk);
             gate.add_held(disk.clone());
             models.push(Arc::new(Blk::new(disk)));
+        }
+        let (mut nets, mut taps) = (Vec::new(), Vec::new());
+        let before_nics = models.len();
+        for Nic { tap, mac, mtu } in equipment.nics {
+            let tap = Arc::new(tap);
+            gate.add_held(tap.clone());
+            let net = Arc::new(Net::new(tap.clone(), mac, mtu));
+            models.push(net.clone());
+            nets.push(net);
+            taps.push(tap);
         }
         let router = Router::new(vm.clone());
         let (mut devices, mut workers) = (Vec::new(), Vec::new());
@@ -85,13 +113,33 @@ impl Attached {
             )?);
             devices.push(device);
         }
+        let places = devices.iter().skip(before_nics).cloned();
         let on_bus = devices.iter().map(|device| device.clone() as Arc<dyn PciDevice>);
         Ok(Self {
             bus: Bus::new(on_bus.collect()),
+            nics: nets.into_iter().zip(places).collect(),
+            taps,
             devices,
             gate: gate.clone(),
             workers: Mutex::new(workers),
         })
+    }
+
+    /// Tells the network where the VM is: it has just begun to run here.
+    pub fn announce(&self) {
+        if self.nics.is_empty() {
+            return;
+        }
+        match announce::start(self.nics.clone(), self.gate.clone()) {
+            Ok(thread) => self.workers().push(thread),
+            Err(fault) => warn!(%fault, "the VM's NICs are not announced"),
+        }
+    }
+
+    fn workers(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.workers
+            .lock()
+            .expect("no holder of the workers' lock panics")
     }
 
     /// The state of the bus and its devices.
@@ -117,6 +165,8 @@ impl Attached {
                 .restore(saved)
                 .map_err(|what| format!("pci slot {slot}: {what}"))?;
         }
+        // What came until the source had paused is the source's.
+        self.taps.iter().for_each(|tap| tap.pass_over());
         Ok(())
     }
 }
@@ -124,11 +174,7 @@ impl Attached {
 impl Drop for Attached {
     fn drop(&mut self) {
         self.gate.quit();
-        let mut workers = self
-            .workers
-            .lock()
-            .expect("no holder of the workers' lock panics");
-        for worker in workers.drain(..) {
+        for worker in self.workers().drain(..) {
             // A panic in it was logged by the panic hook; there is nothing to add here.
             let _ = worker.join();
         }

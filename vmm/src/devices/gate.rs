@@ -54,6 +54,13 @@ pub struct IoGate {
 /// A request that may be served; dropping it is its end.
 pub struct Begun<'a>(&'a IoGate);
 
+impl Begun<'_> {
+    /// Whether the deadline is still ahead: for what must not leave the host after it, however long the request has taken.
+    pub fn in_time(&self) -> bool {
+        boottime_ns() < self.0.state().deadline_ns
+    }
+}
+
 impl Drop for Begun<'_> {
     fn drop(&mut self) {
         let mut state = self.0.state();
@@ -153,7 +160,7 @@ impl IoGate {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let message = format!(
-                    "{} disk requests are under way {} ms after the pause",
+                    "{} requests of devices are under way {} ms after the pause",
                     state.under_way,
                     bound.as_millis()
                 );
@@ -195,7 +202,16 @@ impl IoGate {
     /// Ends all workers: nothing begins any more, whoever opens the gate.
     pub fn quit(&self) {
         self.state().quit = true;
+        self.changed.notify_all();
         self.ring();
+    }
+
+    /// Waits for `time`, or until the workers are to end: then it gives true.
+    pub fn rest(&self, time: Duration) -> bool {
+        let waited = self
+            .changed
+            .wait_timeout_while(self.state(), time, |state| !state.quit);
+        waited.expect("no holder of the devices' gate panics").0.quit
     }
 
     /// Whether the workers are to end.

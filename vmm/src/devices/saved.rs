@@ -3,13 +3,14 @@
 //! Decoding bounds counts and lengths; whether a state is one of the devices that are here, these check when they take it over.
 
 use drover_proto::v1::virtio_save::Device;
-use drover_proto::v1::{PciSave, VirtioBlkSave, VirtioQueueSave, VirtioRngSave, VirtioSave};
+use drover_proto::v1::{PciSave, VirtioBlkSave, VirtioNetSave, VirtioQueueSave, VirtioRngSave, VirtioSave};
 
 use super::pci::SLOTS;
 use super::pci::bus::SavedBus;
 use super::pci::config::CONFIG_BYTES;
 use super::pci::msix::{ENTRY_BYTES, VECTORS_MAX};
 use super::virtio::blk::SERIAL_BYTES;
+use super::virtio::net::{FRAME_BYTES_MAX, Mac};
 use super::virtio::queue::Queue;
 use super::virtio::transport::Transport;
 
@@ -75,6 +76,19 @@ pub enum SavedDevice {
     Rng,
     /// A disk.
     Blk(SavedBlk),
+    /// A NIC.
+    Net(SavedNet),
+}
+
+/// A NIC.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedNet {
+    /// Its address.
+    pub mac: Mac,
+    /// Most bytes of a packet.
+    pub mtu: u16,
+    /// A frame with its header that was taken from the tap and is in no chain yet; empty: none.
+    pub held: Vec<u8>,
 }
 
 /// A disk, but for what is on it.
@@ -86,6 +100,15 @@ pub struct SavedBlk {
     pub read_only: bool,
     /// What it tells as its serial number.
     pub serial: String,
+}
+
+impl SavedPci {
+    /// Whether there is a NIC.
+    pub fn has_nics(&self) -> bool {
+        self.devices
+            .iter()
+            .any(|device| matches!(device.device, SavedDevice::Net(_)))
+    }
 }
 
 impl SavedRegisters {
@@ -208,6 +231,11 @@ fn encode_device(saved: &SavedVirtio) -> VirtioSave {
                 read_only: blk.read_only,
                 serial: blk.serial.clone(),
             }),
+            SavedDevice::Net(net) => Device::Net(VirtioNetSave {
+                mac: net.mac.to_vec(),
+                mtu: net.mtu.into(),
+                held: net.held.clone(),
+            }),
         }),
     }
 }
@@ -263,6 +291,7 @@ fn decode_device(save: VirtioSave) -> Result<SavedVirtio, String> {
             read_only: blk.read_only,
             serial: blk.serial,
         }),
+        Device::Net(net) => SavedDevice::Net(decode_net(net)?),
     };
     let queues = save.queues.iter().map(decode_queue).collect::<Result<_, _>>()?;
     Ok(SavedVirtio {
@@ -282,6 +311,22 @@ fn decode_device(save: VirtioSave) -> Result<SavedVirtio, String> {
             queues,
         },
         device,
+    })
+}
+
+fn decode_net(save: VirtioNetSave) -> Result<SavedNet, String> {
+    let mac = save.mac.as_slice().try_into();
+    let (Ok(mac), true) = (mac, save.held.len() <= FRAME_BYTES_MAX) else {
+        return Err(format!(
+            "a NIC's address of {} bytes and a frame of {}, must be 6 and at most {FRAME_BYTES_MAX}",
+            save.mac.len(),
+            save.held.len()
+        ));
+    };
+    Ok(SavedNet {
+        mac,
+        mtu: narrow("mtu", save.mtu)?,
+        held: save.held,
     })
 }
 

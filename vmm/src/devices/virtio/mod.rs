@@ -4,7 +4,7 @@
 //!   guest ──► pci        registers in one region, interrupts, doorbells        (4.1)
 //!               ├── transport   status, features, queue set-up                 (2.1–2.4, 4.1.4.3; pure)
 //!               ├── queue       chains of buffers in guest memory              (2.7)
-//!               └── worker ──►  device: rng, blk                               (5; a folder each)
+//!               └── worker ──►  device: rng, blk, net                          (5; a folder each)
 //! ```
 //!
 //! One worker thread a device takes chains, has the device serve them, and gives them back. It works only while the VM may run (see
@@ -12,13 +12,17 @@
 
 pub mod blk;
 pub mod buffers;
+pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rng;
 pub mod transport;
 pub mod worker;
 
+use std::os::fd::BorrowedFd;
+
 use self::queue::{Broken, Chain};
+use super::gate::Begun;
 use super::saved::SavedDevice;
 use crate::memory::Mapped;
 
@@ -42,9 +46,44 @@ pub trait Device: Send + Sync + 'static {
     /// The guest reads its configuration, at `offset`; beyond its end stand zeroes, with which `data` comes.
     fn read_config(&self, offset: usize, data: &mut [u8]);
     /// Serves a chain of queue `queue`; the driver has accepted `features`. Returns how many bytes were written to the buffers.
-    fn serve(&self, queue: usize, chain: &Chain, memory: &Mapped, features: u64) -> Result<u32, Broken>;
+    fn serve(
+        &self,
+        queue: usize,
+        chain: &Chain,
+        memory: &Mapped,
+        features: u64,
+        begun: &Begun<'_>,
+    ) -> Result<u32, Broken>;
+    /// The driver has reset it.
+    fn reset(&self) {}
+    /// What comes to it from outside, if anything does.
+    fn inlet(&self) -> Option<&dyn Inlet> {
+        None
+    }
     /// What is its own of a saved state.
     fn save(&self) -> SavedDevice;
     /// Takes that over, or says why it is another device's.
     fn restore(&self, saved: &SavedDevice) -> Result<(), String>;
+}
+
+/// What comes to a device from outside, and into chains that wait for it: one piece is held by the device from when it is taken from its source
+/// until chains with room for it have been served.
+pub trait Inlet {
+    /// The queue whose chains are filled.
+    fn queue(&self) -> usize;
+    /// The piece that is held, else the next of the source; none: the source is dry.
+    fn next(&self, features: u64) -> Option<Incoming>;
+    /// No chain of the driver's will ever hold the piece: it is dropped.
+    fn refuse(&self);
+    /// Readable when the source is not dry.
+    fn source(&self) -> BorrowedFd<'_>;
+}
+
+/// A piece that came from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Incoming {
+    /// Its size.
+    pub bytes: u64,
+    /// Whether several chains may hold it together.
+    pub several: bool,
 }

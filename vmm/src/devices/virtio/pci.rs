@@ -10,12 +10,14 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::warn;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::queue::{Broken, Chain};
+use super::queue::{Broken, Chain, Queue, Room};
 use super::transport::{self, Transport};
-use super::{Device, F_INDIRECT, NO_VECTOR};
+use super::{Device, F_INDIRECT, Inlet, NO_VECTOR};
 use crate::devices::complaints::complain;
 use crate::devices::gate::IoGate;
 use crate::devices::pci::PciDevice;
@@ -23,7 +25,8 @@ use crate::devices::pci::config::{ConfigSpace, Ident};
 use crate::devices::pci::msix::{self, Msix};
 use crate::devices::saved::{SavedRegisters, SavedVirtio};
 use crate::devices::wires::{DOORBELL_STRIDE, Wires};
-use crate::memory::Memory;
+use crate::fd;
+use crate::memory::{Mapped, Memory};
 
 /// Bytes of a device's one region.
 pub const REGION_BYTES: u32 = 0x8000;
@@ -65,6 +68,17 @@ struct Inner {
     turn: usize,
 }
 
+/// What came of looking for work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// A chain was served.
+    Done,
+    /// There is none, or none may be served now.
+    Nothing,
+    /// There is none, but chains wait for what comes from outside.
+    Dry,
+}
+
 /// A virtio device on the bus.
 pub struct VirtioPci {
     inner: Mutex<Inner>,
@@ -91,6 +105,32 @@ fn capability(kind: u8, offset: u64, len: u64, more: &[u8]) -> Vec<u8> {
     }
     body.extend(more);
     body
+}
+
+/// Chains that hold what came from outside, if both are there.
+fn fill(
+    inlet: &dyn Inlet,
+    queue: &mut Queue,
+    features: u64,
+    memory: &Mapped,
+    dry: &mut bool,
+) -> Result<Option<Chain>, Broken> {
+    if queue.ahead(memory)? == 0 {
+        return Ok(None);
+    }
+    let Some(incoming) = inlet.next(features) else {
+        *dry = true;
+        return Ok(None);
+    };
+    match queue.pop_room(memory, incoming.bytes, incoming.several)? {
+        Room::Enough(chain) => Ok(Some(chain)),
+        Room::NotYet => Ok(None),
+        Room::Never => {
+            inlet.refuse();
+            *dry = true;
+            Ok(None)
+        }
+    }
 }
 
 impl VirtioPci {
@@ -153,9 +193,22 @@ impl VirtioPci {
         self.inner.lock().expect("no holder of a device's lock panics")
     }
 
-    /// What wakes the worker.
-    pub(super) fn bell(&self) -> &EventFd {
-        &self.bell
+    /// Waits for the bell, and where chains wait for what comes from outside, for that too.
+    pub(super) fn wait(&self, left: Work) -> std::io::Result<()> {
+        if left == Work::Dry
+            && let Some(inlet) = self.device.inlet()
+        {
+            let mut fds = [
+                PollFd::new(fd::lend(&self.bell), PollFlags::POLLIN),
+                PollFd::new(inlet.source(), PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) if fds[0].any().unwrap_or(true) => {}
+                Ok(_) | Err(Errno::EINTR) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.bell.read().map(drop)
     }
 
     /// When it may work.
@@ -193,22 +246,30 @@ impl VirtioPci {
 
     /// Serves one chain, if there is one and it may be served now.
     pub fn step(&self) -> bool {
-        let Some(_begun) = self.gate.begin() else {
-            return false;
+        self.work() == Work::Done
+    }
+
+    /// Serves one chain, if there is one and it may be served now, and says what is left to wait for.
+    pub fn work(&self) -> Work {
+        let Some(begun) = self.gate.begin() else {
+            return Work::Nothing;
         };
-        let Some((queue, chain, features)) = self.take(&mut self.inner()) else {
-            return false;
+        let mut dry = false;
+        let Some((queue, chain, features)) = self.take(&mut self.inner(), &mut dry) else {
+            return if dry { Work::Dry } else { Work::Nothing };
         };
-        let served = self.device.serve(queue, &chain, self.memory.mapped(), features);
+        let served = self
+            .device
+            .serve(queue, &chain, self.memory.mapped(), features, &begun);
         let mut inner = self.inner();
         inner.under_way = false;
         if inner.transport.resetting {
             inner.transport.reset();
-            return true;
+            self.device.reset();
+            return Work::Done;
         }
-        let given = served.and_then(|written| {
-            inner.transport.queues[queue].push(self.memory.mapped(), chain.head, written)
-        });
+        let given = served
+            .and_then(|written| inner.transport.queues[queue].push(self.memory.mapped(), &chain, written));
         match given {
             Ok(true) => {
                 let vector = inner.transport.used(queue);
@@ -217,10 +278,11 @@ impl VirtioPci {
             Ok(false) => {}
             Err(broken) => self.broke(&mut inner, &broken),
         }
-        true
+        Work::Done
     }
 
-    fn take(&self, inner: &mut Inner) -> Option<(usize, Chain, u64)> {
+    /// The next chain to serve. `dry`: there would be one if something came from outside.
+    fn take(&self, inner: &mut Inner, dry: &mut bool) -> Option<(usize, Chain, u64)> {
         if !inner.transport.works() || !inner.config.is_master() {
             return None;
         }
@@ -230,12 +292,17 @@ impl VirtioPci {
             if !queue.enabled {
                 continue;
             }
-            match queue.pop(self.memory.mapped()) {
+            let features = inner.transport.accepted;
+            let taken = match self.device.inlet().filter(|inlet| inlet.queue() == index) {
+                None => queue.pop(self.memory.mapped()),
+                Some(inlet) => fill(inlet, queue, features, self.memory.mapped(), dry),
+            };
+            match taken {
                 Ok(None) => {}
                 Ok(Some(chain)) => {
                     inner.under_way = true;
                     inner.turn = (index + 1) % count;
-                    return Some((index, chain, inner.transport.accepted));
+                    return Some((index, chain, features));
                 }
                 Err(broken) => {
                     self.broke(inner, &broken);
@@ -272,6 +339,9 @@ impl VirtioPci {
                 let busy = inner.under_way;
                 if let Err(broken) = inner.transport.write(at, data, busy, self.memory.mapped()) {
                     self.broke(inner, &broken);
+                }
+                if inner.transport.status == 0 {
+                    self.device.reset();
                 }
                 // A queue that was filled before the driver said that it is ready.
                 self.ring();
@@ -317,6 +387,20 @@ impl VirtioPci {
     fn touches_window(&self, offset: usize, len: usize) -> bool {
         let at = self.window_at + WINDOW_DATA;
         offset < at + 4 && offset + len > at
+    }
+
+    /// The features that a driver has accepted that is ready.
+    pub fn accepted(&self) -> Option<u64> {
+        let inner = self.inner();
+        inner.transport.works().then_some(inner.transport.accepted)
+    }
+
+    /// Tells the driver that the device's configuration is another now.
+    pub fn config_changed(&self) {
+        let mut inner = self.inner();
+        if let Some(vector) = inner.transport.config_changed() {
+            self.raise(&mut inner, vector);
+        }
     }
 
     /// Its state. A request that is under way is not part of it: the gate is drained before a state is saved to go on from.

@@ -40,12 +40,24 @@ pub struct Buffer {
 /// A request: what the device reads, then what it writes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Chain {
-    /// The first descriptor, by which it is given back.
-    pub head: u16,
+    /// The first descriptor, by which it is given back, and how many bytes of it can be written. Several where chains are filled as one:
+    /// see [`Queue::pop_room`].
+    pub heads: Vec<(u16, u64)>,
     /// To be read.
     pub readable: Vec<Buffer>,
     /// To be written.
     pub writable: Vec<Buffer>,
+}
+
+/// Whether chains hold what is to be put into them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// They do.
+    Enough(Chain),
+    /// Not those that are available now, which were left there.
+    NotYet,
+    /// Not even if the driver gives all it can.
+    Never,
 }
 
 /// Bytes of all of `buffers`.
@@ -118,18 +130,23 @@ impl Queue {
         Ok(())
     }
 
-    /// The next chain that the driver has made available.
-    pub fn pop(&mut self, memory: &Mapped) -> Result<Option<Chain>, Broken> {
+    /// How many chains the driver has made available.
+    pub fn ahead(&self, memory: &Mapped) -> Result<u16, Broken> {
         let index: u16 = self.load(memory, self.available + 2)?;
         let ahead = index.wrapping_sub(self.next_available);
-        if ahead == 0 {
-            return Ok(None);
-        }
         if ahead > self.size {
             return broken(format!(
                 "{ahead} chains are available in a queue of {}",
                 self.size
             ));
+        }
+        Ok(ahead)
+    }
+
+    /// The next chain that the driver has made available.
+    pub fn pop(&mut self, memory: &Mapped) -> Result<Option<Chain>, Broken> {
+        if self.ahead(memory)? == 0 {
+            return Ok(None);
         }
         let slot = self.available + 4 + 2 * u64::from(self.next_available % self.size);
         let head: u16 = self.load(memory, slot)?;
@@ -138,11 +155,34 @@ impl Queue {
         Ok(Some(chain))
     }
 
+    /// Chains to be written that hold `bytes` bytes, as one request; of `several` chains, or of the next one alone.
+    pub fn pop_room(&mut self, memory: &Mapped, bytes: u64, several: bool) -> Result<Room, Broken> {
+        let (before, most) = (self.next_available, if several { self.size } else { 1 });
+        let (mut all, mut room) = (Chain::default(), 0);
+        // The driver may make more available meanwhile: what is taken is counted, not believed.
+        while all.heads.len() < usize::from(most)
+            && let Some(chain) = self.pop(memory)?
+        {
+            if !chain.readable.is_empty() {
+                return broken("a buffer to be filled that is to be read");
+            }
+            room += total(&chain.writable);
+            all.heads.extend(chain.heads);
+            all.writable.extend(chain.writable);
+            if room >= bytes {
+                return Ok(Room::Enough(all));
+            }
+        }
+        self.next_available = before;
+        Ok(if all.heads.len() == usize::from(most) {
+            Room::Never
+        } else {
+            Room::NotYet
+        })
+    }
+
     fn chain(&self, memory: &Mapped, head: u16) -> Result<Chain, Broken> {
-        let mut chain = Chain {
-            head,
-            ..Chain::default()
-        };
+        let mut chain = Chain::default();
         let (mut table, mut entries) = (self.descriptors, self.size);
         let (mut index, mut left, mut indirect) = (head, self.size, false);
         loop {
@@ -184,6 +224,7 @@ impl Queue {
                 return broken("a buffer to be read after one to be written");
             }
             if descriptor.flags & NEXT == 0 {
+                chain.heads.push((head, total(&chain.writable)));
                 return Ok(chain);
             }
             index = descriptor.next;
@@ -220,15 +261,19 @@ impl Queue {
             .map_err(|error| Broken(format!("the available ring at {at:#x}: {error}")))
     }
 
-    /// Gives a chain back, of which `written` bytes were written. True: the driver wants an interrupt for it.
-    pub fn push(&mut self, memory: &Mapped, head: u16, written: u32) -> Result<bool, Broken> {
+    /// Gives a request back, of which `written` bytes were written, all its chains at once. True: the driver wants an interrupt for it.
+    pub fn push(&mut self, memory: &Mapped, chain: &Chain, written: u32) -> Result<bool, Broken> {
         let failed = |error| Broken(format!("the used ring at {:#x}: {error}", self.used));
-        let slot = self.used + 4 + 8 * u64::from(self.next_used % self.size);
-        let mut entry = [0; 8];
-        entry[..4].copy_from_slice(&u32::from(head).to_le_bytes());
-        entry[4..].copy_from_slice(&written.to_le_bytes());
-        memory.write_slice(&entry, GuestAddress(slot)).map_err(failed)?;
-        let next = self.next_used.wrapping_add(1);
+        let (mut next, mut left) = (self.next_used, written);
+        for &(head, room) in &chain.heads {
+            let slot = self.used + 4 + 8 * u64::from(next % self.size);
+            let here = u32::try_from(room).map_or(left, |room| room.min(left));
+            let mut entry = [0; 8];
+            entry[..4].copy_from_slice(&u32::from(head).to_le_bytes());
+            entry[4..].copy_from_slice(&here.to_le_bytes());
+            memory.write_slice(&entry, GuestAddress(slot)).map_err(failed)?;
+            (next, left) = (next.wrapping_add(1), left - here);
+        }
         memory
             .store(next.to_le(), GuestAddress(self.used + 2), Ordering::Release)
             .map_err(failed)?;

@@ -95,6 +95,16 @@ impl Transport {
         *self = Self::new(self.offered, &sizes, self.vectors);
     }
 
+    /// The device's configuration is another now. Returns the vector that tells a driver that is ready.
+    pub fn config_changed(&mut self) -> Option<u16> {
+        self.generation = self.generation.wrapping_add(1);
+        if !self.works() {
+            return None;
+        }
+        self.isr |= ISR_CONFIG;
+        Some(self.config_vector)
+    }
+
     /// The device cannot go on until it is reset. Returns the vector that tells a driver that is ready.
     pub fn break_down(&mut self) -> Option<u16> {
         let told = self.status & status::DRIVER_OK != 0 && self.status & status::NEEDS_RESET == 0;

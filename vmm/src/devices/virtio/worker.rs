@@ -1,4 +1,4 @@
-//! A device's worker: sleeps until its bell rings, then serves until nothing is left or nothing may be served.
+//! A device's worker: sleeps until its bell rings or something comes from outside, then serves until nothing is left or nothing may be served.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use drover_proto::{Code, Fault};
 use tracing::error;
 
-use super::pci::VirtioPci;
+use super::pci::{VirtioPci, Work};
 
 /// Starts the worker of `device`, which ends when the gate says so.
 pub fn start(device: Arc<VirtioPci>, slot: usize) -> Result<JoinHandle<()>, Fault> {
@@ -18,8 +18,13 @@ pub fn start(device: Arc<VirtioPci>, slot: usize) -> Result<JoinHandle<()>, Faul
 
 fn run(device: &VirtioPci) {
     while !device.gate().quits() {
-        while device.step() {}
-        if let Err(error) = device.bell().read() {
+        let left = loop {
+            match device.work() {
+                Work::Done => {}
+                left => break left,
+            }
+        };
+        if let Err(error) = device.wait(left) {
             error!(%error, "a device's worker cannot wait; the device stands");
             return;
         }

@@ -15,6 +15,7 @@ mod request;
 use self::disk::Disk;
 use super::Device;
 use super::queue::{Broken, Chain, QUEUE_SIZE_MAX};
+use crate::devices::gate::Begun;
 use crate::devices::saved::{SavedBlk, SavedDevice};
 use crate::memory::Mapped;
 
@@ -109,7 +110,14 @@ impl Device for Blk {
         }
     }
 
-    fn serve(&self, _queue: usize, chain: &Chain, memory: &Mapped, features: u64) -> Result<u32, Broken> {
+    fn serve(
+        &self,
+        _queue: usize,
+        chain: &Chain,
+        memory: &Mapped,
+        features: u64,
+        _begun: &Begun<'_>,
+    ) -> Result<u32, Broken> {
         request::serve(&self.disk, chain, memory, features & F_FLUSH != 0)
     }
 

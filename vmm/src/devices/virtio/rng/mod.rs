@@ -6,6 +6,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use super::Device;
 use super::buffers::Cursor;
 use super::queue::{Broken, Chain};
+use crate::devices::gate::Begun;
 use crate::devices::saved::SavedDevice;
 use crate::memory::Mapped;
 
@@ -61,7 +62,14 @@ impl Device for Rng {
 
     fn read_config(&self, _offset: usize, _data: &mut [u8]) {}
 
-    fn serve(&self, _queue: usize, chain: &Chain, memory: &Mapped, _features: u64) -> Result<u32, Broken> {
+    fn serve(
+        &self,
+        _queue: usize,
+        chain: &Chain,
+        memory: &Mapped,
+        _features: u64,
+        _begun: &Begun<'_>,
+    ) -> Result<u32, Broken> {
         if !chain.readable.is_empty() || chain.writable.is_empty() {
             return Err(Broken(
                 "random numbers into a buffer that is to be read".to_owned(),
@@ -83,6 +91,7 @@ impl Device for Rng {
         match saved {
             SavedDevice::Rng => Ok(()),
             SavedDevice::Blk(_) => Err("a disk stands where this VM has its random numbers".to_owned()),
+            SavedDevice::Net(_) => Err("a NIC stands where this VM has its random numbers".to_owned()),
         }
     }
 }
