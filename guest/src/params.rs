@@ -79,6 +79,8 @@ pub struct Params {
     pub disk: bool,
     /// The IPv4 address that a station on a NIC answers for, where there is to be one.
     pub net: Option<[u8; 4]>,
+    /// Whether that disk may come and go.
+    pub hot_plug: bool,
     /// How to end, and after how many seconds.
     pub fault: Option<(Fault, u64)>,
 }
@@ -171,6 +173,7 @@ impl Params {
             hz: 1000,
             disk: false,
             net: None,
+            hot_plug: false,
             fault: None,
         };
         let mut hot_word = None;
@@ -191,7 +194,7 @@ impl Params {
                     let hz = number(value, *HZ_RANGE.start(), *HZ_RANGE.end()).map_err(bad)?;
                     params.hz = u32::try_from(hz).unwrap_or(u32::MAX);
                 }
-                "disk" => params.disk = journal(value).map_err(bad)?,
+                "disk" => (params.disk, params.hot_plug) = journal(value).map_err(bad)?,
                 "net" => net = station(value).map_err(bad)?.then_some(word),
                 "ip" => ip = Some((word, address(value).ok_or(bad(Why::NotAnAddress))?)),
                 "fault" => fault = Some(fault_kind(value).map_err(bad)?),
@@ -305,11 +308,13 @@ fn content(text: &str) -> Result<Content, Why> {
     }
 }
 
-fn journal(text: &str) -> Result<bool, Why> {
+/// Whether there is to be a disk, and whether it may come and go.
+fn journal(text: &str) -> Result<(bool, bool), Why> {
     match text {
-        "none" => Ok(false),
-        "journal" => Ok(true),
-        _ => Err(Why::NotOneOf("none, journal")),
+        "none" => Ok((false, false)),
+        "journal" => Ok((true, false)),
+        "hot-plug" => Ok((true, true)),
+        _ => Err(Why::NotOneOf("none, journal, hot-plug")),
     }
 }
 
@@ -368,6 +373,7 @@ mod tests {
             hz: 100,
             disk: true,
             net: Some([10, 0, 0, 2]),
+            hot_plug: false,
             fault: Some((Fault::Triple, 3)),
         };
         assert_eq!(Params::parse(line), Ok(expected));
@@ -399,7 +405,7 @@ mod tests {
             ("cpus=17", "cpus=17", "from 1 to 16"),
             ("hz=9", "hz=9", "from 10 to 4000"),
             ("fault=quad", "fault=quad", "triple, emulation, shutdown"),
-            ("disk=sda", "disk=sda", "none, journal"),
+            ("disk=sda", "disk=sda", "none, journal, hot-plug"),
             ("net=on", "net=on", "none, echo"),
             ("net=echo", "net=echo", "need each other"),
             ("ip=10.0.0.2", "ip=10.0.0.2", "need each other"),

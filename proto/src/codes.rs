@@ -151,6 +151,8 @@ codes! {
     NicUnusable = "nic_unusable", Aborted;
     /// The migration was begun without leave to go on by post-copy.
     PostCopyNotAllowed = "postcopy_not_allowed", FailedPrecondition;
+    /// The slot, or the device in it, is taken or is being given up.
+    DeviceBusy = "device_busy", FailedPrecondition;
 }
 
 impl Code {

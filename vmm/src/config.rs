@@ -3,6 +3,7 @@
 //! Unknown fields are refused, relative paths are taken from the file's folder, and every value is checked before
 //! anything is built from it.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -11,7 +12,8 @@ use drover_proto::{Code, Fault};
 use serde::Deserialize;
 
 use crate::cpu::profile::Profile;
-use crate::devices::attached::{Equipment, Nic};
+use crate::devices::attached::{Equipment, Gear, Nic};
+use crate::devices::pci::SLOTS;
 use crate::devices::virtio::blk::SERIAL_BYTES;
 use crate::devices::virtio::blk::disk::Disk;
 use crate::devices::virtio::net::tap::{NAME_BYTES_MAX, Tap};
@@ -72,7 +74,7 @@ pub struct Config {
     /// Whether it has a source of random numbers.
     #[serde(default)]
     pub rng: bool,
-    /// Its disks, in the order of their slots.
+    /// Its disks. Those without a slot are in the order of their slots.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
     /// Its NICs, in the order of their slots, which are after the disks'.
@@ -109,6 +111,35 @@ pub struct DiskConfig {
     /// What the guest is told as its serial number: at most 20 printable ASCII characters.
     #[serde(default)]
     pub serial: String,
+    /// The slot that it is in, 1..=31; without one the lowest that nothing is told to be in, counted in order.
+    #[serde(default)]
+    pub slot: Option<usize>,
+}
+
+impl DiskConfig {
+    /// Opens its file.
+    pub fn open(&self) -> Result<Disk, Fault> {
+        Disk::open(&self.path, self.read_only, &self.serial)
+    }
+
+    /// Whether its values are within their bounds.
+    pub fn check(&self) -> Result<(), Fault> {
+        let printable = self.serial.bytes().all(|byte| byte.is_ascii_graphic());
+        if self.serial.len() > SERIAL_BYTES || !printable {
+            let message = format!(
+                "the serial number {:?} of a disk, must be at most {SERIAL_BYTES} printable ASCII characters without blanks",
+                self.serial
+            );
+            return Err(invalid("disks", message));
+        }
+        if let Some(slot) = self.slot
+            && !(1..SLOTS).contains(&slot)
+        {
+            let message = format!("slot {slot} of a disk, must be 1..={}", SLOTS - 1);
+            return Err(invalid("disks", message));
+        }
+        Ok(())
+    }
 }
 
 /// From whom an incoming VMM receives.
@@ -189,24 +220,14 @@ impl Config {
     pub fn equipment(&self) -> Result<Equipment, Fault> {
         // One that another host's VMM hands its VM to has its taps now: see `tap.rs`.
         let early = self.incoming.as_ref().is_some_and(|incoming| !incoming.local);
+        let rng = self.rng.then_some(Ok((None, Gear::Rng)));
+        let disk = |disk: &DiskConfig| Ok((disk.slot, Gear::Disk(disk.open()?)));
         let nic = |nic: &NicConfig| {
-            Ok::<_, Fault>(Nic {
-                tap: Tap::find(&nic.tap, early)?,
-                mac: nic.address()?,
-                mtu: nic.mtu,
-            })
+            let (tap, mac, mtu) = (Tap::find(&nic.tap, early)?, nic.address()?, nic.mtu);
+            Ok((None, Gear::Nic(Nic { tap, mac, mtu })))
         };
-        let open = |disk: &DiskConfig| Disk::open(&disk.path, disk.read_only, &disk.serial);
-        Ok(Equipment {
-            rng: self.rng,
-            disks: self.disks.iter().map(open).collect::<Result<_, _>>()?,
-            nics: self.nics.iter().map(nic).collect::<Result<_, _>>()?,
-        })
-    }
-
-    /// Whether the VM has a bus.
-    pub fn has_bus(&self) -> bool {
-        self.rng || !self.disks.is_empty() || !self.nics.is_empty()
+        let (disks, nics) = (self.disks.iter().map(disk), self.nics.iter().map(nic));
+        rng.into_iter().chain(disks).chain(nics).collect()
     }
 
     fn check_nics(&self) -> Result<(), Fault> {
@@ -245,14 +266,11 @@ impl Config {
             let message = format!("{} disks are too many, at most {DISKS_MAX} are", self.disks.len());
             return Err(invalid("disks", message));
         }
-        let printable = |serial: &str| serial.bytes().all(|byte| byte.is_ascii_graphic());
+        let mut told = BTreeSet::new();
         for disk in &self.disks {
-            if disk.serial.len() > SERIAL_BYTES || !printable(&disk.serial) {
-                let message = format!(
-                    "the serial number {:?} of a disk, must be at most {SERIAL_BYTES} printable ASCII characters without blanks",
-                    disk.serial
-                );
-                return Err(invalid("disks", message));
+            disk.check()?;
+            if disk.slot.is_some_and(|slot| !told.insert(slot)) {
+                return Err(invalid("disks", format!("two disks in slot {:?}", disk.slot)));
             }
         }
         Ok(())
@@ -359,7 +377,7 @@ mod tests {
             serde_json::json!([{"path": "a.raw", "serial": "vol-1"}, {"path": "/b", "read_only": true}]);
         std::fs::write(&path, text(|v| v["disks"] = disks)).unwrap();
         let config = Config::read(&path).unwrap();
-        assert!(config.has_bus() && !config.disks[0].read_only && config.disks[1].read_only);
+        assert!(!config.disks[0].read_only && config.disks[1].read_only);
         assert_eq!(config.disks[0].path, dir.path().join("a.raw"));
         assert_eq!(config.equipment().unwrap_err().code, Code::DiskUnusable);
         for serial in ["x".repeat(21), "with blank".to_owned()] {
@@ -367,6 +385,13 @@ mod tests {
             assert_eq!(
                 Config::parse(&text(|v| v["disks"] = bad)).unwrap_err().field,
                 "disks"
+            );
+        }
+        for slots in [[0, 1], [1, 32], [2, 2]] {
+            let bad = slots.map(|slot| serde_json::json!({"path": "a", "slot": slot}));
+            assert!(
+                Config::parse(&text(|v| v["disks"] = bad.to_vec().into())).is_err(),
+                "{slots:?}"
             );
         }
         let many = serde_json::json!(vec![serde_json::json!({"path": "a"}); DISKS_MAX + 1]);
@@ -384,7 +409,6 @@ mod tests {
             v["nics"] = serde_json::json!([{"tap": "vm1-0", "mac": "52:54:00:AB:cd:01"}]);
         }))
         .unwrap();
-        assert!(config.has_bus());
         assert_eq!(
             (config.nics[0].address().unwrap(), config.nics[0].mtu),
             ([0x52, 0x54, 0, 0xab, 0xcd, 1], 1500)

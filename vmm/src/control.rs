@@ -12,9 +12,10 @@ use std::time::Duration;
 
 use drover_proto::v1::vmm_server::{Vmm, VmmServer};
 use drover_proto::v1::{
-    DestroyRequest, Forecast, ForecastRequest, GrantRequest, OutcomeRequest, ReadConsoleRequest,
-    ReadConsoleResponse, StartOutgoingRequest, SwitchToPostCopyRequest, VmmInfo, WatchInfoRequest,
-    WriteConsoleRequest, WriteConsoleResponse,
+    AttachDiskRequest, DestroyRequest, DetachDiskRequest, Forecast, ForecastRequest, GrantRequest,
+    OutcomeRequest, PowerButtonRequest, ReadConsoleRequest, ReadConsoleResponse, ResizeDiskRequest,
+    StartOutgoingRequest, SwitchToPostCopyRequest, VmmInfo, WatchInfoRequest, WriteConsoleRequest,
+    WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use tokio::net::{UnixListener, UnixStream};
@@ -163,6 +164,26 @@ impl Vmm for Service {
             Ok(WriteConsoleResponse { accepted })
         })
         .await
+    }
+
+    async fn attach_disk(&self, request: Request<AttachDiskRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |machine| machine.attach_disk(&request)).await
+    }
+
+    async fn detach_disk(&self, request: Request<DetachDiskRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |machine| machine.detach_disk(&request)).await
+    }
+
+    async fn resize_disk(&self, request: Request<ResizeDiskRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |machine| machine.resize_disk(&request)).await
+    }
+
+    async fn power_button(&self, request: Request<PowerButtonRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |machine| machine.power_button(&request)).await
     }
 
     async fn forecast(&self, request: Request<ForecastRequest>) -> Result<Response<Forecast>, Status> {

@@ -42,4 +42,4 @@ pub mod version;
 pub mod vm;
 
 /// Version of the save-state this build writes; it reads every version up to it.
-pub const DEVICE_MODEL: u32 = 3;
+pub const DEVICE_MODEL: u32 = 4;

@@ -8,6 +8,8 @@
 //! lock, and whatever a stalled disk makes a log line wait for; the watch thread only makes the state that is told follow.
 //! A holder that panics ends the process, see `main.rs`.
 
+mod hotplug;
+
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
@@ -68,6 +70,7 @@ struct Core {
     received: Option<Received>,
     /// What was received runs: since its grant, and since its vCPUs ran.
     runs_since: Option<(Instant, Instant)>,
+    asked: hotplug::Asked,
 }
 
 /// One VM of this process.
@@ -77,6 +80,8 @@ pub struct Machine {
     vm: OnceLock<Vm>,
     console: Arc<Console>,
     core: Mutex<Core>,
+    /// One device is attached at a time. Taken before the core's.
+    plugging: Mutex<()>,
     watch: Watch,
     timer: TimerFd,
     info: watch::Sender<VmmInfo>,
@@ -141,7 +146,9 @@ impl Machine {
                 engine_busy: false,
                 received: None,
                 runs_since: None,
+                asked: hotplug::Asked::default(),
             }),
+            plugging: Mutex::default(),
             watch: Watch::default(),
             timer,
             info: watch::Sender::new(VmmInfo::default()),
@@ -189,6 +196,7 @@ impl Machine {
     pub fn info(&self) -> VmmInfo {
         let mut info = self.info.borrow().clone();
         info.console_next = self.console.next();
+        self.fill_in_heeded(&mut info);
         info
     }
 
@@ -274,6 +282,7 @@ impl Machine {
             pid: std::process::id(),
             deadline_boottime_ns: core.right.deadline_ns(),
             build: Some(version::own().clone()),
+            devices: self.vm().map(|vm| Self::devices_told(core, vm)),
         };
         let mut told = None;
         self.info.send_if_modified(|info| {

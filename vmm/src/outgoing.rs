@@ -19,7 +19,6 @@ use drover_proto::{Code, Fault, LOCAL_PREFIX};
 use tracing::{info, warn};
 
 use crate::machine::Machine;
-use crate::save;
 
 struct Source<'a> {
     machine: &'a Machine,
@@ -103,7 +102,7 @@ fn params(machine: &Machine, request: &StartOutgoingRequest) -> Params {
         source_epoch: config.epoch,
         target_epoch: request.target_epoch,
         options: request.options.unwrap_or_default(),
-        device_model: save::device_model(config.has_bus(), !config.nics.is_empty()),
+        device_model: machine.built().device_model(),
         cpu_profile: config.cpu_profile.name().to_owned(),
         tracker: if is_local(request) {
             "none"

@@ -15,14 +15,16 @@ use prost::Message;
 use crate::DEVICE_MODEL;
 use crate::abi::{self, Abi};
 use crate::config::VCPUS_MAX;
-use crate::devices::saved::{self, SavedPci};
+use crate::devices::acpi::Registers;
+use crate::devices::saved::{self, SavedDevice, SavedPci, SavedVirtio};
 use crate::devices::serial::{REGISTERS, SavedSerial};
 
 /// Largest encoded state: 32 vCPUs of some 20 KiB each and the console's 256 KiB, with room to grow.
 pub const SAVE_BYTES_MAX: usize = 8 << 20;
-/// The device models of VMs without a PCI bus, and of those without NICs on it.
-const MODEL_WITHOUT_BUS: u32 = 1;
-const MODEL_WITHOUT_NICS: u32 = 2;
+/// The device models of VMs with nothing on their bus, with devices in the slots that are counted, and with NICs there.
+const MODEL_NO_DEVICES: u32 = 1;
+const MODEL_COUNTED_SLOTS: u32 = 2;
+const MODEL_NICS: u32 = 3;
 /// Most MSRs of a vCPU; KVM lists under 200.
 pub const MSRS_MAX: usize = 1024;
 
@@ -38,24 +40,35 @@ pub struct Saved {
     pub serial: SavedSerial,
     /// Guest memory, bytes.
     pub memory_bytes: u64,
-    /// The PCI bus and its devices, where the VM has one.
+    /// The PCI bus and its devices; absent where a VMM without buses wrote.
     pub pci: Option<SavedPci>,
+    /// ACPI's events.
+    pub acpi: Registers,
 }
 
 impl Saved {
-    /// The least device model that has all of it.
+    /// The least device model that has all that would be missed: see [`device_model`].
     pub fn device_model(&self) -> u32 {
-        let nics = self.pci.as_ref().is_some_and(SavedPci::has_nics);
-        device_model(self.pci.is_some(), nics)
+        let devices = self.pci.iter().flat_map(|pci| &pci.devices);
+        let is_nic = |device: &SavedVirtio| matches!(device.device, SavedDevice::Net(_));
+        device_model(devices.map(|(slot, device)| (*slot, is_nic(device))), &self.acpi)
     }
 }
 
-/// The least device model of a VM with or without a bus, with or without NICs on it: so it can still go to a VMM that knows none.
-pub fn device_model(bus: bool, nics: bool) -> u32 {
-    match (bus, nics) {
-        (_, true) => DEVICE_MODEL,
-        (true, false) => MODEL_WITHOUT_NICS,
-        (false, false) => MODEL_WITHOUT_BUS,
+/// The least device model of a VM with these devices, by slot and whether they are NICs, and these registers: one that was never
+/// hot-plugged can still go to a VMM that knows no hot-plug, one without NICs to a VMM that knows none, one without devices to one that
+/// knows no bus.
+pub fn device_model(devices: impl IntoIterator<Item = (usize, bool)>, acpi: &Registers) -> u32 {
+    let devices: Vec<(usize, bool)> = devices.into_iter().collect();
+    let counted = devices.iter().map(|(slot, _)| *slot).eq(1..=devices.len());
+    if acpi.is_in_use() || !counted {
+        DEVICE_MODEL
+    } else if devices.iter().any(|(_, is_nic)| *is_nic) {
+        MODEL_NICS
+    } else if devices.is_empty() {
+        MODEL_NO_DEVICES
+    } else {
+        MODEL_COUNTED_SLOTS
     }
 }
 
@@ -146,6 +159,7 @@ pub fn decode(bytes: &[u8]) -> Result<Saved, Fault> {
         }
         vcpus.push(decode_vcpu(vcpu).map_err(|fault| bad(format!("vCPU {want}: {}", fault.message)))?);
     }
+    let (pci, acpi) = saved::decode_board(save.pci, save.acpi).map_err(bad)?;
     let absent = |what: &str| bad(format!("the saved state lacks its {what}"));
     Ok(Saved {
         vcpus,
@@ -153,7 +167,8 @@ pub fn decode(bytes: &[u8]) -> Result<Saved, Fault> {
         clock: decode_clock(save.clock.ok_or_else(|| absent("clock"))?)?,
         serial: decode_serial(save.serial.ok_or_else(|| absent("serial"))?)?,
         memory_bytes: save.memory_bytes,
-        pci: save.pci.map(saved::decode).transpose().map_err(bad)?,
+        pci,
+        acpi,
     })
 }
 
@@ -276,6 +291,9 @@ fn decode_serial(save: SerialSave) -> Result<SavedSerial, Fault> {
 /// Encodes a state.
 pub fn encode(saved: &Saved) -> Vec<u8> {
     let [master, slave, ioapic] = &saved.irqchip.chips;
+    let has_devices = |pci: &&SavedPci| !pci.devices.is_empty();
+    let used = saved.pci.as_ref().filter(has_devices);
+    let idle = saved.pci.as_ref().filter(|pci| !has_devices(pci));
     let save = VmSave {
         device_model: saved.device_model(),
         vcpus: (0u32..)
@@ -300,7 +318,8 @@ pub fn encode(saved: &Saved) -> Vec<u8> {
             input: saved.serial.input.clone(),
         }),
         memory_bytes: saved.memory_bytes,
-        pci: saved.pci.as_ref().map(saved::encode),
+        pci: used.map(saved::encode),
+        acpi: Some(saved::encode_acpi(&saved.acpi, idle)),
     };
     save.encode_to_vec()
 }
@@ -397,6 +416,7 @@ pub(crate) mod tests {
             },
             memory_bytes: 64 << 20,
             pci: None,
+            acpi: Registers::default(),
         }
     }
 
@@ -420,7 +440,7 @@ pub(crate) mod tests {
     fn a_state_of_the_wrong_shape_is_refused_with_what_is_wrong() {
         type Change = fn(&mut VmSave);
         let cases: [(Change, &str); 11] = [
-            (|save| save.device_model = DEVICE_MODEL + 1, "device model 4"),
+            (|save| save.device_model = DEVICE_MODEL + 1, "device model 5"),
             (|save| save.device_model = 0, "device model 0"),
             (|save| save.vcpus.clear(), "0 vCPUs"),
             (|save| save.vcpus[1].id = 0, "vCPU 0 stands where vCPU 1"),

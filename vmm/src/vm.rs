@@ -23,7 +23,7 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
-use tracing::debug;
+use tracing::{debug, error};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::start::{self, Entry};
@@ -31,7 +31,8 @@ use crate::caps::Caps;
 use crate::cpu::profile::{self, Profile};
 use crate::cpu::state;
 use crate::devices::Devices;
-use crate::devices::attached::{Attached, Equipment};
+use crate::devices::acpi::{Acpi, Line, SCI_IRQ};
+use crate::devices::attached::{About, At, Attached, Equipment};
 use crate::devices::console::Console;
 use crate::devices::gate::IoGate;
 use crate::devices::serial::{IRQ, SerialPort};
@@ -139,13 +140,17 @@ impl Vm {
         let line = eventfd().map_err(|error| start_failed("eventfd", error))?;
         fd.register_irqfd(&line, IRQ)
             .map_err(|error| start_failed("serial port's interrupt", error))?;
-        let devices = Arc::new(Devices::new(SerialPort::new(line, console.clone())?));
         let ended = eventfd().map_err(|error| start_failed("eventfd", error))?;
-        let announce = ended
-            .try_clone()
-            .map_err(|error| start_failed("eventfd", error))?;
+        let clone = || ended.try_clone().map_err(|error| start_failed("eventfd", error));
+        let (announce, gone) = (clone()?, clone()?);
+        let (fd, io) = (Arc::new(fd), Arc::<IoGate>::default());
+        let devices = Arc::new(Devices::new(
+            SerialPort::new(line, console.clone())?,
+            Acpi::new(Box::new(Sci(fd.clone()))),
+            Attached::new(&fd, &memory, &io, gone),
+        ));
         let vm = Self {
-            io: Arc::default(),
+            io,
             msr_indices: state::msr_indices(&kvm)?,
             supported_cpuid: supported_cpuid(&kvm)?,
             cells: cells(&fd, shape.vcpus)?,
@@ -153,7 +158,7 @@ impl Vm {
             gate: Arc::new(Gate::new(announce)),
             threads: Mutex::default(),
             guarded: Mutex::default(),
-            fd: Arc::new(fd),
+            fd,
             caps,
             memory,
             devices,
@@ -164,18 +169,26 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Gives the VM a bus with `equipment`, if there is any. Once, before it is booted or restored.
+    /// Puts `equipment` on the VM's bus. Once, before it is booted or restored.
     pub fn equip(&self, equipment: Equipment) -> Result<(), Fault> {
-        if equipment.is_empty() {
+        if !equipment.is_empty() {
+            self.can_route()?;
+        }
+        self.devices.attached.equip(equipment)
+    }
+
+    /// Whether devices on the bus could interrupt.
+    pub fn can_route(&self) -> Result<(), Fault> {
+        if self.caps.irq_routing {
             return Ok(());
         }
-        if !self.caps.irq_routing {
-            let message = "this host's KVM lacks IRQ_ROUTING, without which a VM has neither disks nor NICs";
-            return Err(Fault::new(Code::KvmUnusable, message));
-        }
-        let attached = Attached::build(&self.fd, &self.memory, &self.io, equipment)?;
-        self.devices.attach(attached);
-        Ok(())
+        let message = "this host's KVM lacks IRQ_ROUTING, without which a VM has neither disks nor NICs";
+        Err(Fault::new(Code::KvmUnusable, message))
+    }
+
+    /// What is on the VM's bus, and how its guest is told of it.
+    pub fn devices(&self) -> &Devices {
+        &self.devices
     }
 
     /// Prepares the vCPUs for the kernel that was loaded at `entry`.
@@ -234,9 +247,7 @@ impl Vm {
 
     /// Tells the network where the VM is, from a thread that ends: it has just begun to run here.
     pub fn announce_nics(&self) {
-        if let Some(attached) = self.devices.attached() {
-            attached.announce();
-        }
+        self.devices.attached.announce();
     }
 
     /// Waits, but not for long, until a vCPU executes after [`Vm::resume`].
@@ -337,6 +348,14 @@ impl Vm {
         self.devices.serial().type_in(bytes)
     }
 
+    /// The least device model that can take the VM over as it is now.
+    pub fn device_model(&self) -> u32 {
+        let here: Vec<At> = self.devices.attached.list();
+        let here = here.into_iter().filter(|at| !at.leaves);
+        let here = here.map(|at| (at.slot, matches!(at.about, About::Nic { .. })));
+        save::device_model(here, &self.devices.acpi.registers())
+    }
+
     /// The state of a paused and drained VM.
     pub fn save(&self) -> Result<Saved, Fault> {
         if !self.io.is_drained() {
@@ -365,7 +384,8 @@ impl Vm {
             clock,
             serial: self.devices.serial().save(),
             memory_bytes: self.memory.bytes(),
-            pci: self.devices.attached().map(Attached::save),
+            pci: Some(self.devices.attached.save()),
+            acpi: self.devices.acpi.registers(),
         })
     }
 
@@ -397,16 +417,12 @@ impl Vm {
         }
         // Last: they may raise their interrupts, which the controllers restored above must not forget.
         self.devices.serial().restore(&saved.serial)?;
-        match (self.devices.attached(), &saved.pci) {
-            (Some(attached), Some(pci)) => attached.restore(pci).map_err(bad),
-            (None, None) => Ok(()),
-            (Some(_), None) => Err(bad(
-                "the saved VM has no devices on a bus, this one was built with some",
-            )),
-            (None, Some(_)) => Err(bad(
-                "the saved VM has devices on a bus, this one was built without",
-            )),
+        match &saved.pci {
+            Some(pci) => self.devices.attached.restore(pci).map_err(bad)?,
+            None => self.devices.attached.clear(),
         }
+        self.devices.acpi.restore(saved.acpi);
+        Ok(())
     }
 
     /// Lets this VM, built on another VMM's memory, write to it: that one never runs again. Nothing to do for any other, or twice.
@@ -484,6 +500,17 @@ impl Drop for Vm {
         for thread in threads.drain(..) {
             // A panic in it was logged by the panic hook; there is nothing to add here.
             let _ = thread.join();
+        }
+    }
+}
+
+/// The line of ACPI's events.
+struct Sci(Arc<VmFd>);
+
+impl Line for Sci {
+    fn set(&self, up: bool) {
+        if let Err(error) = self.0.set_irq_line(u32::from(SCI_IRQ), up) {
+            error!(%error, up, "KVM does not take the line of ACPI's events");
         }
     }
 }

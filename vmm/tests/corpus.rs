@@ -11,8 +11,8 @@ use std::mem::size_of;
 use std::path::{Path, PathBuf};
 
 use drover_proto::v1::{
-    ClockSave, CpuidEntry, IrqchipSave, Msr, PciSave, SerialSave, VcpuSave, VirtioBlkSave, VirtioNetSave,
-    VirtioQueueSave, VirtioSave, VmSave, virtio_save,
+    AcpiSave, ClockSave, CpuidEntry, IrqchipSave, Msr, PciSave, SerialSave, VcpuSave, VirtioBlkSave,
+    VirtioNetSave, VirtioQueueSave, VirtioSave, VmSave, virtio_save,
 };
 use kvm_bindings::{
     kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_pit_state2, kvm_regs, kvm_sregs,
@@ -74,7 +74,25 @@ fn vm(vcpus: u32) -> VmSave {
         }),
         memory_bytes: 64 << 20,
         pci: None,
+        acpi: None,
     }
+}
+
+/// The same with its disk in a later slot, which it is asked to give up, and a button that was pressed.
+fn hot_plugged() -> VmSave {
+    let mut save = with_disk();
+    save.device_model = 4;
+    save.pci.as_mut().unwrap().slots = vec![7];
+    save.acpi = Some(AcpiSave {
+        pm1_status: 0x100,
+        pm1_enable: 0x100,
+        gpe_enable: 2,
+        filled: 0,
+        asked: 1 << 7,
+        leaving: 1 << 7,
+        idle_bus: None,
+    });
+    save
 }
 
 /// A VM with a bus and a disk whose driver is at work.
@@ -110,6 +128,7 @@ fn with_disk() -> VmSave {
             address: 0x8000_0800,
             bridge: vec![0; 256],
             devices: vec![device],
+            slots: vec![],
         }),
         ..vm(1)
     }
@@ -140,7 +159,28 @@ fn saves() -> Vec<(&'static str, Vec<u8>)> {
         ("one-vcpu", whole.clone()),
         ("two-vcpus", vm(2).encode_to_vec()),
         ("truncated", whole[..whole.len() / 2].to_vec()),
-        ("newer-model", encoded(|save| save.device_model = 4)),
+        ("newer-model", encoded(|save| save.device_model = 5)),
+        ("hot-plugged", hot_plugged().encode_to_vec()),
+        ("slot-of-the-bridge", {
+            let mut save = hot_plugged();
+            save.pci.as_mut().unwrap().slots = vec![0];
+            save.encode_to_vec()
+        }),
+        ("idle-bus", {
+            let idle_bus = Some(PciSave {
+                bridge: vec![0; 256],
+                ..Default::default()
+            });
+            let acpi = AcpiSave {
+                idle_bus,
+                ..Default::default()
+            };
+            let with_bus = VmSave {
+                acpi: Some(acpi),
+                ..vm(1)
+            };
+            with_bus.encode_to_vec()
+        }),
         ("no-vcpus", encoded(|save| save.vcpus.clear())),
         ("wrong-order", encoded(|save| save.vcpus[0].id = 1)),
         ("short-xsave", encoded(|save| save.vcpus[0].xsave.truncate(100))),

@@ -298,9 +298,9 @@ fn a_disk_that_is_none_and_a_target_with_another_disk_are_refused_by_name() {
     let source = world.machine("host1", 11, |config| with_disk(config, &path));
     grant(&source);
     await_growth(&source, 0);
-    let larger = world.path().join("larger.raw");
-    std::fs::File::create(&larger).unwrap().set_len(8 << 20).unwrap();
-    for (migration, other) in [("m1", Some(&larger)), ("m2", None)] {
+    let smaller = world.path().join("smaller.raw");
+    std::fs::File::create(&smaller).unwrap().set_len(2 << 20).unwrap();
+    for (migration, other) in [("m1", Some(&smaller)), ("m2", None)] {
         let target = world.machine("host2", 12, |config| {
             match other {
                 Some(path) => with_disk(config, path),

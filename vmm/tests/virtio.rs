@@ -442,19 +442,19 @@ fn a_saved_device_goes_on_where_it_was_and_tells_its_driver() {
     assert_eq!(source.request(OUT, 7, &data, 0).0, OK);
     source.gate.close(false);
     let save = SavedPci {
-        bus: drover_vmm::devices::pci::bus::Bus::new(vec![]).save(),
-        devices: vec![source.device.save()],
+        bus: drover_vmm::devices::pci::bus::Bus::new().save(),
+        devices: [(1, source.device.save())].into(),
     };
     let decoded = saved::decode(saved::encode(&save)).unwrap();
     assert_eq!(decoded, save);
     let mut target = Rig::disk(&path, false);
     let all = source.read(0, usize::try_from(MEMORY_BYTES).unwrap());
     target.write(0, &all);
-    target.device.restore(&decoded.devices[0]).unwrap();
+    target.device.restore(&decoded.devices[&1]).unwrap();
     assert_eq!(target.device.save().registers, {
         let mut again = Rig::disk(&path, false);
         again.write(0, &all);
-        again.device.restore(&decoded.devices[0]).unwrap();
+        again.device.restore(&decoded.devices[&1]).unwrap();
         again.next = 0;
         again.device.save().registers
     });
@@ -467,12 +467,12 @@ fn a_saved_device_goes_on_where_it_was_and_tells_its_driver() {
     assert!(
         other
             .device
-            .restore(&decoded.devices[0])
+            .restore(&decoded.devices[&1])
             .unwrap_err()
             .contains("read_only")
     );
     let other = Rig::new(Arc::new(Rng::new().unwrap()));
-    assert!(other.device.restore(&decoded.devices[0]).is_err());
+    assert!(other.device.restore(&decoded.devices[&1]).is_err());
 }
 
 #[test]

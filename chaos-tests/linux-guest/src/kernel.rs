@@ -12,8 +12,8 @@ const MODULES: [(&str, bool); 4] = [
     ("kvm", true),
     ("kvm-amd", true),
 ];
-/// What the guest needs for its disk and its random numbers, in loading order. `virtio_pci_legacy_dev` exists in newer kernels only.
-const GUEST_MODULES: [(&str, bool); 7] = [
+/// What the guest needs for its disk, its random numbers and its power button, in loading order; hot-plug of slots is built in. `virtio_pci_legacy_dev` exists in newer kernels only.
+const GUEST_MODULES: [(&str, bool); 9] = [
     ("virtio_ring", true),
     ("virtio", true),
     ("virtio_pci_modern_dev", true),
@@ -21,6 +21,8 @@ const GUEST_MODULES: [(&str, bool); 7] = [
     ("virtio_pci", true),
     ("virtio_blk", true),
     ("virtio-rng", true),
+    ("button", true),
+    ("evdev", true),
 ];
 
 /// An unpacked kernel package.

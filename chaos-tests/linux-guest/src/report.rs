@@ -36,6 +36,22 @@ pub enum Report {
         /// How the first VMM ended: `true` when its process exited by itself with success.
         source_ended: bool,
     },
+    /// Disks came, grew and went while the guest ran.
+    HotPlugged {
+        /// What the guest wrote to the disk that came, read back past its cache before it moved and after it.
+        digests: [String; 2],
+        /// The slot's state in the guest once the disk was given up, by `/sys/bus/pci/slots`; 0 is empty.
+        given_up: String,
+        /// Whether the guest still has a block device of it.
+        remains: bool,
+        /// Of the first disk, which grew, sectors of 512 bytes as the guest has it.
+        grown_sectors: u64,
+    },
+    /// The guest shut itself down when its power button was pressed.
+    PoweredOff {
+        /// Its driver heeded the button before.
+        heeded: bool,
+    },
     /// The driver gave up.
     Failed {
         /// What it was about to do, and what went wrong.

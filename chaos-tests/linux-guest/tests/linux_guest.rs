@@ -138,4 +138,20 @@ fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
         "the guest's 8 MiB of random bytes went over the wire"
     );
     assert!(source_ended, "the source's VMM ends when it learns of the commit");
+    // A disk came while it ran, moved with it, and went when it was asked for; another grew; the button shut it down.
+    let came_and_went = reports.iter().find_map(|report| match report {
+        Report::HotPlugged {
+            digests,
+            given_up,
+            remains,
+            grown_sectors,
+        } => Some((digests, given_up.as_str(), *remains, *grown_sectors)),
+        _ => None,
+    });
+    let both = [before.digest.clone(), before.digest.clone()];
+    assert_eq!(came_and_went, Some((&both, "0", false, 49152)), "{reports:#?}");
+    assert!(
+        reports.contains(&Report::PoweredOff { heeded: true }),
+        "{reports:#?}"
+    );
 }

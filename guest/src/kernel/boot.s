@@ -20,7 +20,7 @@
 
 .set MAX_CPUS, 16
 .set CPU_AREA, 4096         // ring-0 stack, the processor's own counters at its bottom
-.set USER_STACK, 32768
+.set USER_STACK, 65536        // a page on it is aligned to its own 4 KiB: the disk has several at once
 .set TSS_STRIDE, 512
 .set TSS_LIMIT, 104 + 256   // 256 bytes of I/O permission bitmap (ports below 0x800) and one closing byte
 
@@ -201,7 +201,7 @@ exception_common:
     movq %rsp, %rax
     andq $-CPU_AREA, %rax
     subq $cpu_areas, %rax
-    shlq $3, %rax           // USER_STACK / CPU_AREA
+    shlq $4, %rax           // USER_STACK / CPU_AREA
     addq $user_stacks + USER_STACK - 8, %rax
     pushq $USER_DS
     pushq %rax

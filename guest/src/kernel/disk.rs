@@ -56,6 +56,8 @@ const BOOT_PATIENCE_S: u64 = 30;
 /// Losses that are said one by one.
 const LOSSES_SAID_MAX: u64 = 16;
 
+const NO_DISK: &str = "no virtio disk on PCI's root bus";
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Doing {
     Nothing,
@@ -64,8 +66,77 @@ enum Doing {
     Reading { block: u64 },
 }
 
+/// The slots' registers: the event's enable bits, what was filled, what is to be given up, giving up.
+const EVENTS_ENABLED: u16 = 0x622;
+const SLOTS_EVENT: u16 = 2;
+const SLOTS_FILLED: u16 = 0x640;
+const SLOTS_ASKED: u16 = 0x644;
+const SLOTS_GIVEN_UP: u16 = 0x648;
+/// Between two looks at them.
+const LOOK_MS: u64 = 20;
+
+/// The place of the one disk: always the same, or one that may come and go.
+pub struct Bay {
+    memory: u64,
+    hot_plug: bool,
+    clock_khz: u64,
+    next_look: u64,
+    disk: Option<Disk>,
+}
+
+impl Bay {
+    /// Opens the disk that is there; without hot-plug there must be one. `memory`: [`PAGES`] pages.
+    pub fn open(memory: u64, hot_plug: bool, clock: &Clock) -> Result<Bay, &'static str> {
+        let clock_khz = clock.tsc_khz;
+        let disk = match Disk::open(memory, clock_khz) {
+            Ok(disk) => Some(disk),
+            Err(NO_DISK) if hot_plug => None,
+            Err(why) => return Err(why),
+        };
+        if hot_plug {
+            // Nobody serves the interrupt, whose line stays masked; it says that the registers are looked at.
+            machine::port_write_word(EVENTS_ENABLED, SLOTS_EVENT);
+        }
+        Ok(Bay {
+            memory,
+            hot_plug,
+            clock_khz,
+            next_look: 0,
+            disk,
+        })
+    }
+
+    /// Does what is due, and says how the journal stands, where there is a disk.
+    pub fn step(&mut self) -> Option<DiskSecond> {
+        let now = machine::counter();
+        if self.hot_plug && now >= self.next_look {
+            self.next_look = now + LOOK_MS * self.clock_khz;
+            self.look();
+        }
+        self.disk.as_mut().map(Disk::step)
+    }
+
+    // Pages on the stack are large: the ways down are kept apart.
+    #[inline(never)]
+    fn look(&mut self) {
+        let asked = machine::port_read_long(SLOTS_ASKED);
+        let leaves = |disk: &mut Disk| asked >> disk.registers.slot & 1 == 1 && disk.rests();
+        if let Some(disk) = self.disk.take_if(leaves) {
+            disk.give_up();
+        }
+        let filled = machine::port_read_long(SLOTS_FILLED);
+        if self.disk.is_none() && filled != 0 {
+            machine::port_write_long(SLOTS_FILLED, filled);
+            match Disk::open(self.memory, self.clock_khz) {
+                Ok(disk) => self.disk = Some(disk),
+                Err(why) => say!("probe no disk: {why}"),
+            }
+        }
+    }
+}
+
 /// The disk with its journal.
-pub struct Disk {
+struct Disk {
     memory: u64,
     registers: Registers,
     clock_khz: u64,
@@ -83,16 +154,16 @@ pub struct Disk {
 
 impl Disk {
     /// Finds the disk, sets it up, and reads the journal on it. `memory`: [`PAGES`] pages.
-    pub fn open(memory: u64, clock: &Clock) -> Result<Disk, &'static str> {
-        let registers =
-            virtio::find(DISK_ID, machine::DISK_VECTOR)?.ok_or("no virtio disk on PCI's root bus")?;
+    #[inline(never)]
+    fn open(memory: u64, clock_khz: u64) -> Result<Disk, &'static str> {
+        let registers = virtio::find(DISK_ID, machine::DISK_VECTOR)?.ok_or(NO_DISK)?;
         for word in 0..PAGES * PAGE / 8 {
             put(memory + 8 * word, 0u64);
         }
         let mut disk = Disk {
             memory,
             registers,
-            clock_khz: clock.tsc_khz,
+            clock_khz,
             journal: Journal::recover(&[0; BLOCKS_MAX as usize]).0,
             doing: Doing::Nothing,
             next_batch: 0,
@@ -190,6 +261,7 @@ impl Disk {
         }
     }
 
+    #[inline(never)]
     fn read_now(&mut self, block: u64) -> Result<Page, &'static str> {
         self.offer(OTHER, IN, block);
         self.ring();
@@ -245,7 +317,7 @@ impl Disk {
     }
 
     /// Does what is due, and says how the journal stands.
-    pub fn step(&mut self) -> DiskSecond {
+    fn step(&mut self) -> DiskSecond {
         if !self.given_up {
             self.advance();
         }
@@ -256,6 +328,20 @@ impl Disk {
         }
     }
 
+    /// Whether nothing is under way, so that it can be given up.
+    fn rests(&self) -> bool {
+        self.doing == Doing::Nothing || self.given_up
+    }
+
+    /// Ends the device's work, and gives its slot up.
+    fn give_up(self) {
+        virtio::reset(&self.registers);
+        machine::port_write_long(SLOTS_GIVEN_UP, 1 << self.registers.slot);
+        let sequence = self.journal.acknowledged();
+        say!("probe disk gone seq={sequence} lost={}", self.lost);
+    }
+
+    #[inline(never)]
     fn advance(&mut self) {
         if self.doing != Doing::Nothing && !self.all_answered() {
             let ticks = machine::area(0).ticks.load(Ordering::Relaxed);

@@ -222,6 +222,20 @@ pub fn port_read(port: u16) -> u8 {
     value
 }
 
+/// Writes 32 bits to ports below 0x800.
+pub fn port_write_long(port: u16, value: u32) {
+    // SAFETY: as for port_write.
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags)) }
+}
+
+/// Reads 32 bits from ports below 0x800.
+pub fn port_read_long(port: u16) -> u32 {
+    let value;
+    // SAFETY: as for port_write.
+    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack, preserves_flags)) }
+    value
+}
+
 /// Fills the interrupt table, which boot.s has loaded empty. Before anything that may fault and before the first service.
 pub fn fill_interrupt_table() {
     let stubs = exception_stubs as *const () as u64;

@@ -24,7 +24,7 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 use self::boot::BootInfo;
 use self::console::say;
 use self::desk::Desk;
-use self::disk::Disk;
+use self::disk::Bay;
 use self::net::Net;
 use self::plan::{PLAN, Plan};
 use self::time::Clock;
@@ -74,9 +74,10 @@ fn first(kind: u64, boot_address: u64) -> ! {
     while FILLED.load(Ordering::Acquire) < plan.cpus {
         machine::idle();
     }
-    let mut disk = match disk_memory.map(|memory| Disk::open(memory, &plan.clock)) {
+    let hot_plug = plan.params.hot_plug;
+    let mut bay = match disk_memory.map(|memory| Bay::open(memory, hot_plug, &plan.clock)) {
         None => None,
-        Some(Ok(disk)) => Some(disk),
+        Some(Ok(bay)) => Some(bay),
         Some(Err(why)) => {
             say!("probe no disk: {why}");
             machine::stop()
@@ -97,7 +98,7 @@ fn first(kind: u64, boot_address: u64) -> ! {
     let mut desk = Desk::new(plan);
     loop {
         let worked = worker.step();
-        let journal = disk.as_mut().map(Disk::step);
+        let journal = bay.as_mut().and_then(Bay::step);
         let station = net.as_mut().map(Net::step);
         desk.tend(journal, station);
         if !worked {

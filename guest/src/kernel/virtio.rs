@@ -46,6 +46,8 @@ pub fn put<T: Copy>(at: u64, value: T) {
 /// Where a device's registers are.
 #[derive(Clone, Copy, Default)]
 pub struct Registers {
+    /// Its slot.
+    pub slot: u32,
     common: u64,
     doorbell: u64,
     doorbell_stride: u64,
@@ -74,13 +76,21 @@ fn config(slot: u32, register: u32) -> u32 {
     1 << 31 | slot << 11 | register
 }
 
+/// Ends the device's work.
+pub fn reset(registers: &Registers) {
+    put(registers.common + 20, 0u8);
+}
+
 /// Finds the first device of `id`, vendor below; places nothing anew, and switches it on. Its messages are of interrupt `vector`.
 pub fn find(id: u32, vector: u32) -> Result<Option<Registers>, &'static str> {
     let Some(slot) = (0..SLOTS_OF_BUS).find(|&slot| machine::config_read(config(slot, 0)) == id) else {
         return Ok(None);
     };
     let bar = |index: u32| u64::from(machine::config_read(config(slot, 0x10 + 4 * index)) & !0xf);
-    let mut found = Registers::default();
+    let mut found = Registers {
+        slot,
+        ..Registers::default()
+    };
     let mut msix = None;
     let mut at = machine::config_read(config(slot, 0x34)) & 0xfc;
     for _ in 0..CAPABILITIES_MAX {

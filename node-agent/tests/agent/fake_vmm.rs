@@ -99,6 +99,12 @@ impl Fake {
                 info.reason = reason();
             }
             "exit" => info.set_state(VmmState::Exited),
+            "give-up" => {
+                let devices = info.devices.get_or_insert_default();
+                devices
+                    .devices
+                    .retain(|device| device.state() != VmmDeviceState::Ejecting);
+            }
             "break" => info.migration.get_or_insert_default().failure = failure(),
             "progress" => {
                 let progress = info
@@ -224,6 +230,63 @@ impl Vmm for Fake {
         Ok(Response::new(WriteConsoleResponse {
             accepted: u32::try_from(data.len()).unwrap(),
         }))
+    }
+
+    async fn attach_disk(&self, request: Request<AttachDiskRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.note(format!("attach {} {}", request.slot, request.revision));
+        Ok(Response::new(self.change(|info| {
+            let devices = info.devices.get_or_insert_default();
+            devices.revision = request.revision;
+            devices.devices.retain(|device| device.slot != request.slot);
+            devices.devices.push(VmmDevice {
+                slot: request.slot,
+                kind: "disk".to_owned(),
+                size_bytes: std::fs::metadata(&request.path).unwrap().len(),
+                path: request.path,
+                read_only: request.read_only,
+                state: VmmDeviceState::Attached.into(),
+            });
+        })))
+    }
+
+    async fn detach_disk(&self, request: Request<DetachDiskRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.note(format!("detach {} {}", request.slot, request.revision));
+        Ok(Response::new(self.change(|info| {
+            let devices = info.devices.get_or_insert_default();
+            devices.revision = request.revision;
+            for device in devices
+                .devices
+                .iter_mut()
+                .filter(|device| device.slot == request.slot)
+            {
+                device.set_state(VmmDeviceState::Ejecting);
+            }
+        })))
+    }
+
+    async fn resize_disk(&self, request: Request<ResizeDiskRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.note(format!("resize {} {}", request.slot, request.size_bytes));
+        Ok(Response::new(self.change(|info| {
+            let devices = info.devices.get_or_insert_default();
+            for device in devices
+                .devices
+                .iter_mut()
+                .filter(|device| device.slot == request.slot)
+            {
+                device.size_bytes = request.size_bytes;
+            }
+        })))
+    }
+
+    async fn power_button(&self, request: Request<PowerButtonRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner().request;
+        self.note(format!("press {request}"));
+        Ok(Response::new(self.change(|info| {
+            info.devices.get_or_insert_default().pressed = request;
+        })))
     }
 
     async fn forecast(&self, request: Request<ForecastRequest>) -> Result<Response<Forecast>, Status> {

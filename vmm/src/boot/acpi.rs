@@ -4,21 +4,29 @@
 //! table remains for small kernels without an ACPI interpreter. Source: ACPI Specification 6.4, chapter 5.
 //!
 //! ```text
-//!   RSDP ─► XSDT ─► FADT ─► DSDT: \_S5, and the PCI root where there is one
+//!   RSDP ─► XSDT ─► FADT ─► DSDT: \_S5, the PCI root and its slots, the event that says that slots changed
 //!              │        └──► FACS
 //!              └──► MADT: local APICs, the I/O APIC, what differs from ISA's interrupts
 //! ```
 //!
 //! The PCI root says where its registers may lie and how it is configured; what is on it the guest finds by itself. It has no table of
 //! interrupt pins (`_PRT`), since no device has a pin, and no MCFG, since there is no extended configuration space.
-//! Nothing here describes a device that can come or go.
+//!
+//! Each slot can be filled and given up while the guest runs (6.3): general-purpose event 1 has its interpreter read which slots changed
+//! ([`crate::devices::acpi`]) and notify their drivers; `_EJ0` gives a slot up. Whether anything is in a slot, its configuration space
+//! says, so there is no `_STA`. The power button is the fixed one (4.8.2.2.1.1), which needs no device here.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Name, ResourceTemplate, Scope,
+    AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry,
+    FieldLockRule, FieldUpdateRule, IO, If, Local, Method, MethodCall, Name, Notify, OpRegion, OpRegionSpace,
+    Path, ResourceTemplate, Scope, Store,
 };
 use acpi_tables::{Aml, AmlSink};
 
-use super::{ACPI, Board};
+use super::ACPI;
+use crate::devices::acpi::{
+    GPE_SLOTS, GPE0, GPE0_BYTES, PM1A_EVENT, PM1A_EVENT_BYTES, SCI_IRQ, SLOT_REGISTER_BYTES, SLOT_REGISTERS,
+};
 use crate::devices::pci;
 
 const LOCAL_APIC: u32 = 0xfee0_0000;
@@ -28,10 +36,6 @@ const RSDP_BYTES: usize = 36;
 const FADT_BYTES: usize = 276;
 const FACS_BYTES: usize = 64;
 
-/// ISA interrupt of ACPI events; none is ever raised.
-const SCI_IRQ: u8 = 9;
-/// PM1a event registers (status, enable), where QEMU's q35 has them.
-pub const PM1A_EVENT: u16 = 0x600;
 /// PM1a control register.
 pub const PM1A_CONTROL: u16 = 0x604;
 /// The keyboard controller's command port and its command to reset.
@@ -64,9 +68,90 @@ fn pci_root() -> Vec<u8> {
             &Name::new("_SEG".into(), &zero),
             &Name::new("_BBN".into(), &zero),
             &Name::new("_CRS".into(), &Raw(resources)),
+            &Raw(slots()),
         ],
     ));
-    Scope::raw("\\_SB_".into(), root)
+    Scope::raw("\\_SB_".into(), [root, slot_registers()].concat())
+}
+
+/// What Notify tells a slot's driver (5.6.6): look what is there; give it up.
+const DEVICE_CHECK: u8 = 1;
+const EJECT_REQUEST: u8 = 3;
+
+fn slot_name(slot: usize) -> Path {
+    Path::new(&format!("S{slot:03}"))
+}
+
+/// The root bus's slots, and the method `SLTS` that reads and acknowledges which of them changed.
+fn slots() -> Vec<u8> {
+    let region = OpRegion::new(
+        "SREG".into(),
+        OpRegionSpace::SystemIO,
+        &SLOT_REGISTERS,
+        &SLOT_REGISTER_BYTES,
+    );
+    let named = |name: &[u8; 4]| FieldEntry::Named(*name, 32);
+    let fields = Field::new(
+        "SREG".into(),
+        FieldAccessType::DWord,
+        FieldLockRule::NoLock,
+        FieldUpdateRule::WriteAsZeroes,
+        vec![named(b"FILL"), named(b"ASKD"), named(b"GIVE")],
+    );
+    let mut bytes = [bytes_of(&region), bytes_of(&fields)].concat();
+    for slot in 1..pci::SLOTS {
+        let number = u32::try_from(slot).expect("few slots");
+        let (address, mask) = (number << 16, 1u32 << number);
+        let give: Path = "GIVE".into();
+        bytes.extend(bytes_of(&Device::new(
+            slot_name(slot),
+            vec![
+                &Name::new("_ADR".into(), &address),
+                &Name::new("_SUN".into(), &number),
+                &Method::new("_EJ0".into(), 1, true, vec![&Store::new(&give, &mask)]),
+            ],
+        )));
+    }
+    let mut looks = Vec::new();
+    for (register, what) in [("FILL", DEVICE_CHECK), ("ASKD", EJECT_REQUEST)] {
+        let register: Path = register.into();
+        looks.extend(bytes_of(&Store::new(&Local(0), &register)));
+        looks.extend(bytes_of(&Store::new(&register, &Local(0))));
+        for slot in 1..pci::SLOTS {
+            let (name, mask) = (slot_name(slot), 1u32 << slot);
+            looks.extend(bytes_of(&If::new(
+                &And::new(&Local(1), &Local(0), &mask),
+                vec![&Notify::new(&name, &what)],
+            )));
+        }
+    }
+    bytes.extend(bytes_of(&Method::new("SLTS".into(), 0, true, vec![&Raw(looks)])));
+    bytes
+}
+
+/// The ports of the slots' registers, so that a guest places nothing else there.
+fn slot_registers() -> Vec<u8> {
+    let ports = IO::new(SLOT_REGISTERS, SLOT_REGISTERS, 1, SLOT_REGISTER_BYTES);
+    let (hid, resources) = (EISAName::new("PNP0C02"), ResourceTemplate::new(vec![&ports]));
+    bytes_of(&Device::new(
+        "SRES".into(),
+        vec![
+            &Name::new("_HID".into(), &hid),
+            &Name::new("_CRS".into(), &resources),
+        ],
+    ))
+}
+
+/// The event's method. Of the level kind: the interpreter clears the event after it, when there is nothing left to acknowledge.
+fn events() -> Vec<u8> {
+    let look = MethodCall::new("\\_SB_.PCI0.SLTS".into(), vec![]);
+    let method = bytes_of(&Method::new(
+        Path::new(&format!("_L{GPE_SLOTS:02X}")),
+        0,
+        false,
+        vec![&look],
+    ));
+    Scope::raw("\\_GPE".into(), method)
 }
 
 /// Bytes that are AML already.
@@ -84,12 +169,8 @@ fn bytes_of(aml: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-fn dsdt(board: Board) -> Vec<u8> {
-    let mut body = Vec::from(SOFT_OFF);
-    if board.pci {
-        body.extend(pci_root());
-    }
-    table(b"DSDT", 2, &body)
+fn dsdt() -> Vec<u8> {
+    table(b"DSDT", 2, &[SOFT_OFF.to_vec(), pci_root(), events()].concat())
 }
 
 fn sum(bytes: &[u8]) -> u8 {
@@ -137,8 +218,8 @@ fn madt(vcpus: u8) -> Vec<u8> {
 fn fadt(facs: u32, dsdt: u32) -> Vec<u8> {
     // Serial port behind ISA; neither a keyboard controller to probe, nor VGA (bit 2), nor a CMOS clock (bit 5).
     const BOOT_ARCH: u16 = 1 | 1 << 2 | 1 << 5;
-    // WBINVD works, C1 exists, no fixed power or sleep button, no fixed RTC event, the reset register exists.
-    const FLAGS: u32 = 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 10;
+    // WBINVD works, C1 exists, a fixed power button (bit 4 is its absence) and no sleep button, no fixed RTC event, the reset register exists.
+    const FLAGS: u32 = 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 10;
     const NO_C2_US: u16 = 101;
     const NO_C3_US: u16 = 1001;
     let mut body = vec![0u8; FADT_BYTES - HEADER_BYTES];
@@ -148,7 +229,9 @@ fn fadt(facs: u32, dsdt: u32) -> Vec<u8> {
     field(46, &u16::from(SCI_IRQ).to_le_bytes());
     field(56, &u32::from(PM1A_EVENT).to_le_bytes());
     field(64, &u32::from(PM1A_CONTROL).to_le_bytes());
-    field(88, &[4, 2]);
+    field(80, &u32::from(GPE0).to_le_bytes());
+    field(88, &[PM1A_EVENT_BYTES, 2]);
+    field(92, &[GPE0_BYTES]);
     field(96, &NO_C2_US.to_le_bytes());
     field(98, &NO_C3_US.to_le_bytes());
     field(109, &BOOT_ARCH.to_le_bytes());
@@ -181,14 +264,14 @@ fn rsdp(xsdt: u32) -> Vec<u8> {
     rsdp
 }
 
-/// All tables of a guest on `board` in one piece, to stand at [`ACPI`]; the RSDP comes first.
-pub fn build(board: Board) -> Vec<u8> {
-    let vcpus = u8::try_from(board.vcpus).expect("a VM has at most 32 vCPUs");
+/// All tables of a guest with `vcpus` CPUs in one piece, to stand at [`ACPI`]; the RSDP comes first.
+pub fn build(vcpus: u32) -> Vec<u8> {
+    let vcpus = u8::try_from(vcpus).expect("a VM has at most 32 vCPUs");
     let base = u32::try_from(ACPI).expect("the tables stand in low memory");
-    let at = |offset: usize| base + u32::try_from(offset).expect("the tables are a few hundred bytes");
+    let at = |offset: usize| base + u32::try_from(offset).expect("the tables are a few KiB");
     // The FACS alone must be aligned, to 64 bytes; everything has its place before anything names it.
     let facs_at = RSDP_BYTES.next_multiple_of(64);
-    let dsdt = dsdt(board);
+    let dsdt = dsdt();
     let dsdt_at = facs_at + FACS_BYTES;
     let fadt_at = (dsdt_at + dsdt.len()).next_multiple_of(8);
     let madt = madt(vcpus);
@@ -230,8 +313,8 @@ mod tests {
 
     #[test]
     fn every_table_is_reached_from_the_first_and_its_sum_is_zero() {
-        for (vcpus, pci) in [(1, false), (2, true), (32, true)] {
-            let bytes = build(Board { vcpus, pci });
+        for vcpus in [1, 2, 32] {
+            let bytes = build(vcpus);
             assert!(ACPI + (bytes.len() as u64) < super::super::HIGH_START);
             assert_eq!((sum(&bytes[..20]), sum(&bytes[..36])), (0, 0));
             let xsdt = table_at(&bytes, word(&bytes, 24));
@@ -241,7 +324,9 @@ mod tests {
                 assert_eq!((&table[..4], sum(table)), (signature.as_slice(), 0));
             }
             assert_eq!((fadt.len(), word(fadt, 36) % 64), (FADT_BYTES, 0));
-            assert_eq!(dsdt.windows(4).any(|name| name == b"PCI0"), pci);
+            for name in [b"PCI0", b"S001", b"S031", b"SLTS", b"_L01"] {
+                assert!(dsdt.windows(4).any(|at| at == name), "{name:?}");
+            }
             assert_eq!(&table_at(&bytes, word(fadt, 36))[..4], b"FACS");
             assert_eq!(word(fadt, 140), word(fadt, 40));
         }

@@ -64,22 +64,6 @@ pub const KERNEL_BYTES_MAX: u64 = 256 << 20;
 /// Largest initial RAM disk, bytes.
 pub const INITRD_BYTES_MAX: u64 = 1 << 30;
 
-/// What the tables tell a kernel of its machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Board {
-    /// CPUs, 1..=32.
-    pub vcpus: u32,
-    /// Whether it has a PCI bus.
-    pub pci: bool,
-}
-
-impl From<u32> for Board {
-    /// A machine of so many CPUs without a bus.
-    fn from(vcpus: u32) -> Self {
-        Self { vcpus, pci: false }
-    }
-}
-
 /// The fault of a kernel image.
 pub(crate) fn invalid(message: impl Into<String>) -> Fault {
     Fault::new(Code::KernelInvalid, message).field("kernel")
@@ -115,11 +99,7 @@ pub fn load(memory: &Memory, config: &Config) -> Result<Entry, Fault> {
         .as_deref()
         .map(|path| read_bounded(path, "initrd", INITRD_BYTES_MAX))
         .transpose()?;
-    let board = Board {
-        vcpus: config.vcpus,
-        pci: config.has_bus(),
-    };
-    load_bytes(memory, &kernel, initrd.as_deref(), &config.cmdline, board)
+    load_bytes(memory, &kernel, initrd.as_deref(), &config.cmdline, config.vcpus)
 }
 
 /// Loads images that were read already: see [`load`].
@@ -128,7 +108,7 @@ pub fn load_bytes(
     kernel: &[u8],
     initrd: Option<&[u8]>,
     cmdline: &str,
-    board: impl Into<Board>,
+    vcpus: u32,
 ) -> Result<Entry, Fault> {
     let layout = memory.layout();
     let low_end = layout[0].len;
@@ -153,14 +133,14 @@ pub fn load_bytes(
             bytes: placed.bytes.len() as u64,
         }),
     };
-    write_boot_info(memory, &kernel, &info, board.into())
+    write_boot_info(memory, &kernel, &info, vcpus)
 }
 
-fn write_boot_info(memory: &Memory, kernel: &Kernel, info: &BootInfo, board: Board) -> Result<Entry, Fault> {
+fn write_boot_info(memory: &Memory, kernel: &Kernel, info: &BootInfo, vcpus: u32) -> Result<Entry, Fault> {
     put(memory, CMDLINE, info.cmdline.as_bytes())?;
     put(memory, CMDLINE + info.cmdline.len() as u64, &[0])?;
-    put(memory, MP_TABLE, &mptable::build(board.vcpus))?;
-    put(memory, ACPI, &acpi::build(board))?;
+    put(memory, MP_TABLE, &mptable::build(vcpus))?;
+    put(memory, ACPI, &acpi::build(vcpus))?;
     let entry = match *kernel {
         Kernel::Elf(ref elf) => match elf.pvh_entry {
             Some(entry) => Entry::Pvh { entry },

@@ -1,19 +1,30 @@
-//! The devices of a VM that has a PCI bus, as one thing: built, saved, restored, ended.
+//! The devices on a VM's PCI bus: built, plugged in and given up, saved, restored, ended.
+//!
+//! ```text
+//!   prepare ──► plug ──► There ──(the guest gives the slot up)──► Leaving ──► gone
+//!     opened,     on the    works                                   off the bus; its last request ends,
+//!     locked      bus                                               then its disk is unlocked
+//! ```
+//!
+//! What is to be in which slot is told by whoever configures the VM; where nothing is told, devices take the lowest free slots in their
+//! order, as they did before slots could be told. A slot is generic: it neither knows nor asks what kind of device is in it.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use drover_proto::{Code, Fault};
 use kvm_ioctls::VmFd;
-use tracing::warn;
+use tracing::{error, info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::gate::IoGate;
+use super::gate::{Held, IoGate};
 use super::pci::bus::Bus;
-use super::pci::{MMIO, PciDevice};
+use super::pci::{MMIO, SLOTS};
 use super::saved::SavedPci;
-use super::virtio::blk::Blk;
 use super::virtio::blk::disk::Disk;
+use super::virtio::blk::{Blk, SECTOR};
 use super::virtio::net::tap::Tap;
 use super::virtio::net::{Mac, Net, announce};
 use super::virtio::pci::{REGION_BYTES, VirtioPci, vectors};
@@ -22,15 +33,15 @@ use super::virtio::{Device, worker};
 use super::wires::Router;
 use crate::memory::Memory;
 
-/// What a VM is given beside its memory and its vCPUs; slots in this order, from 1 on.
-#[derive(Debug, Default)]
-pub struct Equipment {
+/// One thing that a VM is given beside its memory and its vCPUs.
+#[derive(Debug)]
+pub enum Gear {
     /// A source of random numbers.
-    pub rng: bool,
-    /// Disks.
-    pub disks: Vec<Disk>,
-    /// NICs.
-    pub nics: Vec<Nic>,
+    Rng,
+    /// A disk.
+    Disk(Disk),
+    /// A NIC.
+    Nic(Nic),
 }
 
 /// A NIC of a VM.
@@ -44,139 +55,405 @@ pub struct Nic {
     pub mtu: u16,
 }
 
-impl Equipment {
-    /// Whether there is nothing for a bus.
-    pub fn is_empty(&self) -> bool {
-        !self.rng && self.disks.is_empty() && self.nics.is_empty()
+/// What a VM is given, each thing with its slot, or without: then it takes the lowest that is free.
+pub type Equipment = Vec<(Option<usize>, Gear)>;
+
+/// What of a device is told to whoever configures it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum About {
+    /// A source of random numbers.
+    Rng,
+    /// A disk.
+    Disk {
+        /// Its file.
+        path: PathBuf,
+        /// It cannot be written.
+        read_only: bool,
+    },
+    /// A NIC.
+    Nic {
+        /// Its address.
+        mac: Mac,
+    },
+}
+
+/// A kind of device, for what is its own.
+#[derive(Clone)]
+enum Kind {
+    Rng,
+    Disk(Arc<Disk>),
+    Nic(Arc<Net>, Arc<Tap>),
+}
+
+impl Kind {
+    fn model(&self) -> Result<Arc<dyn Device>, Fault> {
+        Ok(match self {
+            Self::Rng => Arc::new(Rng::new()?),
+            Self::Disk(disk) => Arc::new(Blk::new(disk.clone())),
+            Self::Nic(net, _) => net.clone(),
+        })
     }
+
+    /// What it needs to be held to work.
+    fn held(&self) -> Option<Arc<dyn Held>> {
+        match self {
+            Self::Rng => None,
+            Self::Disk(disk) => Some(disk.clone()),
+            Self::Nic(_, tap) => Some(tap.clone()),
+        }
+    }
+}
+
+/// A device that was made and is on no bus yet.
+pub struct Prepared {
+    about: About,
+    kind: Kind,
+    model: Arc<dyn Device>,
+    /// What it needs is held already.
+    taken: bool,
+}
+
+impl Prepared {
+    /// Makes the device of `gear`.
+    pub fn new(gear: Gear) -> Result<Self, Fault> {
+        let (about, kind) = match gear {
+            Gear::Rng => (About::Rng, Kind::Rng),
+            Gear::Disk(disk) => {
+                let (path, read_only) = (disk.path().to_owned(), disk.is_read_only());
+                (About::Disk { path, read_only }, Kind::Disk(Arc::new(disk)))
+            }
+            Gear::Nic(Nic { tap, mac, mtu }) => {
+                let tap = Arc::new(tap);
+                let net = Arc::new(Net::new(tap.clone(), mac, mtu));
+                (About::Nic { mac }, Kind::Nic(net, tap))
+            }
+        };
+        Ok(Self {
+            about,
+            model: kind.model()?,
+            kind,
+            taken: false,
+        })
+    }
+
+    /// Takes what it needs to work, for a VM that runs already. May wait for seconds.
+    pub fn take(&mut self) -> Result<(), Fault> {
+        if let Some(held) = self.kind.held() {
+            held.take()?;
+            self.taken = true;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        if let (true, Some(held)) = (self.taken, self.kind.held()) {
+            held.release();
+        }
+    }
+}
+
+struct There {
+    device: Arc<VirtioPci>,
+    held: Option<Arc<dyn Held>>,
+    worker: JoinHandle<()>,
+}
+
+impl There {
+    /// Ends a device that is off the bus; waits for the request that it has begun.
+    fn end(self, slot: usize, gate: &IoGate) {
+        self.device.leave();
+        // A panic in it was logged by the panic hook; there is nothing to add here.
+        let _ = self.worker.join();
+        gate.remove_bell(slot);
+        if let Some(held) = &self.held {
+            gate.remove_held(held);
+        }
+    }
+}
+
+/// What is in a slot, for whoever configures the VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct At {
+    /// The slot.
+    pub slot: usize,
+    /// What it is.
+    pub about: About,
+    /// A disk's size as the guest sees it.
+    pub size_bytes: u64,
+    /// It is off the bus already, and only ends.
+    pub leaves: bool,
+}
+
+struct Slot {
+    about: About,
+    kind: Kind,
+    /// None: off the bus, and ending.
+    there: Option<There>,
+}
+
+impl Slot {
+    fn told(&self, slot: usize) -> At {
+        At {
+            slot,
+            about: self.about.clone(),
+            size_bytes: match &self.kind {
+                Kind::Disk(disk) => disk.sectors() * SECTOR,
+                Kind::Rng | Kind::Nic(..) => 0,
+            },
+            leaves: self.there.is_none(),
+        }
+    }
+}
+
+type Table = Mutex<BTreeMap<usize, Slot>>;
+
+fn lock(table: &Table) -> MutexGuard<'_, BTreeMap<usize, Slot>> {
+    table.lock().expect("no holder of the slots' lock panics")
 }
 
 /// The bus, its devices and their workers.
 pub struct Attached {
     /// The bus.
     pub bus: Bus,
-    devices: Vec<Arc<VirtioPci>>,
-    nics: Vec<announce::Place>,
-    taps: Vec<Arc<Tap>>,
+    table: Arc<Table>,
+    router: Arc<Router>,
+    memory: Arc<Memory>,
     gate: Arc<IoGate>,
-    workers: Mutex<Vec<JoinHandle<()>>>,
+    /// Rung when a device has gone.
+    news: EventFd,
+    announcers: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Attached {
-    /// Builds the devices; none works before `gate` is opened.
-    pub fn build(
-        vm: &Arc<VmFd>,
-        memory: &Arc<Memory>,
-        gate: &Arc<IoGate>,
-        equipment: Equipment,
-    ) -> Result<Self, Fault> {
-        let mut models: Vec<Arc<dyn Device>> = Vec::new();
-        if equipment.rng {
-            models.push(Arc::new(Rng::new()?));
-        }
-        for disk in equipment.disks {
-            let disk = Arc::new(disk);
-            gate.add_held(disk.clone());
-            models.push(Arc::new(Blk::new(disk)));
-        }
-        let (mut nets, mut taps) = (Vec::new(), Vec::new());
-        let before_nics = models.len();
-        for Nic { tap, mac, mtu } in equipment.nics {
-            let tap = Arc::new(tap);
-            gate.add_held(tap.clone());
-            let net = Arc::new(Net::new(tap.clone(), mac, mtu));
-            models.push(net.clone());
-            nets.push(net);
-            taps.push(tap);
-        }
-        let router = Router::new(vm.clone());
-        let (mut devices, mut workers) = (Vec::new(), Vec::new());
-        for (slot, model) in (1u32..).zip(models) {
-            let failed =
-                |error: std::io::Error| Fault::new(Code::VmmStartFailed, format!("a device's bell: {error}"));
-            let bell = EventFd::new(libc::EFD_CLOEXEC).map_err(failed)?;
-            gate.add_bell(bell.try_clone().map_err(failed)?);
-            let rung = bell.try_clone().map_err(failed)?;
-            let wires = router.wires(vectors(&*model), model.queues().len(), rung)?;
-            let window = u32::try_from(MMIO.start).expect("the window lies below 4 GiB");
-            let device = Arc::new(VirtioPci::new(
-                model,
-                window + slot * REGION_BYTES,
-                memory.clone(),
-                gate.clone(),
-                Box::new(wires),
-                bell,
-            ));
-            workers.push(worker::start(
-                device.clone(),
-                usize::try_from(slot).expect("few slots"),
-            )?);
-            devices.push(device);
-        }
-        let places = devices.iter().skip(before_nics).cloned();
-        let on_bus = devices.iter().map(|device| device.clone() as Arc<dyn PciDevice>);
-        Ok(Self {
-            bus: Bus::new(on_bus.collect()),
-            nics: nets.into_iter().zip(places).collect(),
-            taps,
-            devices,
+    /// An empty bus. No device on it works before `gate` is opened.
+    pub fn new(vm: &Arc<VmFd>, memory: &Arc<Memory>, gate: &Arc<IoGate>, news: EventFd) -> Self {
+        Self {
+            bus: Bus::new(),
+            table: Arc::default(),
+            router: Router::new(vm.clone()),
+            memory: memory.clone(),
             gate: gate.clone(),
-            workers: Mutex::new(workers),
-        })
+            news,
+            announcers: Mutex::default(),
+        }
+    }
+
+    /// Gives a VM that has not run yet its devices.
+    pub fn equip(&self, equipment: Equipment) -> Result<(), Fault> {
+        let told: Vec<usize> = equipment.iter().filter_map(|(slot, _)| *slot).collect();
+        let mut free = (1..SLOTS).filter(|slot| !told.contains(slot));
+        for (slot, gear) in equipment {
+            let slot = slot.or_else(|| free.next());
+            let slot = slot.ok_or_else(|| Fault::new(Code::InvalidArgument, "more devices than slots"))?;
+            self.plug(slot, Prepared::new(gear)?)?;
+        }
+        Ok(())
+    }
+
+    /// What is in the slots.
+    pub fn list(&self) -> Vec<At> {
+        lock(&self.table)
+            .iter()
+            .map(|(slot, at)| at.told(*slot))
+            .collect()
+    }
+
+    /// What is in one slot.
+    pub fn at(&self, slot: usize) -> Option<At> {
+        lock(&self.table).get(&slot).map(|at| at.told(slot))
+    }
+
+    /// The disk in `slot` has `bytes` now, and its guest is told. A fault: its file has not.
+    pub fn grow(&self, slot: usize, bytes: u64) -> Result<(), Fault> {
+        let table = lock(&self.table);
+        let Some(Slot {
+            kind: Kind::Disk(disk),
+            there: Some(there),
+            ..
+        }) = table.get(&slot)
+        else {
+            return Err(Fault::new(Code::DeviceBusy, format!("slot {slot} has no disk")).field("slot"));
+        };
+        if disk.grow(bytes)? {
+            there.device.config_changed();
+        }
+        Ok(())
+    }
+
+    /// Puts a device on the bus. What was taken for it is held with the rest from now on.
+    pub fn plug(&self, slot: usize, mut prepared: Prepared) -> Result<(), Fault> {
+        let mut table = lock(&self.table);
+        if !(1..SLOTS).contains(&slot) || table.contains_key(&slot) {
+            let message = format!("slot {slot} is not free; slots are 1..={}", SLOTS - 1);
+            return Err(Fault::new(Code::DeviceBusy, message).field("slot"));
+        }
+        let failed =
+            |error: std::io::Error| Fault::new(Code::VmmStartFailed, format!("a device's bell: {error}"));
+        let bell = EventFd::new(libc::EFD_CLOEXEC).map_err(failed)?;
+        let (rung, turned_away) = (
+            bell.try_clone().map_err(failed)?,
+            bell.try_clone().map_err(failed)?,
+        );
+        let model = prepared.model.clone();
+        let wires = self.router.wires(vectors(&*model), model.queues().len(), rung)?;
+        let window = u32::try_from(MMIO.start).expect("the window lies below 4 GiB");
+        let device = Arc::new(VirtioPci::new(
+            model,
+            window + u32::try_from(slot).expect("few slots") * REGION_BYTES,
+            self.memory.clone(),
+            self.gate.clone(),
+            Box::new(wires),
+            bell,
+        ));
+        let worker = worker::start(device.clone(), slot)?;
+        let there = There {
+            device: device.clone(),
+            held: prepared.kind.held(),
+            worker,
+        };
+        let held = match prepared.kind.held() {
+            Some(held) if prepared.taken => self.gate.add_taken(held),
+            Some(held) => {
+                self.gate.add_held(held);
+                Ok(())
+            }
+            None => Ok(()),
+        };
+        if let Err(fault) = held {
+            there.end(slot, &self.gate);
+            return Err(fault);
+        }
+        prepared.taken = false;
+        self.gate.add_bell(slot, turned_away);
+        self.bus.put(slot, Some(device));
+        table.insert(
+            slot,
+            Slot {
+                about: prepared.about.clone(),
+                kind: prepared.kind.clone(),
+                there: Some(there),
+            },
+        );
+        Ok(())
+    }
+
+    /// Takes the device in `slot` off the bus; the guest finds nothing there when this returns. What the device has begun ends later.
+    pub fn unplug(&self, slot: usize) {
+        let Some(there) = lock(&self.table)
+            .get_mut(&slot)
+            .and_then(|slot| slot.there.take())
+        else {
+            return;
+        };
+        self.bus.put(slot, None);
+        let (table, gate) = (self.table.clone(), self.gate.clone());
+        let news = self.news.try_clone();
+        let end = move || {
+            there.end(slot, &gate);
+            lock(&table).remove(&slot);
+            info!(slot, "the device is gone");
+            if let Err(error) = news.and_then(|news| news.write(1)) {
+                error!(%error, "that a device has gone is told late");
+            }
+        };
+        let thread = std::thread::Builder::new().name(format!("leave{slot}"));
+        if let Err(error) = thread.spawn(end) {
+            // Its disk stays locked, and the slot taken, until the VM ends.
+            error!(%error, slot, "a device that was given up cannot be ended");
+        }
+    }
+
+    fn announcers(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.announcers.lock().expect("no holder of this lock panics")
     }
 
     /// Tells the network where the VM is: it has just begun to run here.
     pub fn announce(&self) {
-        if self.nics.is_empty() {
+        let place = |at: &Slot| match (&at.kind, &at.there) {
+            (Kind::Nic(net, _), Some(there)) => Some((net.clone(), there.device.clone())),
+            _ => None,
+        };
+        let nics: Vec<announce::Place> = lock(&self.table).values().filter_map(place).collect();
+        if nics.is_empty() {
             return;
         }
-        match announce::start(self.nics.clone(), self.gate.clone()) {
-            Ok(thread) => self.workers().push(thread),
+        match announce::start(nics, self.gate.clone()) {
+            Ok(thread) => self.announcers().push(thread),
             Err(fault) => warn!(%fault, "the VM's NICs are not announced"),
         }
     }
 
-    fn workers(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
-        self.workers
-            .lock()
-            .expect("no holder of the workers' lock panics")
-    }
-
-    /// The state of the bus and its devices.
+    /// The state of the bus and of what is on it.
     pub fn save(&self) -> SavedPci {
+        let table = lock(&self.table);
+        let devices = table
+            .iter()
+            .filter_map(|(slot, at)| Some((*slot, at.there.as_ref()?.device.save())));
         SavedPci {
             bus: self.bus.save(),
-            devices: self.devices.iter().map(|device| device.save()).collect(),
+            devices: devices.collect(),
         }
     }
 
-    /// Takes over a saved bus, whose devices must be these.
+    /// Takes over a saved bus, whose devices must be here. What is here and was not there is removed: the guest has not been told of
+    /// it, or has given it up since this VM was built.
     pub fn restore(&self, saved: &SavedPci) -> Result<(), String> {
-        if saved.devices.len() != self.devices.len() {
-            return Err(format!(
-                "the saved VM has {} devices on its bus, this one was built with {}",
-                saved.devices.len(),
-                self.devices.len()
-            ));
-        }
         self.bus.restore(&saved.bus)?;
-        for (slot, (device, saved)) in (1..).zip(self.devices.iter().zip(&saved.devices)) {
-            device
+        let mut table = lock(&self.table);
+        for (slot, saved) in &saved.devices {
+            let there = table.get(slot).and_then(|at| at.there.as_ref());
+            let there = there.ok_or_else(|| {
+                format!(
+                    "pci slot {slot}: the saved VM has {:?} there, this one has nothing",
+                    saved.device
+                )
+            })?;
+            there
+                .device
                 .restore(saved)
                 .map_err(|what| format!("pci slot {slot}: {what}"))?;
         }
-        // What came until the source had paused is the source's.
-        self.taps.iter().for_each(|tap| tap.pass_over());
+        for slot in (1..SLOTS).filter(|slot| !saved.devices.contains_key(slot)) {
+            if let Some(at) = table.remove(&slot) {
+                self.remove(slot, at);
+            }
+        }
+        for at in table.values() {
+            // What came until the source had paused is the source's.
+            if let Kind::Nic(_, tap) = &at.kind {
+                tap.pass_over();
+            }
+        }
         Ok(())
+    }
+
+    /// Removes all there is, for a saved VM that has nothing.
+    pub fn clear(&self) {
+        let all = std::mem::take(&mut *lock(&self.table));
+        all.into_iter().for_each(|(slot, at)| self.remove(slot, at));
+    }
+
+    fn remove(&self, slot: usize, at: Slot) {
+        info!(slot, about = ?at.about, "the saved VM does not have this device");
+        self.bus.put(slot, None);
+        if let Some(there) = at.there {
+            there.end(slot, &self.gate);
+        }
     }
 }
 
 impl Drop for Attached {
     fn drop(&mut self) {
         self.gate.quit();
-        for worker in self.workers().drain(..) {
+        let mut table = lock(&self.table);
+        for there in table.values_mut().filter_map(|slot| slot.there.take()) {
             // A panic in it was logged by the panic hook; there is nothing to add here.
-            let _ = worker.join();
+            let _ = there.worker.join();
+        }
+        for thread in self.announcers().drain(..) {
+            let _ = thread.join();
         }
     }
 }

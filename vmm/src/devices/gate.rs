@@ -10,6 +10,7 @@
 //! vCPU enters the guest; what had begun is finished. What must be held while the VM may run, the locks of its disks, is taken on
 //! opening and given back once the gate is closed and nothing is under way.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -48,7 +49,8 @@ pub struct IoGate {
     state: Mutex<State>,
     changed: Condvar,
     held: Mutex<Vec<Arc<dyn Held>>>,
-    bells: Mutex<Vec<EventFd>>,
+    /// By the slot of the device.
+    bells: Mutex<BTreeMap<usize, EventFd>>,
 }
 
 /// A request that may be served; dropping it is its end.
@@ -79,21 +81,54 @@ impl IoGate {
         self.held.lock().expect("no holder of this lock panics")
     }
 
-    /// A worker that waits for `bell`: rung whenever there may be work that was turned away before.
-    pub fn add_bell(&self, bell: EventFd) {
-        self.bells
-            .lock()
-            .expect("no holder of this lock panics")
-            .push(bell);
+    fn bells(&self) -> MutexGuard<'_, BTreeMap<usize, EventFd>> {
+        self.bells.lock().expect("no holder of this lock panics")
     }
 
-    /// Something to be held while the gate is open. Before it is opened first.
+    /// The worker of the device in `slot` waits for `bell`: rung whenever there may be work that was turned away before.
+    pub fn add_bell(&self, slot: usize, bell: EventFd) {
+        self.bells().insert(slot, bell);
+    }
+
+    /// The device in `slot` has no worker any more.
+    pub fn remove_bell(&self, slot: usize) {
+        self.bells().remove(&slot);
+    }
+
+    /// Something to be held while the gate is open; not while it is.
     pub fn add_held(&self, held: Arc<dyn Held>) {
+        let state = self.state();
+        assert!(!state.held, "what the others hold, this one lacks");
         self.held().push(held);
     }
 
+    /// Something that the caller has taken already, to be held from now on with the rest. A fault: the others are not held now, since
+    /// the VM may not run; it stays the caller's.
+    pub fn add_taken(&self, taken: Arc<dyn Held>) -> Result<(), Fault> {
+        let state = self.state();
+        if !state.held || !state.open {
+            return Err(Fault::new(Code::VmState, "the VM does not run"));
+        }
+        self.held().push(taken);
+        Ok(())
+    }
+
+    /// What is not to be held any more, with all that was written through it. Its device has ended.
+    pub fn remove_held(&self, held: &Arc<dyn Held>) {
+        if let Err(fault) = held.sync() {
+            error!(%fault, "what a device wrote before it was taken away may be lost with its host");
+        }
+        let state = self.state();
+        let mut all = self.held();
+        let before = all.len();
+        all.retain(|one| !Arc::ptr_eq(one, held));
+        if state.held && all.len() < before {
+            held.release();
+        }
+    }
+
     fn ring(&self) {
-        for bell in self.bells.lock().expect("no holder of this lock panics").iter() {
+        for bell in self.bells().values() {
             if let Err(error) = bell.write(1) {
                 error!(%error, "a device's worker cannot be woken");
             }
@@ -320,10 +355,31 @@ mod tests {
     }
 
     #[test]
+    fn what_comes_and_goes_while_the_gate_is_open_is_held_just_so_long() {
+        let (gate, lock) = gate();
+        let late = Arc::new(Lock::default());
+        late.take().unwrap();
+        assert_eq!(gate.add_taken(late.clone()).unwrap_err().code, Code::VmState);
+        gate.open(u64::MAX).unwrap();
+        gate.add_taken(late.clone()).unwrap();
+        gate.close(false);
+        assert_eq!(late.taken.load(Ordering::SeqCst), 0);
+        gate.open(u64::MAX).unwrap();
+        let as_held: Arc<dyn Held> = late.clone();
+        gate.remove_held(&as_held);
+        gate.remove_held(&as_held);
+        assert_eq!(late.taken.load(Ordering::SeqCst), 0);
+        gate.close(false);
+        gate.remove_held(&(lock.clone() as Arc<dyn Held>));
+        gate.open(u64::MAX).unwrap();
+        assert_eq!(lock.taken.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
     fn whoever_was_turned_away_is_woken_by_the_next_opening() {
         let gate = IoGate::default();
         let bell = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        gate.add_bell(bell.try_clone().unwrap());
+        gate.add_bell(1, bell.try_clone().unwrap());
         gate.open(boottime_ns()).unwrap();
         bell.read().unwrap();
         gate.open(boottime_ns()).unwrap();

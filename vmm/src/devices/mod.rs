@@ -3,14 +3,15 @@
 //! | ports | device |
 //! | --- | --- |
 //! | 0x3f8..=0x3ff | serial port, IRQ 4: the console |
-//! | 0x600..=0x603 | ACPI's PM1a status and enable: no event ever happens |
+//! | 0x600..=0x603, 0x620..=0x623, 0x640..=0x64b | ACPI's events: the power button, slots that change: see [`acpi`] |
 //! | 0x604 | ACPI's PM1a control as QEMU places it: sleep type 0 with the enable bit (0x2000) powers off |
 //! | 0x64 | keyboard controller, of which only the reset line exists: writing 0xfe resets |
-//! | 0xcf8..=0xcff | PCI configuration, where the VM has a bus: see [`pci`] |
+//! | 0xcf8..=0xcff | PCI configuration: see [`pci`] |
 //!
 //! Everything else reads as all ones, as an empty bus does, and ignores writes. Guests are never reset in place: a reset ends
 //! the VM with a reason, and its restart policy decides.
 
+pub mod acpi;
 pub mod attached;
 mod complaints;
 pub mod console;
@@ -21,18 +22,19 @@ pub mod serial;
 pub mod virtio;
 pub mod wires;
 
-use std::sync::{Mutex, OnceLock};
+use std::sync::Mutex;
 
 use drover_proto::{Code, Fault};
 
+use self::acpi::Acpi;
 use self::attached::Attached;
 use self::serial::SerialPort;
-use crate::boot::acpi;
+use crate::boot::acpi::PM1A_CONTROL as POWER_PORT;
 use crate::vcpu::GuestEnd;
 
-const POWER_PORT: u16 = acpi::PM1A_CONTROL;
-const POWER_EVENTS: u16 = acpi::PM1A_EVENT;
-const POWER_EVENTS_LAST: u16 = POWER_EVENTS + 3;
+const PM1_LAST: u16 = acpi::PM1A_EVENT + acpi::PM1A_EVENT_BYTES as u16 - 1;
+const GPE0_LAST: u16 = acpi::GPE0 + acpi::GPE0_BYTES as u16 - 1;
+const SLOT_REGISTERS_LAST: u16 = acpi::SLOT_REGISTERS + acpi::SLOT_REGISTER_BYTES as u16 - 1;
 /// PM1a control: SLP_EN with sleep type 0 (S5, as QEMU and the probe guest have it), and the bits that say so.
 const POWER_OFF: u16 = 0x2000;
 const POWER_OFF_BITS: u16 = 0x3c00;
@@ -52,26 +54,20 @@ fn powers_off(data: &[u8]) -> bool {
 /// The devices of one VM.
 pub struct Devices {
     serial: Mutex<SerialPort>,
-    attached: OnceLock<Attached>,
+    /// ACPI's events.
+    pub acpi: Acpi,
+    /// The bus and what is on it.
+    pub attached: Attached,
 }
 
 impl Devices {
-    /// The devices of a VM without a bus.
-    pub fn new(serial: SerialPort) -> Self {
+    /// The devices of a VM.
+    pub fn new(serial: SerialPort, acpi: Acpi, attached: Attached) -> Self {
         Self {
             serial: Mutex::new(serial),
-            attached: OnceLock::new(),
+            acpi,
+            attached,
         }
-    }
-
-    /// Adds a bus with its devices, once, before any vCPU has run.
-    pub fn attach(&self, attached: Attached) {
-        assert!(self.attached.set(attached).is_ok(), "a VM has one bus");
-    }
-
-    /// The bus with its devices, if the VM has one.
-    pub fn attached(&self) -> Option<&Attached> {
-        self.attached.get()
     }
 
     /// The serial port.
@@ -90,11 +86,13 @@ impl Devices {
                 let message = "the guest reset itself through the keyboard controller";
                 return Some(GuestEnd::Failed(Fault::new(Code::GuestTripleFault, message)));
             }
-            pci::ADDRESS_PORT..=pci::DATA_PORT_LAST => {
-                if let Some(attached) = self.attached() {
-                    attached.bus.port_write(port, data);
-                }
+            acpi::PM1A_EVENT..=PM1_LAST
+            | acpi::GPE0..=GPE0_LAST
+            | acpi::SLOT_REGISTERS..=SLOT_REGISTERS_LAST => {
+                let given_up = self.acpi.change(|registers| registers.write(port, data));
+                acpi::slots_of(given_up).for_each(|slot| self.attached.unplug(slot));
             }
+            pci::ADDRESS_PORT..=pci::DATA_PORT_LAST => self.attached.bus.port_write(port, data),
             _ => {}
         }
         None
@@ -104,33 +102,28 @@ impl Devices {
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         match port {
             serial::BASE..=serial::LAST => self.serial().read(port, data),
-            KEYBOARD_COMMAND | POWER_EVENTS..=POWER_EVENTS_LAST => data.fill(0),
+            KEYBOARD_COMMAND => data.fill(0),
+            acpi::PM1A_EVENT..=PM1_LAST
+            | acpi::GPE0..=GPE0_LAST
+            | acpi::SLOT_REGISTERS..=SLOT_REGISTERS_LAST => self.acpi.registers().read(port, data),
             POWER_PORT => {
                 data.fill(0);
                 data.iter_mut()
                     .zip(POWER_STATE.to_le_bytes())
                     .for_each(|(byte, value)| *byte = value);
             }
-            pci::ADDRESS_PORT..=pci::DATA_PORT_LAST => match self.attached() {
-                Some(attached) => attached.bus.port_read(port, data),
-                None => data.fill(0xff),
-            },
+            pci::ADDRESS_PORT..=pci::DATA_PORT_LAST => self.attached.bus.port_read(port, data),
             _ => data.fill(0xff),
         }
     }
 
     /// The guest reads an address that is not memory.
     pub fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
-        match self.attached() {
-            Some(attached) => attached.bus.mmio_read(gpa, data),
-            None => data.fill(0xff),
-        }
+        self.attached.bus.mmio_read(gpa, data);
     }
 
     /// The guest writes an address that is not memory.
     pub fn mmio_write(&self, gpa: u64, data: &[u8]) {
-        if let Some(attached) = self.attached() {
-            attached.bus.mmio_write(gpa, data);
-        }
+        self.attached.bus.mmio_write(gpa, data);
     }
 }

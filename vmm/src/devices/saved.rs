@@ -2,9 +2,14 @@
 //!
 //! Decoding bounds counts and lengths; whether a state is one of the devices that are here, these check when they take it over.
 
-use drover_proto::v1::virtio_save::Device;
-use drover_proto::v1::{PciSave, VirtioBlkSave, VirtioNetSave, VirtioQueueSave, VirtioRngSave, VirtioSave};
+use std::collections::BTreeMap;
 
+use drover_proto::v1::virtio_save::Device;
+use drover_proto::v1::{
+    AcpiSave, PciSave, VirtioBlkSave, VirtioNetSave, VirtioQueueSave, VirtioRngSave, VirtioSave,
+};
+
+use super::acpi::{Registers, slots_of};
 use super::pci::SLOTS;
 use super::pci::bus::SavedBus;
 use super::pci::config::CONFIG_BYTES;
@@ -17,13 +22,20 @@ use super::virtio::transport::Transport;
 /// Most queues of a device.
 const QUEUES_MAX: usize = 64;
 
-/// The bus and its devices, from slot 1 on.
+/// The bus and its devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SavedPci {
     /// The bus's own.
     pub bus: SavedBus,
-    /// The devices' in the order of their slots.
-    pub devices: Vec<SavedVirtio>,
+    /// The devices' by slot, from 1 on.
+    pub devices: BTreeMap<usize, SavedVirtio>,
+}
+
+impl SavedPci {
+    /// Whether the devices are in slots 1, 2, …, where a VMM that knows no others looks for them.
+    pub fn is_counted(&self) -> bool {
+        self.devices.keys().copied().eq(1..=self.devices.len())
+    }
 }
 
 /// A virtio device.
@@ -100,15 +112,6 @@ pub struct SavedBlk {
     pub read_only: bool,
     /// What it tells as its serial number.
     pub serial: String,
-}
-
-impl SavedPci {
-    /// Whether there is a NIC.
-    pub fn has_nics(&self) -> bool {
-        self.devices
-            .iter()
-            .any(|device| matches!(device.device, SavedDevice::Net(_)))
-    }
 }
 
 impl SavedRegisters {
@@ -188,11 +191,59 @@ impl SavedQueue {
 
 /// Encodes the bus.
 pub fn encode(saved: &SavedPci) -> PciSave {
+    let slot = |slot: &usize| u32::try_from(*slot).expect("a bus has few slots");
     PciSave {
         address: saved.bus.address,
         bridge: saved.bus.bridge.clone(),
-        devices: saved.devices.iter().map(encode_device).collect(),
+        devices: saved.devices.values().map(encode_device).collect(),
+        slots: if saved.is_counted() {
+            Vec::new()
+        } else {
+            saved.devices.keys().map(slot).collect()
+        },
     }
+}
+
+/// Encodes the registers of ACPI's events, with a bus that has nothing on it.
+pub fn encode_acpi(registers: &Registers, idle_bus: Option<&SavedPci>) -> AcpiSave {
+    AcpiSave {
+        pm1_status: registers.pm1_status.into(),
+        pm1_enable: registers.pm1_enable.into(),
+        gpe_enable: registers.gpe_enable.into(),
+        filled: registers.filled,
+        asked: registers.asked,
+        leaving: registers.leaving,
+        idle_bus: idle_bus.map(encode),
+    }
+}
+
+/// Decodes them; an error says what is wrong with their shape. The bus is in either place, or in none where a VMM without it wrote.
+pub fn decode_board(
+    pci: Option<PciSave>,
+    acpi: Option<AcpiSave>,
+) -> Result<(Option<SavedPci>, Registers), String> {
+    let AcpiSave {
+        pm1_status,
+        pm1_enable,
+        gpe_enable,
+        filled,
+        asked,
+        leaving,
+        idle_bus,
+    } = acpi.unwrap_or_default();
+    let registers = Registers::saved(pm1_status, pm1_enable, gpe_enable, [filled, asked, leaving])?;
+    if idle_bus
+        .as_ref()
+        .is_some_and(|bus| pci.is_some() || !bus.devices.is_empty())
+    {
+        return Err("acpi.idle_bus is not the only bus, or not idle".to_owned());
+    }
+    let pci = pci.or(idle_bus).map(decode).transpose()?;
+    let holds = |slot: usize| pci.as_ref().is_some_and(|pci| pci.devices.contains_key(&slot));
+    if let Some(slot) = slots_of(filled | leaving).find(|&slot| !holds(slot)) {
+        return Err(format!("acpi tells of slot {slot}, which is empty"));
+    }
+    Ok((pci, registers))
 }
 
 fn encode_device(saved: &SavedVirtio) -> VirtioSave {
@@ -250,15 +301,33 @@ pub fn decode(save: PciSave) -> Result<SavedPci, String> {
             SLOTS - 1
         ));
     }
-    let devices = (1..)
-        .zip(save.devices)
-        .map(|(slot, device)| decode_device(device).map_err(|what| format!("pci slot {slot}: {what}")));
+    let slots: Vec<usize> = match save.slots.as_slice() {
+        [] => (1..=save.devices.len()).collect(),
+        told => told
+            .iter()
+            .map(|&slot| usize::try_from(slot).unwrap_or(SLOTS))
+            .collect(),
+    };
+    let rise =
+        slots.is_sorted_by(|one, next| one < next) && slots.iter().all(|slot| (1..SLOTS).contains(slot));
+    if !rise || slots.len() != save.devices.len() {
+        return Err(format!(
+            "pci has {} devices in slots {:?}; a slot each, rising, within 1..={}, is due",
+            save.devices.len(),
+            save.slots,
+            SLOTS - 1
+        ));
+    }
+    let devices = slots.into_iter().zip(save.devices).map(|(slot, device)| {
+        let device = decode_device(device).map_err(|what| format!("pci slot {slot}: {what}"))?;
+        Ok((slot, device))
+    });
     Ok(SavedPci {
         bus: SavedBus {
             address: save.address,
             bridge: save.bridge,
         },
-        devices: devices.collect::<Result<_, _>>()?,
+        devices: devices.collect::<Result<_, String>>()?,
     })
 }
 

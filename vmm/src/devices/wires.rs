@@ -5,7 +5,7 @@
 //! Routing is replaced as a whole (Linux, Documentation/virt/kvm/api.rst, KVM_SET_GSI_ROUTING), so the lines of the I/O APIC and the
 //! 8259s, which KVM routes by itself until the first call, are told with the rest. A VM without message lines never makes that call.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use drover_proto::{Code, Fault};
 use kvm_bindings::{
@@ -79,11 +79,22 @@ pub trait Wires: Send + Sync {
 /// Bytes between the doorbells of two queues.
 pub const DOORBELL_STRIDE: u64 = 4;
 
+/// A message line.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Route {
+    /// Nobody's.
+    Free,
+    /// A device's that has sent nothing yet.
+    Silent,
+    /// Routed to this message.
+    To(Message),
+}
+
 /// All message lines of a VM.
 pub struct Router {
     vm: Arc<VmFd>,
     /// By line.
-    messages: Mutex<Vec<Option<Message>>>,
+    routes: Mutex<Vec<Route>>,
 }
 
 impl Router {
@@ -91,7 +102,7 @@ impl Router {
     pub fn new(vm: Arc<VmFd>) -> Arc<Self> {
         Arc::new(Self {
             vm,
-            messages: Mutex::default(),
+            routes: Mutex::default(),
         })
     }
 
@@ -100,46 +111,53 @@ impl Router {
         let failed = |error: std::io::Error| {
             Fault::new(Code::VmmStartFailed, format!("a device's interrupt: {error}"))
         };
-        let mut messages = self
-            .messages
-            .lock()
-            .expect("no holder of the routes' lock panics");
-        let first = messages.len();
-        let mut lines = Vec::with_capacity(count);
-        for line in first..first + count {
-            let fd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed)?;
-            self.vm
-                .register_irqfd(&fd, gsi_of(line))
-                .map_err(|error| failed(error.into()))?;
-            lines.push(fd);
-        }
-        messages.resize(first + count, None);
-        Ok(KvmWires {
+        let mut wires = KvmWires {
             router: self.clone(),
-            first,
-            lines,
+            lines: Vec::with_capacity(count),
             queues,
             bell,
             placed: Mutex::default(),
-        })
+        };
+        for _ in 0..count {
+            let fd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(failed)?;
+            let line = self.take_line();
+            let told = self.vm.register_irqfd(&fd, gsi_of(line));
+            told.map_err(|error| {
+                self.routes()[line] = Route::Free;
+                failed(error.into())
+            })?;
+            wires.lines.push((line, fd));
+        }
+        Ok(wires)
+    }
+
+    fn routes(&self) -> MutexGuard<'_, Vec<Route>> {
+        self.routes.lock().expect("no holder of the routes' lock panics")
+    }
+
+    /// A line that was nobody's.
+    fn take_line(&self) -> usize {
+        let mut routes = self.routes();
+        let free = routes.iter().position(|route| *route == Route::Free);
+        let line = free.unwrap_or(routes.len());
+        if free.is_none() {
+            routes.push(Route::Free);
+        }
+        routes[line] = Route::Silent;
+        line
     }
 
     fn route(&self, line: usize, to: Message) {
-        let mut messages = self
-            .messages
-            .lock()
-            .expect("no holder of the routes' lock panics");
-        if messages[line] == Some(to) {
+        let mut routes = self.routes();
+        if routes[line] == Route::To(to) {
             return;
         }
-        messages[line] = Some(to);
+        routes[line] = Route::To(to);
         let mut entries = legacy();
-        entries.extend(
-            messages
-                .iter()
-                .enumerate()
-                .filter_map(|(line, to)| Some(message(gsi_of(line), (*to)?))),
-        );
+        entries.extend(routes.iter().enumerate().filter_map(|(line, route)| match route {
+            Route::To(to) => Some(message(gsi_of(line), *to)),
+            Route::Free | Route::Silent => None,
+        }));
         let routed = KvmIrqRouting::from_entries(&entries)
             .map_err(|error| format!("{error:?}"))
             .and_then(|routing| {
@@ -161,8 +179,8 @@ fn gsi_of(line: usize) -> u32 {
 /// The wires of one device.
 pub struct KvmWires {
     router: Arc<Router>,
-    first: usize,
-    lines: Vec<EventFd>,
+    /// By vector: the line and what rings it.
+    lines: Vec<(usize, EventFd)>,
     queues: usize,
     bell: EventFd,
     placed: Mutex<Option<u64>>,
@@ -188,8 +206,9 @@ impl KvmWires {
 
 impl Wires for KvmWires {
     fn send(&self, vector: usize, message: Message) {
-        self.router.route(self.first + vector, message);
-        if let Err(error) = self.lines[vector].write(1) {
+        let (line, bell) = &self.lines[vector];
+        self.router.route(*line, message);
+        if let Err(error) = bell.write(1) {
             error!(%error, vector, "a device's interrupt cannot be sent");
         }
     }
@@ -206,6 +225,19 @@ impl Wires for KvmWires {
             self.tell(new, true);
         }
         *placed = gpa;
+    }
+}
+
+impl Drop for KvmWires {
+    /// Its lines are free for the next device; their routes are replaced with the next message that anybody sends.
+    fn drop(&mut self) {
+        self.place_doorbells(None);
+        for (line, bell) in &self.lines {
+            if let Err(error) = self.router.vm.unregister_irqfd(bell, gsi_of(*line)) {
+                debug!(%error, line, "KVM keeps an interrupt's line");
+            }
+            self.router.routes()[*line] = Route::Free;
+        }
     }
 }
 

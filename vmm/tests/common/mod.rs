@@ -135,7 +135,8 @@ pub fn assert_intact(text: &str) {
         seconds(text, "lost")
             .iter()
             .chain(&seconds(text, "back"))
-            .all(|&count| count == 0)
+            .all(|&count| count == 0),
+        "the guest counts damage:\n{text}"
     );
     assert!(seconds(text, "ticks").is_sorted(), "ticks went back:\n{text}");
 }

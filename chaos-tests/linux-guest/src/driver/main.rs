@@ -13,7 +13,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use drover_linux_guest::report::Report;
 use drover_pki::{ClusterCa, Role, TlsFiles};
-use drover_proto::v1::{MigrationOptions, StartOutgoingRequest, VmmInfo, VmmState};
+use drover_proto::v1::{
+    AttachDiskRequest, DetachDiskRequest, MigrationOptions, PowerButtonRequest, ResizeDiskRequest,
+    StartOutgoingRequest, VmmInfo, VmmState,
+};
 use serde_json::json;
 
 use self::shell::Shell;
@@ -27,6 +30,12 @@ const GUEST_VCPUS: u32 = 2;
 /// The guest's disk, which both VMMs open.
 const DISK: &str = "disk.raw";
 const DISK_BYTES: u64 = 16 << 20;
+const GROWN_BYTES: u64 = 24 << 20;
+/// The disk that comes while the guest runs, and where: after the random numbers and the first disk, and a slot beyond.
+const LATE_DISK: &str = "late.raw";
+const LATE_SLOT: u32 = 4;
+/// The longest that the guest may take to give a disk up, or to shut down.
+const HEED_MAX: Duration = Duration::from_secs(60);
 /// The longest that booting may take in an emulated host.
 const BOOT_MAX: Duration = Duration::from_secs(240);
 /// The longest that a migration may take there.
@@ -72,8 +81,10 @@ async fn drive() -> Result<()> {
         .context("opening /dev/kvm")?;
     say(&Report::HostUp);
     let ca = ClusterCa::create(CLUSTER)?;
-    let disk = std::fs::File::create(Path::new(&folder("disks")?).join(DISK)).context("making the disk")?;
-    disk.set_len(DISK_BYTES).context("making the disk")?;
+    for name in [DISK, LATE_DISK] {
+        let disk = std::fs::File::create(folder("disks")?.join(name)).context("making a disk")?;
+        disk.set_len(DISK_BYTES).context("making a disk")?;
+    }
     let (host1, host2) = (identity(&ca, "host1")?, identity(&ca, "host2")?);
 
     let started = Instant::now();
@@ -107,6 +118,10 @@ async fn drive() -> Result<()> {
         asked,
     });
 
+    attach_late(&source).await?;
+    shell.use_second_disk().await?;
+    let attached = shell.second_disk().await?;
+
     let incoming = json!({ "migration": MIGRATION, "from_host": "host1", "listen_ip": "127.0.0.1" });
     let mut target = Vmm::start(&folder("target")?, &config("host2", 2, &host2, Some(incoming))).await?;
     let migrated = migrate(&mut source, &mut target).await?;
@@ -121,7 +136,81 @@ async fn drive() -> Result<()> {
         guest: after,
         asked,
     });
+    let moved = shell.second_disk().await?;
+    say(&give_up_and_grow(&mut target, &mut shell, [attached, moved]).await?);
+    say(&power_off(&mut target, &mut shell).await?);
     Ok(())
+}
+
+fn path_of(disk: &str) -> String {
+    format!("{ROOT}/disks/{disk}")
+}
+
+async fn attach_late(vmm: &Vmm) -> Result<()> {
+    let request = AttachDiskRequest {
+        revision: 1,
+        slot: LATE_SLOT,
+        path: path_of(LATE_DISK),
+        serial: "vol-2".to_owned(),
+        ..AttachDiskRequest::default()
+    };
+    vmm.client()
+        .attach_disk(request)
+        .await
+        .context("attaching a disk")?;
+    Ok(())
+}
+
+async fn give_up_and_grow(vmm: &mut Vmm, shell: &mut Shell, digests: [String; 2]) -> Result<Report> {
+    let request = DetachDiskRequest {
+        revision: 2,
+        slot: LATE_SLOT,
+        path: path_of(LATE_DISK),
+    };
+    vmm.client()
+        .detach_disk(request)
+        .await
+        .context("detaching the disk")?;
+    vmm.until("the guest to give the disk up", HEED_MAX, |info| {
+        let devices = info.devices.as_ref().map(|devices| devices.devices.as_slice());
+        devices.is_some_and(|devices| devices.iter().all(|device| device.slot != LATE_SLOT))
+    })
+    .await?;
+    let file = std::fs::File::options().write(true).open(path_of(DISK))?;
+    file.set_len(GROWN_BYTES)?;
+    let request = ResizeDiskRequest {
+        slot: 2,
+        path: path_of(DISK),
+        size_bytes: GROWN_BYTES,
+    };
+    vmm.client()
+        .resize_disk(request)
+        .await
+        .context("growing the disk")?;
+    Ok(Report::HotPlugged {
+        digests,
+        given_up: shell.slot_power(LATE_SLOT).await?,
+        remains: shell.has_second_disk().await?,
+        grown_sectors: shell.sectors().await?,
+    })
+}
+
+async fn power_off(vmm: &mut Vmm, shell: &mut Shell) -> Result<Report> {
+    shell.heed_button().await?;
+    let request = PowerButtonRequest { request: 1 };
+    let info = vmm
+        .client()
+        .power_button(request)
+        .await
+        .context("pressing the button")?;
+    vmm.until("the guest to shut down", HEED_MAX, |info| {
+        info.state() == VmmState::Exited
+    })
+    .await?;
+    let devices = info.into_inner().devices.unwrap_or_default();
+    Ok(Report::PoweredOff {
+        heeded: devices.heeds_button && devices.heeds_slots,
+    })
 }
 
 fn identity(ca: &ClusterCa, host: &str) -> Result<TlsFiles> {
@@ -140,11 +229,15 @@ fn folder(name: &str) -> Result<PathBuf> {
 }
 
 fn config(host: &str, epoch: u64, tls: &TlsFiles, incoming: Option<serde_json::Value>) -> serde_json::Value {
+    let mut disks = vec![json!({ "path": path_of(DISK), "serial": "vol-1" })];
+    if incoming.is_some() {
+        disks.push(json!({ "path": path_of(LATE_DISK), "serial": "vol-2", "slot": LATE_SLOT }));
+    }
     json!({
         "cluster_id": CLUSTER, "host": host, "vm": "linux", "epoch": epoch, "vcpus": GUEST_VCPUS, "memory_mib": GUEST_MEMORY_MIB,
         "kernel": "/guest/vmlinuz", "initrd": "/guest/initrd", "cmdline": "console=ttyS0 quiet panic=-1",
         "cpu_profile": "host", "socket": "vmm.sock", "tls": tls, "incoming": incoming,
-        "rng": true, "disks": [{ "path": Path::new(ROOT).join("disks").join(DISK), "serial": "vol-1" }],
+        "rng": true, "disks": disks,
     })
 }
 

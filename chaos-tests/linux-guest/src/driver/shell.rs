@@ -106,6 +106,56 @@ impl Shell {
         Ok(())
     }
 
+    /// Waits for the second disk, which comes while the guest runs, and writes the file to it.
+    pub async fn use_second_disk(&mut self) -> Result<()> {
+        let found =
+            "for i in $(seq 100); do test -b /dev/vdb && break; usleep 100000; done; test -b /dev/vdb";
+        let answer = self
+            .ask(&format!(
+                "{found} && dd if=/tmp/file of=/dev/vdb bs=1M conv=fsync 2>/dev/null && echo ok"
+            ))
+            .await?;
+        if answer != "ok" {
+            let log = self
+                .ask("ls /sys/bus/pci/slots; cat /proc/interrupts; grep . /sys/firmware/acpi/interrupts/*1 /sys/firmware/acpi/interrupts/sci; dmesg | grep -i -E 'pci|acpi' | tail -60")
+                .await?;
+            bail!("the disk that was attached cannot be written: {answer:?}; {log}");
+        }
+        Ok(())
+    }
+
+    /// The digest of what is on the second disk, read past the cache.
+    pub async fn second_disk(&mut self) -> Result<String> {
+        self.ask("echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vdb bs=1M count=8 2>/dev/null | md5sum")
+            .await
+    }
+
+    /// The power state of a slot.
+    pub async fn slot_power(&mut self, slot: u32) -> Result<String> {
+        self.ask(&format!("cat /sys/bus/pci/slots/{slot}/power")).await
+    }
+
+    /// Whether the guest has a second disk.
+    pub async fn has_second_disk(&mut self) -> Result<bool> {
+        Ok(self.ask("test -e /sys/block/vdb && echo yes").await? == "yes")
+    }
+
+    /// The first disk's size, sectors.
+    pub async fn sectors(&mut self) -> Result<u64> {
+        self.number("cat /sys/block/vda/size").await
+    }
+
+    /// Has the guest power off at the next event of its button.
+    pub async fn heed_button(&mut self) -> Result<()> {
+        let name = self.ask("cat /sys/class/input/event0/device/name").await?;
+        if name != "Power Button" {
+            bail!("the guest's input is {name:?}, its power button is due");
+        }
+        self.ask("{ dd if=/dev/input/event0 of=/dev/null bs=24 count=1 2>/dev/null; poweroff -f; } & true")
+            .await
+            .map(drop)
+    }
+
     async fn devices(&mut self) -> Result<DeviceFacts> {
         Ok(DeviceFacts {
             sectors: self.number("cat /sys/block/vda/size").await?,
@@ -114,7 +164,7 @@ impl Shell {
                 .ask("echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda bs=1M count=8 2>/dev/null | md5sum")
                 .await?,
             message_lines: self
-                .number("grep -c 'PCI-MSI.*virtio.-req' /proc/interrupts")
+                .number("grep -c 'PCI-MSI.*virtio1-req' /proc/interrupts")
                 .await?,
             random: self.ask("cat /sys/class/misc/hw_random/rng_current").await?,
         })

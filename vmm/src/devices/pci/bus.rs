@@ -1,6 +1,6 @@
 //! The root bus: who answers at a port or an address.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use super::config::{ConfigSpace, Ident};
 use super::{ADDRESS_PORT, DATA_PORT, PciDevice, SLOTS};
@@ -18,8 +18,8 @@ const ENABLE: u32 = 1 << 31;
 pub struct Bus {
     address: Mutex<u32>,
     bridge: Mutex<ConfigSpace>,
-    /// By slot, from 1 on.
-    devices: Vec<Arc<dyn PciDevice>>,
+    /// By slot; the first is the bridge's and stays empty. Never locked while a register is read or written.
+    devices: RwLock<[Option<Arc<dyn PciDevice>>; SLOTS]>,
 }
 
 /// The bus's own part of a saved state.
@@ -31,15 +31,32 @@ pub struct SavedBus {
     pub bridge: Vec<u8>,
 }
 
+impl Default for Bus {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Bus {
-    /// A bus with `devices` in slots 1, 2, …
-    pub fn new(devices: Vec<Arc<dyn PciDevice>>) -> Self {
-        assert!(devices.len() < SLOTS, "the bus has a slot for every device");
+    /// A bus with nothing on it but its bridge.
+    pub fn new() -> Self {
         Self {
             address: Mutex::default(),
             bridge: Mutex::new(ConfigSpace::new(HOST_BRIDGE)),
-            devices,
+            devices: RwLock::default(),
         }
+    }
+
+    /// Puts `device` into `slot`, or takes away what is there.
+    pub fn put(&self, slot: usize, device: Option<Arc<dyn PciDevice>>) {
+        assert!((1..SLOTS).contains(&slot), "a slot of the bus");
+        let mut devices = self.devices.write().expect("no holder of the slots' lock panics");
+        devices[slot] = device;
+    }
+
+    fn device(&self, slot: usize) -> Option<Arc<dyn PciDevice>> {
+        let devices = self.devices.read().expect("no holder of the slots' lock panics");
+        devices.get(slot)?.clone()
     }
 
     fn address(&self) -> MutexGuard<'_, u32> {
@@ -75,7 +92,7 @@ impl Bus {
         match slot {
             0 => self.bridge().read(register + within, data),
             _ => {
-                if let Some(device) = self.devices.get(slot - 1) {
+                if let Some(device) = self.device(slot) {
                     device.config_read(register + within, data);
                 }
             }
@@ -99,17 +116,18 @@ impl Bus {
         match slot {
             0 => self.bridge().write(register + within, data),
             _ => {
-                if let Some(device) = self.devices.get(slot - 1) {
+                if let Some(device) = self.device(slot) {
                     device.config_write(register + within, data);
                 }
             }
         }
     }
 
-    fn decode(&self, gpa: u64, len: usize) -> Option<(&dyn PciDevice, usize, u64)> {
-        self.devices.iter().find_map(|device| {
+    fn decode(&self, gpa: u64, len: usize) -> Option<(Arc<dyn PciDevice>, usize, u64)> {
+        let devices = self.devices.read().expect("no holder of the slots' lock panics");
+        devices.iter().flatten().find_map(|device| {
             let (bar, offset) = device.decode(gpa, len)?;
-            Some((&**device, bar, offset))
+            Some((device.clone(), bar, offset))
         })
     }
 
@@ -176,6 +194,14 @@ mod tests {
         }
     }
 
+    fn bus(devices: &[(usize, Arc<Toy>)]) -> Bus {
+        let bus = Bus::new();
+        for (slot, device) in devices {
+            bus.put(*slot, Some(device.clone()));
+        }
+        bus
+    }
+
     fn toy() -> Arc<Toy> {
         let mut config = ConfigSpace::new(IDENT);
         config.add_bar(0, 0x1000, 0xc000_0000);
@@ -194,7 +220,8 @@ mod tests {
 
     #[test]
     fn a_scan_finds_the_bridge_and_the_devices_and_nothing_else() {
-        let bus = Bus::new(vec![toy(), toy()]);
+        let bus = bus(&[(1, toy()), (2, toy()), (31, toy())]);
+        bus.put(31, None);
         let found: Vec<u32> = (0..32).map(|slot| read(&bus, slot, 0)).collect();
         assert_eq!(found[..3], [0x0008_1b36, 0x1042_1af4, 0x1042_1af4]);
         assert!(found[3..].iter().all(|&id| id == u32::MAX));
@@ -210,7 +237,7 @@ mod tests {
     #[test]
     fn a_device_answers_where_the_guest_has_placed_it_once_it_is_switched_on() {
         let device = toy();
-        let bus = Bus::new(vec![device.clone()]);
+        let bus = bus(&[(1, device.clone())]);
         let mut byte = [0];
         bus.mmio_read(0xc000_0042, &mut byte);
         assert_eq!(byte, [0xff]);
@@ -226,10 +253,10 @@ mod tests {
 
     #[test]
     fn a_saved_bus_comes_back() {
-        let bus = Bus::new(vec![]);
+        let bus = Bus::new();
         read(&bus, 0, 4);
         bus.port_write(DATA_PORT, &[2]);
-        let other = Bus::new(vec![]);
+        let other = Bus::new();
         other.restore(&bus.save()).unwrap();
         assert_eq!(other.save(), bus.save());
     }
@@ -239,7 +266,7 @@ mod tests {
         fn any_access_of_any_width_is_answered(
             accesses in proptest::collection::vec((any::<bool>(), ADDRESS_PORT..=DATA_PORT + 3, proptest::collection::vec(any::<u8>(), 0..9), any::<u64>()), 1..60),
         ) {
-            let bus = Bus::new(vec![toy(), toy()]);
+            let bus = bus(&[(1, toy()), (31, toy())]);
             for (write, port, mut bytes, gpa) in accesses {
                 if write {
                     bus.port_write(port, &bytes);

@@ -8,6 +8,7 @@
 //!
 //! All registers are under one lock, held for moments: the worker takes it to take a chain and to give it back, not while it serves.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
@@ -87,6 +88,7 @@ pub struct VirtioPci {
     gate: Arc<IoGate>,
     wires: Box<dyn Wires>,
     bell: EventFd,
+    leaves: AtomicBool,
     /// Where its capabilities for MSI-X and for access through the configuration space stand.
     msix_at: usize,
     window_at: usize,
@@ -184,6 +186,7 @@ impl VirtioPci {
             gate,
             wires,
             bell,
+            leaves: AtomicBool::new(false),
             msix_at,
             window_at,
         }
@@ -214,6 +217,18 @@ impl VirtioPci {
     /// When it may work.
     pub(super) fn gate(&self) -> &IoGate {
         &self.gate
+    }
+
+    /// Whether it is off the bus for good.
+    pub(super) fn leaves(&self) -> bool {
+        self.leaves.load(Ordering::SeqCst)
+    }
+
+    /// It is off the bus for good: its doorbells are silent, and its worker ends with the request that it has begun.
+    pub fn leave(&self) {
+        self.leaves.store(true, Ordering::SeqCst);
+        self.wires.place_doorbells(None);
+        self.ring();
     }
 
     fn ring(&self) {
@@ -251,6 +266,9 @@ impl VirtioPci {
 
     /// Serves one chain, if there is one and it may be served now, and says what is left to wait for.
     pub fn work(&self) -> Work {
+        if self.leaves() {
+            return Work::Nothing;
+        }
         let Some(begun) = self.gate.begin() else {
             return Work::Nothing;
         };
@@ -368,7 +386,7 @@ impl VirtioPci {
         let control = inner.config.word(self.msix_at) >> 16;
         inner.msix.set_control((control & 0xffff) as u16);
         self.send_due(inner);
-        let region = inner.config.bar(usize::from(BAR));
+        let region = inner.config.bar(usize::from(BAR)).filter(|_| !self.leaves());
         self.wires.place_doorbells(region.map(|gpa| gpa + DOORBELLS));
     }
 

@@ -8,7 +8,7 @@ use tracing::error;
 
 use super::pci::{VirtioPci, Work};
 
-/// Starts the worker of `device`, which ends when the gate says so.
+/// Starts the worker of `device`, which ends when the gate says so, or when the device leaves.
 pub fn start(device: Arc<VirtioPci>, slot: usize) -> Result<JoinHandle<()>, Fault> {
     std::thread::Builder::new()
         .name(format!("device{slot}"))
@@ -17,7 +17,7 @@ pub fn start(device: Arc<VirtioPci>, slot: usize) -> Result<JoinHandle<()>, Faul
 }
 
 fn run(device: &VirtioPci) {
-    while !device.gate().quits() {
+    while !device.gate().quits() && !device.leaves() {
         let left = loop {
             match device.work() {
                 Work::Done => {}

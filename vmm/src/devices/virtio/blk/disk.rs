@@ -10,6 +10,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use drover_proto::{Code, Fault};
@@ -32,7 +33,7 @@ static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 pub struct Disk {
     path: PathBuf,
     file: File,
-    sectors: u64,
+    sectors: AtomicU64,
     read_only: bool,
     serial: String,
 }
@@ -63,15 +64,45 @@ impl Disk {
         Ok(Self {
             path: path.to_owned(),
             file,
-            sectors: bytes / SECTOR,
+            sectors: AtomicU64::new(bytes / SECTOR),
             read_only,
             serial: serial.to_owned(),
         })
     }
 
+    /// Its file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Its size in sectors.
     pub fn sectors(&self) -> u64 {
-        self.sectors
+        self.sectors.load(Ordering::SeqCst)
+    }
+
+    fn file_bytes(&self) -> Result<u64, Fault> {
+        // Also a block device's size. Nobody reads or writes at the file's own place.
+        let end = (&self.file).seek(SeekFrom::End(0));
+        end.map_err(|error| unusable(&self.path, &error.to_string()))
+    }
+
+    /// It has `bytes` now, if that is more than it had. Returns whether it is.
+    ///
+    /// # Errors
+    /// `disk_unusable`: the file has less.
+    pub fn grow(&self, bytes: u64) -> Result<bool, Fault> {
+        let has = self.file_bytes()?;
+        if has < bytes || !bytes.is_multiple_of(SECTOR) {
+            let what =
+                format!("has {has} bytes, it is to be a disk of {bytes}, in whole sectors of {SECTOR}");
+            return Err(unusable(&self.path, &what));
+        }
+        Ok(self.sectors.fetch_max(bytes / SECTOR, Ordering::SeqCst) < bytes / SECTOR)
+    }
+
+    /// It was saved with so many sectors: what its file has beyond them, the guest is told of later. False: it has fewer.
+    pub fn shrink_to_saved(&self, sectors: u64) -> bool {
+        self.sectors.fetch_min(sectors, Ordering::SeqCst) >= sectors
     }
 
     /// Whether it cannot be written.

@@ -131,7 +131,12 @@ impl Device for Blk {
 
     fn restore(&self, saved: &SavedDevice) -> Result<(), String> {
         let own = self.save();
-        if *saved == own {
+        // The file may have grown since the guest was told of its size.
+        if let (SavedDevice::Blk(saved), SavedDevice::Blk(own)) = (saved, &own)
+            && (saved.read_only, &saved.serial) == (own.read_only, &own.serial)
+            && saved.sectors > 0
+            && self.disk.shrink_to_saved(saved.sectors)
+        {
             return Ok(());
         }
         Err(format!(
