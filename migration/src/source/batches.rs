@@ -98,6 +98,13 @@ impl<'c, S: Stream> Sender<'c, S> {
         }
     }
 
+    /// Whether the kernel still sends what was written; `before`: as [`Link::unacknowledged`] has it. Should that stand still, the stream is stalled.
+    pub fn is_on_its_way(&self, before: &mut Option<u64>) -> bool {
+        let some = self.link.unacknowledged(before).0 > 0;
+        self.lane.kernel_holds(some);
+        some
+    }
+
     /// Sends the pages of `job`.
     pub fn send(
         &mut self,

@@ -64,6 +64,11 @@ impl<'c> Lane<'c> {
             .store(queued.saturating_sub(pages), Ordering::Relaxed);
     }
 
+    /// What the kernel still holds of the frames that went out is as if it were not: it is for the peer to take it.
+    pub fn kernel_holds(&self, some: bool) {
+        self.writing.store(some, Ordering::Relaxed);
+    }
+
     fn stalled(&self, now: Duration) -> Duration {
         if !self.writing.load(Ordering::Relaxed) {
             return Duration::ZERO;
@@ -237,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_is_stalled_only_inside_a_frame_of_which_no_byte_moves() {
+    fn a_stream_is_stalled_only_as_long_as_there_are_bytes_and_none_moves() {
         let control = Control::new(|_| {});
         let origin = Instant::now();
         let lanes = Lanes::new(&control, origin);
@@ -248,6 +253,10 @@ mod tests {
         assert_eq!(stalled(origin.elapsed()), 0, "it has only begun");
         assert!(stalled(long) > 30_000, "{}", stalled(long));
         lanes.of(0).end_frame(1, 0);
+        assert_eq!(stalled(long), 0);
+        lanes.of(0).kernel_holds(true);
+        assert!(stalled(long) > 30_000, "{}", stalled(long));
+        lanes.of(0).kernel_holds(false);
         assert_eq!(stalled(long), 0);
     }
 

@@ -29,8 +29,8 @@ use crate::control::Control;
 use crate::transport::{SLICE, Stop, Stream};
 use crate::vm::{RegionEnds, SourceVm};
 
-/// Jobs that wait for a stream, so that it never waits for the engine.
-const QUEUED_PER_STREAM: usize = 2;
+/// Jobs that wait for a stream, so that it never waits for the engine. The engine is woken when half of them are left, not for each.
+const QUEUED_PER_STREAM: usize = 4;
 /// How the streams stand is told so often while the engine waits for all of them.
 const TELL_EVERY: Duration = Duration::from_millis(250);
 
@@ -44,14 +44,18 @@ pub(super) struct Crew<'a> {
     lanes: &'a Lanes<'a>,
     shown: Mutex<Shown>,
     board: Mutex<Board>,
-    /// For workers: there is something to do. For the engine: something was done.
-    changed: Condvar,
+    /// For workers: there is something to do.
+    work: Condvar,
+    /// For the engine: there is room for more jobs, or something ended.
+    done: Condvar,
 }
 
 #[derive(Default)]
 struct Board {
     jobs: VecDeque<Job>,
     workers: usize,
+    /// Workers that wait.
+    idle: usize,
     /// The round that is being ended, and who has.
     ending: Option<StreamEnd>,
     ended: usize,
@@ -94,7 +98,8 @@ impl<'a> Crew<'a> {
             lanes,
             shown: Mutex::default(),
             board: Mutex::default(),
-            changed: Condvar::new(),
+            work: Condvar::new(),
+            done: Condvar::new(),
         }
     }
 
@@ -180,7 +185,9 @@ impl<'a> Crew<'a> {
         }
         self.check(&board)?;
         board.jobs.push_back(job);
-        self.changed.notify_all();
+        if board.idle > 0 {
+            self.work.notify_one();
+        }
         Ok(std::mem::take(&mut board.sent))
     }
 
@@ -188,7 +195,7 @@ impl<'a> Crew<'a> {
     pub fn end_round(&self, round: u32, last: bool) -> Result<Sent, Stop> {
         let mut board = self.board();
         (board.ending, board.ended) = (Some(StreamEnd { round, last }), 0);
-        self.changed.notify_all();
+        self.work.notify_all();
         while board.ended < board.workers {
             board = self.wait(board)?;
         }
@@ -200,7 +207,8 @@ impl<'a> Crew<'a> {
     /// Sends the workers away.
     pub fn dismiss(&self) {
         self.board().dismissed = true;
-        self.changed.notify_all();
+        self.work.notify_all();
+        self.done.notify_all();
     }
 
     fn board(&self) -> MutexGuard<'_, Board> {
@@ -217,7 +225,7 @@ impl<'a> Crew<'a> {
     /// Waits for a change, for a slice of time at most.
     fn wait<'b>(&'b self, board: MutexGuard<'b, Board>) -> Result<MutexGuard<'b, Board>, Stop> {
         self.check(&board)?;
-        let waited = self.changed.wait_timeout(board, SLICE);
+        let waited = self.done.wait_timeout(board, SLICE);
         let (board, slice) = waited.unwrap_or_else(PoisonError::into_inner);
         if !slice.timed_out() {
             return Ok(board);
@@ -245,13 +253,16 @@ impl<'a> Crew<'a> {
             match done {
                 Ok(sent) => {
                     board.sent.add(sent);
-                    board.ended += usize::from(board.ending.is_some_and(|end| end.round == ended));
+                    if board.ending.is_some_and(|end| end.round == ended) {
+                        board.ended += 1;
+                        self.done.notify_all();
+                    }
                 }
                 Err(stop) => {
                     board.failed.get_or_insert(stop);
+                    self.done.notify_all();
                 }
             }
-            self.changed.notify_all();
         }
     }
 
@@ -266,17 +277,21 @@ impl<'a> Crew<'a> {
             }
             if board.failed.is_none() {
                 if let Some(job) = board.jobs.pop_front() {
-                    self.changed.notify_all();
+                    if board.jobs.len() == board.workers * QUEUED_PER_STREAM / 2 {
+                        self.done.notify_all();
+                    }
                     return Task::Send(job);
                 }
                 if let Some(end) = board.ending.filter(|end| end.round != ended) {
                     return Task::End(end);
                 }
             }
-            let on_its_way = sender.link.unacknowledged(&mut unacknowledged).0 > 0;
+            let on_its_way = sender.is_on_its_way(&mut unacknowledged);
             let patience = if on_its_way { SLICE } else { IDLE };
-            let waited = self.changed.wait_timeout(board, patience);
+            board.idle += 1;
+            let waited = self.work.wait_timeout(board, patience);
             board = waited.unwrap_or_else(PoisonError::into_inner).0;
+            board.idle -= 1;
         }
     }
 }

@@ -69,10 +69,13 @@ pub fn probe() -> &'static Path {
 
 /// A VM without a machine around it, of the usual memory.
 pub fn empty_vm(vcpus: u32) -> Vm {
-    let memory_bytes = MEMORY_MIB << 20;
+    empty_vm_of(vcpus, MEMORY_MIB)
+}
+
+fn empty_vm_of(vcpus: u32, memory_mib: u64) -> Vm {
     Vm::build(Shape {
         vcpus,
-        memory_bytes,
+        memory_bytes: memory_mib << 20,
         huge_pages: true,
         profile: Profile::Baseline,
     })
@@ -81,7 +84,12 @@ pub fn empty_vm(vcpus: u32) -> Vm {
 
 /// A paused VM with the probe loaded.
 pub fn probe_vm(vcpus: u32, cmdline: &str) -> Vm {
-    let vm = empty_vm(vcpus);
+    probe_vm_of(vcpus, MEMORY_MIB, cmdline)
+}
+
+/// The same with more memory.
+pub fn probe_vm_of(vcpus: u32, memory_mib: u64, cmdline: &str) -> Vm {
+    let vm = empty_vm_of(vcpus, memory_mib);
     let kernel = std::fs::read(probe()).unwrap();
     let entry = boot::load_bytes(vm.memory(), &kernel, None, cmdline, vcpus).unwrap();
     vm.boot(Profile::Baseline, entry).unwrap();
