@@ -16,7 +16,7 @@ use crate::devices::attached::{Equipment, Gear, Nic};
 use crate::devices::pci::SLOTS;
 use crate::devices::virtio::blk::SERIAL_BYTES;
 use crate::devices::virtio::blk::disk::Disk;
-use crate::devices::virtio::net::tap::{NAME_BYTES_MAX, Tap};
+use crate::devices::virtio::net::tap::{Early, NAME_BYTES_MAX, Tap};
 use crate::devices::virtio::net::{self, Mac};
 
 /// Most vCPUs of a VM.
@@ -218,8 +218,11 @@ impl Config {
 
     /// What the VM is given on its bus; the disks' files are opened, and the taps are there.
     pub fn equipment(&self) -> Result<Equipment, Fault> {
-        // One that another host's VMM hands its VM to has its taps now: see `tap.rs`.
-        let early = self.incoming.as_ref().is_some_and(|incoming| !incoming.local);
+        let early = match &self.incoming {
+            None => Early::No,
+            Some(incoming) if incoming.local => Early::IfFree,
+            Some(_) => Early::Yes,
+        };
         let rng = self.rng.then_some(Ok((None, Gear::Rng)));
         let disk = |disk: &DiskConfig| Ok((disk.slot, Gear::Disk(disk.open()?)));
         let nic = |nic: &NicConfig| {

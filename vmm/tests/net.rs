@@ -15,9 +15,13 @@ use common::{
 };
 use drover_proto::v1::{OutcomeRequest, StartOutgoingRequest, VmmState};
 use drover_proto::{Code, LOCAL_PREFIX};
+use drover_vmm::devices::gate::Held;
+use drover_vmm::devices::virtio::net::tap::{Early, Tap};
+use drover_vmm::devices::virtio::net::{FRAME_BYTES_MAX, Link};
 use drover_vmm::machine::Machine;
 use drover_vmm::time::NS_PER_S;
-use lan::{Echo, Outside, Pinger, tap};
+use lan::{Echo, Outside, Pinger, await_learned, ip, tap};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::json;
 
 const CMDLINE: &str = "own=16M hot=4M rate=20000 net=echo ip=10.77.0.2";
@@ -153,6 +157,58 @@ fn a_guest_that_moves_under_many_frames_answers_each_whole_and_once() {
 }
 
 #[test]
+fn the_network_learns_where_a_guest_is_without_a_word_of_its_own() {
+    needs_kvm!();
+    needs_lan!();
+    let world = World::new();
+    tap("tap1");
+    tap("tap2");
+    let source = world.machine("host1", 1, |config| with_nic(config, "tap1"));
+    grant(&source);
+    await_learned(MAC, "tap1");
+    await_console(source.console(), "probe up", has_seconds(1));
+    let target = migrate(&world, &source);
+    await_learned(MAC, "tap2");
+    let seen = text(target.console());
+    assert_eq!(seconds(&seen, "net_answered").last(), Some(&0), "{seen}");
+}
+
+#[test]
+fn what_came_to_a_tap_before_its_vm_did_is_passed_over() {
+    needs_lan!();
+    tap("tap1");
+    let tap = Tap::find("tap1", Early::Yes).unwrap();
+    let mut frame = [0; FRAME_BYTES_MAX];
+    // Asking for an address that nobody has is a frame for everybody.
+    let await_frame = || {
+        let mut fds = [PollFd::new(tap.readable(), PollFlags::POLLIN)];
+        let pinger = Pinger::start(EVERY, 1);
+        assert_eq!(poll(&mut fds, PollTimeout::from(60_000u16)), Ok(1));
+        drop(pinger);
+    };
+    await_frame();
+    assert!(tap.receive(&mut frame).unwrap() > 12);
+    await_frame();
+    ip("link set br0 down");
+    tap.pass_over();
+    let none = tap.receive(&mut frame).unwrap_err();
+    assert_eq!(none.kind(), std::io::ErrorKind::WouldBlock);
+    tap.release();
+    let closed = tap.receive(&mut frame).unwrap_err();
+    assert_eq!(closed.kind(), std::io::ErrorKind::WouldBlock);
+    assert!(
+        tap.send(&frame[..72]).is_err(),
+        "sent through a tap that was given back"
+    );
+    tap.take().unwrap();
+    ip("link del tap1");
+    // The worker must not be woken for ever by a tap that is gone.
+    assert!(tap.receive(&mut frame).is_err());
+    let mut fds = [PollFd::new(tap.readable(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut fds, PollTimeout::ZERO), Ok(0));
+}
+
+#[test]
 fn an_abort_after_the_pause_gives_the_source_its_tap_back() {
     needs_kvm!();
     needs_lan!();
@@ -171,14 +227,15 @@ fn an_abort_after_the_pause_gives_the_source_its_tap_back() {
     assert_lost_in_moves_only(&pinger.stop(), 1);
 }
 
-#[test]
-fn a_guest_is_handed_to_the_next_vmm_of_its_host_with_its_tap() {
-    needs_kvm!();
-    needs_lan!();
+/// Hands the guest to the next VMM of its host, which has the tap `next_tap`.
+fn hand_over(next_tap: &str) {
     let world = World::new();
     let (source, pinger) = answering(&world, EVERY, 1);
+    if next_tap != "tap1" {
+        tap(next_tap);
+    }
     let next = world.machine("host1", 2, |config| {
-        with_nic(config, "tap1");
+        with_nic(config, next_tap);
         incoming_by(config, "m1", "host1");
         config["incoming"]["local"] = true.into();
     });
@@ -198,6 +255,20 @@ fn a_guest_is_handed_to_the_next_vmm_of_its_host_with_its_tap() {
     assert_alive(&next);
     println!("blackout {} us", blackout_us(&next));
     assert_lost_in_moves_only(&pinger.stop(), 1);
+}
+
+#[test]
+fn a_guest_is_handed_to_the_next_vmm_of_its_host_with_its_tap() {
+    needs_kvm!();
+    needs_lan!();
+    hand_over("tap1");
+}
+
+#[test]
+fn a_guest_is_handed_to_the_next_vmm_of_its_host_and_to_another_tap() {
+    needs_kvm!();
+    needs_lan!();
+    hand_over("tap2");
 }
 
 #[test]

@@ -71,6 +71,29 @@ pub fn tap(name: &str) {
     ip(&format!("link set {name} master br0 up"));
 }
 
+/// Waits until the bridge knows that `mac` is behind `tap`.
+pub fn await_learned(mac: &str, tap: &str) {
+    let began = Instant::now();
+    loop {
+        let known = Command::new("bridge")
+            .args(["fdb", "show", "br", "br0"])
+            .output()
+            .unwrap();
+        let known = String::from_utf8(known.stdout).unwrap();
+        if known
+            .lines()
+            .any(|line| line.starts_with(&format!("{mac} dev {tap} ")))
+        {
+            return;
+        }
+        assert!(
+            began.elapsed() < super::common::PATIENCE,
+            "{mac} is not behind {tap}:\n{known}"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// What became of an echo.
 #[derive(Clone, Debug)]
 pub struct Echo {

@@ -1,9 +1,10 @@
 //! A tap: a network interface of the host whose frames are read and written here.
 //!
 //! Whoever sets the host up has made it, persistent and with headers (`ip tuntap add NAME mode tap vnet_hdr`); it is opened by its name and never made.
-//! One process at a time has it. Like a disk's lock it is had exactly while the VM may run (see [`crate::devices::gate`]), but a target of another
-//! host's has it before, so that one that is unusable is known before anything is committed; what came to it meanwhile is passed over when the
-//! state is restored. While nobody has it the host drops what is sent to it.
+//! One process at a time has it. Like a disk's lock it is had exactly while the VM may run (see [`crate::devices::gate`]), but the target of a
+//! migration has it before, so that one that is unusable is known before anything is committed, and its carrier is up when it is needed; what came
+//! to it meanwhile is passed over when the state is restored. The next VMM of the same host may be given the same tap, and has it then once the one
+//! before has given it back. While nobody has it the host drops what is sent to it.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -36,6 +37,17 @@ struct State {
     offloads: u32,
 }
 
+/// Whether a tap is opened before the VM may run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Early {
+    /// It is not.
+    No,
+    /// If nobody has it: the VMM before this one on its host may, and hands it over.
+    IfFree,
+    /// It must be possible.
+    Yes,
+}
+
 /// A tap.
 pub struct Tap {
     name: String,
@@ -50,13 +62,17 @@ impl std::fmt::Debug for Tap {
     }
 }
 
+fn is_busy(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EBUSY)
+}
+
 fn unusable(name: &str, what: &str) -> Fault {
     Fault::new(Code::NicUnusable, format!("tap {name} {what}")).field("nics")
 }
 
 impl Tap {
-    /// The tap `name`, which must be there. `early`: it is opened at once, not when the VM may run.
-    pub fn find(name: &str, early: bool) -> Result<Self, Fault> {
+    /// The tap `name`, which must be there.
+    pub fn find(name: &str, early: Early) -> Result<Self, Fault> {
         let fault = |what: &str| unusable(name, what);
         let there = if_nametoindex(name);
         there.map_err(|_| {
@@ -70,8 +86,14 @@ impl Tap {
             state: Mutex::default(),
             readable,
         };
-        if early {
-            tap.take()?;
+        match early {
+            Early::No => {}
+            Early::Yes => tap.take()?,
+            Early::IfFree => match tap.open(0) {
+                Ok(file) => tap.state().file = Some(file),
+                Err(error) if is_busy(&error) => {}
+                Err(error) => return Err(tap.refused(&error)),
+            },
         }
         Ok(tap)
     }
@@ -93,6 +115,15 @@ impl Tap {
         self.readable
             .ctl(ControlOperation::Add, file.as_raw_fd(), event)?;
         Ok(file)
+    }
+
+    fn refused(&self, error: &io::Error) -> Fault {
+        let why = match error.raw_os_error() {
+            _ if is_busy(error) => "is open in another process".to_owned(),
+            Some(libc::EINVAL) => "is no tap, or one of several queues, which needs to be of one".to_owned(),
+            _ => format!("cannot be opened by {DEVICE}: {error}"),
+        };
+        unusable(&self.name, &why)
     }
 
     /// Passes over what has come so far.
@@ -118,19 +149,8 @@ impl Held for Tap {
         state.file = loop {
             match self.open(state.offloads) {
                 Ok(file) => break Some(file),
-                Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < until => {
-                    std::thread::sleep(AGAIN);
-                }
-                Err(error) => {
-                    let why = match error.raw_os_error() {
-                        Some(libc::EBUSY) => "is open in another process".to_owned(),
-                        Some(libc::EINVAL) => {
-                            "is no tap, or one of several queues, which needs to be of one".to_owned()
-                        }
-                        _ => format!("cannot be opened by {DEVICE}: {error}"),
-                    };
-                    return Err(unusable(&self.name, &why));
-                }
+                Err(error) if is_busy(&error) && Instant::now() < until => std::thread::sleep(AGAIN),
+                Err(error) => return Err(self.refused(&error)),
             }
         };
         Ok(())
