@@ -5,15 +5,19 @@ use std::process::Command;
 
 /// The package that depends on the newest kernel of the release.
 const NEWEST: &str = "linux-image-cloud-amd64";
-/// What `/dev/kvm` of an SVM host needs, in loading order. `ccp` exists in kernels built with SEV only.
-const MODULES: [(&str, bool); 4] = [
+/// What `/dev/kvm` of an SVM host needs, and taps on a bridge, in loading order. `ccp` exists in kernels built with SEV only.
+const MODULES: [(&str, bool); 8] = [
     ("irqbypass", true),
     ("ccp", false),
     ("kvm", true),
     ("kvm-amd", true),
+    ("tun", true),
+    ("llc", true),
+    ("stp", true),
+    ("bridge", true),
 ];
-/// What the guest needs for its disk, its random numbers and its power button, in loading order; hot-plug of slots is built in. `virtio_pci_legacy_dev` exists in newer kernels only.
-const GUEST_MODULES: [(&str, bool); 9] = [
+/// What the guest needs for its disk, its NIC, its random numbers and its power button, in loading order; hot-plug of slots is built in. `virtio_pci_legacy_dev` exists in newer kernels only.
+const GUEST_MODULES: [(&str, bool); 12] = [
     ("virtio_ring", true),
     ("virtio", true),
     ("virtio_pci_modern_dev", true),
@@ -23,6 +27,9 @@ const GUEST_MODULES: [(&str, bool); 9] = [
     ("virtio-rng", true),
     ("button", true),
     ("evdev", true),
+    ("failover", true),
+    ("net_failover", true),
+    ("virtio_net", true),
 ];
 
 /// An unpacked kernel package.
@@ -30,7 +37,7 @@ const GUEST_MODULES: [(&str, bool); 9] = [
 pub struct Kernel {
     /// The bzImage.
     pub image: PathBuf,
-    /// KVM's modules, in loading order.
+    /// The host's modules, in loading order.
     pub modules: Vec<PathBuf>,
     /// The guest's, in loading order.
     pub guest_modules: Vec<PathBuf>,

@@ -52,6 +52,13 @@ pub enum Report {
         /// Its driver heeded the button before.
         heeded: bool,
     },
+    /// The stream between guest and host that was open while the guest moved has ended.
+    Streamed {
+        /// What the host saw.
+        host: Streamed,
+        /// What the guest saw: `block` and `sent` of the same bytes.
+        guest: [String; 2],
+    },
     /// The driver gave up.
     Failed {
         /// What it was about to do, and what went wrong.
@@ -59,6 +66,19 @@ pub enum Report {
     },
     /// Everything was done.
     Done,
+}
+
+/// What went over a stream both ways, and its digests.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Streamed {
+    /// From the guest: whole blocks, each the same.
+    pub received_bytes: u64,
+    /// Of one block.
+    pub block: String,
+    /// To the guest.
+    pub sent_bytes: u64,
+    /// Of all of it.
+    pub sent: String,
 }
 
 /// When a question was under way, by `CLOCK_BOOTTIME` of the emulated host, nanoseconds.
@@ -106,6 +126,12 @@ pub struct DeviceFacts {
     pub message_lines: u64,
     /// The source of random numbers in use.
     pub random: String,
+    /// The NIC's address, MTU and driver.
+    pub nic: String,
+    /// The features that the NIC's driver has accepted, bit 0 first, as digits.
+    pub nic_features: String,
+    /// Echoes of the host that came back, of three.
+    pub echoes: u64,
 }
 
 impl Report {

@@ -106,6 +106,16 @@ fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
         devices.message_lines > 0 && devices.random.starts_with("virtio_rng"),
         "{before:?}"
     );
+    assert_eq!(
+        (devices.nic.as_str(), devices.echoes),
+        ("52:54:00:0a:00:02 1500 virtio_net", 3),
+        "{before:?}"
+    );
+    // Checksums, segments, the MTU, merged buffers, commands and announcements (VIRTIO 1.2, 5.1.3).
+    for feature in [0, 1, 3, 5, 7, 8, 11, 12, 15, 16, 17, 21] {
+        let digit = devices.nic_features.as_bytes().get(feature);
+        assert_eq!(digit, Some(&b'1'), "feature {feature}: {before:?}");
+    }
     // Time goes on, at its pace; everything else is as it was: the same shell, the same memory, nothing new to complain about.
     assert!(
         after.uptime_cs > before.uptime_cs && after.wall_s > before.wall_s,
@@ -137,6 +147,13 @@ fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
         bytes > 8 << 20 && blackout_us > 0,
         "the guest's 8 MiB of random bytes went over the wire"
     );
+    let streamed = reports.iter().find_map(|report| match report {
+        Report::Streamed { host, guest } => Some((host, guest)),
+        _ => None,
+    });
+    let (host, guest) = streamed.expect("a stream");
+    assert!(host.sent_bytes > 0 && host.received_bytes > 1 << 20, "{host:?}");
+    assert_eq!([&host.block, &host.sent], [&guest[0], &guest[1]], "{host:?}");
     assert!(source_ended, "the source's VMM ends when it learns of the commit");
     // A disk came while it ran, moved with it, and went when it was asked for; another grew; the button shut it down.
     let came_and_went = reports.iter().find_map(|report| match report {

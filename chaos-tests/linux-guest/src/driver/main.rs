@@ -2,6 +2,7 @@
 //!
 //! It plays the agent's and the controller's part: it writes configurations, gives grants, and tells the source the outcome.
 
+mod net;
 mod shell;
 mod vmm;
 
@@ -19,6 +20,7 @@ use drover_proto::v1::{
 };
 use serde_json::json;
 
+use self::net::Stream;
 use self::shell::Shell;
 use self::vmm::Vmm;
 
@@ -31,11 +33,13 @@ const GUEST_VCPUS: u32 = 2;
 const DISK: &str = "disk.raw";
 const DISK_BYTES: u64 = 16 << 20;
 const GROWN_BYTES: u64 = 24 << 20;
-/// The disk that comes while the guest runs, and where: after the random numbers and the first disk, and a slot beyond.
+/// The disk that comes while the guest runs, and where: after the random numbers, the first disk and the NIC.
 const LATE_DISK: &str = "late.raw";
 const LATE_SLOT: u32 = 4;
 /// The longest that the guest may take to give a disk up, or to shut down.
 const HEED_MAX: Duration = Duration::from_secs(60);
+/// What the guest sends at least before it moves, and after.
+const STREAM_BYTES: u64 = 512 << 10;
 /// The longest that booting may take in an emulated host.
 const BOOT_MAX: Duration = Duration::from_secs(240);
 /// The longest that a migration may take there.
@@ -87,8 +91,11 @@ async fn drive() -> Result<()> {
     }
     let (host1, host2) = (identity(&ca, "host1")?, identity(&ca, "host2")?);
 
+    net::set_up().context("making the network")?;
+
     let started = Instant::now();
-    let mut source = Vmm::start(&folder("source")?, &config("host1", 1, &host1, None)).await?;
+    let [tap1, tap2] = net::TAPS;
+    let mut source = Vmm::start(&folder("source")?, &config("host1", 1, &host1, tap1, None)).await?;
     source.renew(1);
     source
         .until("the guest to run", BOOT_MAX, |info| {
@@ -108,6 +115,7 @@ async fn drive() -> Result<()> {
         .await
         .context("filling a file in the guest")?;
     shell.write_disk().await.context("writing the guest's disk")?;
+    shell.set_up_network().await.context("the guest's NIC")?;
     let (before, asked) = shell
         .facts()
         .await
@@ -123,10 +131,21 @@ async fn drive() -> Result<()> {
     let attached = shell.second_disk().await?;
 
     let incoming = json!({ "migration": MIGRATION, "from_host": "host1", "listen_ip": "127.0.0.1" });
-    let mut target = Vmm::start(&folder("target")?, &config("host2", 2, &host2, Some(incoming))).await?;
+    let stream = Stream::open(folder("stream")?, shell.begin_stream()).await?;
+    stream.more(STREAM_BYTES).await.context("before the migration")?;
+    let target = config("host2", 2, &host2, tap2, Some(incoming));
+    let mut target = Vmm::start(&folder("target")?, &target).await?;
     let migrated = migrate(&mut source, &mut target).await?;
     shell.follow(&target);
     say(&migrated);
+    stream.more(STREAM_BYTES).await.context("after the migration")?;
+    shell.end_stream().await.context("ending the stream")?;
+    let host = stream.close().await?;
+    let guest = shell
+        .stream_digests()
+        .await
+        .context("the guest's end of the stream")?;
+    say(&Report::Streamed { host, guest });
     let (after, asked) = shell
         .facts()
         .await
@@ -228,7 +247,13 @@ fn folder(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn config(host: &str, epoch: u64, tls: &TlsFiles, incoming: Option<serde_json::Value>) -> serde_json::Value {
+fn config(
+    host: &str,
+    epoch: u64,
+    tls: &TlsFiles,
+    tap: &str,
+    incoming: Option<serde_json::Value>,
+) -> serde_json::Value {
     let mut disks = vec![json!({ "path": path_of(DISK), "serial": "vol-1" })];
     if incoming.is_some() {
         disks.push(json!({ "path": path_of(LATE_DISK), "serial": "vol-2", "slot": LATE_SLOT }));
@@ -237,7 +262,7 @@ fn config(host: &str, epoch: u64, tls: &TlsFiles, incoming: Option<serde_json::V
         "cluster_id": CLUSTER, "host": host, "vm": "linux", "epoch": epoch, "vcpus": GUEST_VCPUS, "memory_mib": GUEST_MEMORY_MIB,
         "kernel": "/guest/vmlinuz", "initrd": "/guest/initrd", "cmdline": "console=ttyS0 quiet panic=-1",
         "cpu_profile": "host", "socket": "vmm.sock", "tls": tls, "incoming": incoming,
-        "rng": true, "disks": disks,
+        "rng": true, "disks": disks, "nics": [{ "tap": tap, "mac": net::MAC }],
     })
 }
 

@@ -12,6 +12,7 @@ use drover_proto::v1::{ReadConsoleRequest, WriteConsoleRequest};
 use tokio::time::{Instant, sleep};
 use tonic::transport::Channel;
 
+use crate::net;
 use crate::vmm::{Vmm, boottime};
 
 const PROMPT: &str = "guest-shell> ";
@@ -124,6 +125,22 @@ impl Shell {
         Ok(())
     }
 
+    /// Gives the NIC its address.
+    pub async fn set_up_network(&mut self) -> Result<()> {
+        let line = format!(
+            "ip addr add {}/24 dev eth0 && ip link set eth0 up && echo ok",
+            net::GUEST
+        );
+        let answer = self.ask(&line).await?;
+        if answer != "ok" {
+            let log = self
+                .ask("lsmod; dmesg | grep -i -E 'pci|virtio|eth' | tail -60")
+                .await?;
+            bail!("the NIC cannot be set up: {answer:?}; modules and the kernel's log: {log}");
+        }
+        Ok(())
+    }
+
     /// The digest of what is on the second disk, read past the cache.
     pub async fn second_disk(&mut self) -> Result<String> {
         self.ask("echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vdb bs=1M count=8 2>/dev/null | md5sum")
@@ -156,6 +173,30 @@ impl Shell {
             .map(drop)
     }
 
+    /// Begins to send the same block of random bytes to the host again and again, and to take what the host sends.
+    pub async fn begin_stream(&mut self) -> Result<()> {
+        let (host, port, kib) = (net::HOST, net::PORT, net::BLOCK_BYTES >> 10);
+        let line = format!(
+            "dd if=/dev/urandom of=/tmp/block bs=1k count={kib} 2>/dev/null; \
+             (while test ! -e /tmp/stop; do cat /tmp/block; done | nc {host} {port} | md5sum >/tmp/came) & true"
+        );
+        self.ask(&line).await.map(drop)
+    }
+
+    /// Sends no further block.
+    pub async fn end_stream(&mut self) -> Result<()> {
+        self.ask("touch /tmp/stop").await.map(drop)
+    }
+
+    /// Once both ways of the stream have ended: the digests of the block that was sent, and of what came.
+    pub async fn stream_digests(&mut self) -> Result<[String; 2]> {
+        Ok([
+            self.ask("md5sum </tmp/block").await?,
+            self.ask("while test ! -s /tmp/came; do sleep 1; done; cat /tmp/came")
+                .await?,
+        ])
+    }
+
     async fn devices(&mut self) -> Result<DeviceFacts> {
         Ok(DeviceFacts {
             sectors: self.number("cat /sys/block/vda/size").await?,
@@ -167,6 +208,13 @@ impl Shell {
                 .number("grep -c 'PCI-MSI.*virtio1-req' /proc/interrupts")
                 .await?,
             random: self.ask("cat /sys/class/misc/hw_random/rng_current").await?,
+            nic: self
+                .ask("cd /sys/class/net/eth0; echo $(cat address mtu) $(basename $(readlink device/driver)); cd /")
+                .await?,
+            nic_features: self.ask("cat /sys/class/net/eth0/device/features").await?,
+            echoes: self
+                .number(&format!("ping -c 3 -W 20 {} | grep -c 'bytes from'", net::HOST))
+                .await?,
         })
     }
 
