@@ -205,6 +205,29 @@ pub enum VmCommand {
     Start(ActArgs),
     /// Stop a VM, and wait until it has stopped
     Stop(ActArgs),
+    /// Press a VM's power button, and wait until its guest has shut down
+    Shutdown(ShutdownArgs),
+    /// Give a VM a volume as a disk, and wait until its VMM has it, if it runs
+    AttachDisk {
+        /// The VM's name
+        vm: String,
+        /// The volume, `:ro` behind it to only read it
+        #[arg(value_name = "VOLUME[:ro]", value_parser = parse_disk)]
+        disk: v1::VmDisk,
+        /// How to wait
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Ask a VM's guest to give a disk up, and wait until it has
+    DetachDisk {
+        /// The VM's name
+        vm: String,
+        /// The volume's name
+        volume: String,
+        /// How to wait
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
     /// Delete a VM, stopping it first, and wait until it is gone
     Delete(ActArgs),
     /// Show a VM's serial console and type into it; Ctrl-] leaves
@@ -226,6 +249,14 @@ pub enum VolumeCommand {
         /// The storage that it is on, one that the VM's hosts have (see `ctl host show`)
         #[arg(long, default_value = "default")]
         pool: String,
+    },
+    /// Grow a volume; a guest that has it is told
+    Resize {
+        /// Its name
+        volume: String,
+        /// Its new size in MiB, or with a unit, as 20GiB
+        #[arg(value_parser = parse_mib, value_name = "SIZE")]
+        size: u64,
     },
     /// List the volumes and the VMs that have them
     List,
@@ -322,7 +353,7 @@ fn parse_disk(text: &str) -> Result<v1::VmDisk, String> {
     Ok(v1::VmDisk {
         volume: volume.to_owned(),
         read_only,
-        serial: String::new(),
+        ..v1::VmDisk::default()
     })
 }
 
@@ -395,6 +426,28 @@ pub struct ActArgs {
     /// Give up waiting after this long
     #[arg(long, value_parser = parse_duration, default_value = WAIT_DEFAULT, value_name = "LENGTH")]
     pub timeout: Duration,
+}
+
+/// How an action on a disk is waited for.
+#[derive(Debug, Args)]
+pub struct WaitArgs {
+    /// Return as soon as the cluster has accepted it
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Give up waiting after this long
+    #[arg(long, value_parser = parse_duration, default_value = WAIT_DEFAULT, value_name = "LENGTH")]
+    pub timeout: Duration,
+}
+
+/// `ctl vm shutdown …`
+#[derive(Debug, Args)]
+pub struct ShutdownArgs {
+    /// What to act on, and how to wait
+    #[command(flatten)]
+    pub act: ActArgs,
+    /// Stop the VM when its guest has not shut down by then
+    #[arg(long, value_parser = parse_duration, value_name = "LENGTH", conflicts_with = "no_wait")]
+    pub force_after: Option<Duration>,
 }
 
 /// `ctl vm upgrade …`

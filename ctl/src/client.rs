@@ -273,6 +273,49 @@ impl Client {
             .await
     }
 
+    /// Asks a VM's guest to shut down.
+    pub async fn shutdown_vm(&self, name: &str) -> Result<v1::Vm> {
+        let request = v1::ShutdownVmRequest {
+            request_id: request_id()?,
+            name: name.to_owned(),
+        };
+        self.plain(async |mut grpc| grpc.shutdown_vm(request.clone()).await)
+            .await
+    }
+
+    /// Gives a VM a disk.
+    pub async fn attach_disk(&self, vm: &str, disk: v1::VmDisk) -> Result<v1::Vm> {
+        let request = v1::AttachDiskToVmRequest {
+            request_id: request_id()?,
+            vm: vm.to_owned(),
+            disk: Some(disk),
+        };
+        self.plain(async |mut grpc| grpc.attach_disk(request.clone()).await)
+            .await
+    }
+
+    /// Wants a VM without a disk.
+    pub async fn detach_disk(&self, vm: &str, volume: &str) -> Result<v1::Vm> {
+        let request = v1::DetachDiskFromVmRequest {
+            request_id: request_id()?,
+            vm: vm.to_owned(),
+            volume: volume.to_owned(),
+        };
+        self.plain(async |mut grpc| grpc.detach_disk(request.clone()).await)
+            .await
+    }
+
+    /// Grows a volume.
+    pub async fn resize_volume(&self, name: &str, size_bytes: u64) -> Result<v1::Volume> {
+        let request = v1::ResizeVolumeRequest {
+            request_id: request_id()?,
+            name: name.to_owned(),
+            size_bytes,
+        };
+        self.plain(async |mut grpc| grpc.resize_volume(request.clone()).await)
+            .await
+    }
+
     /// Creates a volume.
     pub async fn create_volume(&self, volume: v1::Volume) -> Result<v1::Volume> {
         let request = v1::CreateVolumeRequest {

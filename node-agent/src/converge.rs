@@ -9,7 +9,8 @@
 //!   RUN, booted for its epoch    start it, once an epoch;    run on; StartOutgoing in PRE_COPY; Outcome
 //!                                else report it FAILED       aborted when the log says so, until its info
 //!   RUN, arrived by a migration  report it FAILED            names that migration no more; its end is
-//!                                                            reported, then it is destroyed
+//!                                                            reported, then it is destroyed; what it has is made
+//!                                                            what is desired, and reported (see `devices`)
 //!   INCOMING                     start it in PREPARING,      wait for the source; abort when it ended
 //!                                once; else abort. Of an
 //!                                upgrade beside the source
@@ -26,11 +27,15 @@
 //! VMM answered, or whether it answers at all, has no part in it, nor has the VM's newest migration, which may be another. Should
 //! a desired state be wrong about it, the store still refuses the second VMM of an epoch (see [`crate::host::store`]).
 
+mod devices;
+
+pub use devices::with_slots;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::v1::{
-    HostDesired, Migration, MigrationPhase, Reason, StartOutgoingRequest, VmDesired, VmRole, VmState,
-    VmmState,
+    DetachDiskRequest, HostDesired, Migration, MigrationPhase, Reason, StartOutgoingRequest, VmDesired,
+    VmDevices, VmDisk, VmRole, VmState, VmmDevices, VmmState, Volume,
 };
 use drover_proto::{Code, Fault};
 
@@ -53,6 +58,15 @@ pub struct Observed {
     pub told: BTreeSet<(String, u64)>,
 }
 
+/// What is known of how a VMM's devices came about.
+#[derive(Clone, Debug, Default)]
+pub struct Attaching {
+    /// By volume: why it could not be attached or grown the last time.
+    pub failed: BTreeMap<String, Reason>,
+    /// What a controller was told last.
+    pub reported: Option<VmDevices>,
+}
+
 /// One VMM as it is seen.
 #[derive(Clone, Debug)]
 pub struct Seen {
@@ -72,6 +86,8 @@ pub struct Seen {
     pub commit_taken: bool,
     /// A controller has answered the report of its end.
     pub end_reported: bool,
+    /// Its devices.
+    pub attaching: Attaching,
 }
 
 /// How a VMM stands.
@@ -96,6 +112,8 @@ pub struct Alive {
     pub reason: Option<Reason>,
     /// The outgoing migration it knows of, under way or ended.
     pub outgoing: Option<String>,
+    /// What it has, if it is of a version that says so.
+    pub devices: Option<VmmDevices>,
 }
 
 /// One thing to do.
@@ -137,6 +155,49 @@ pub enum Action {
         key: Key,
         /// The migration.
         migration: String,
+    },
+    /// Give a run's VMM a disk.
+    Attach {
+        /// The VMM.
+        key: Key,
+        /// Of the specification.
+        revision: u64,
+        /// With its slot.
+        disk: VmDisk,
+        /// Of the disk.
+        volume: Volume,
+    },
+    /// Ask a run's guest to give a disk up.
+    Detach {
+        /// The VMM.
+        key: Key,
+        /// Which.
+        request: DetachDiskRequest,
+    },
+    /// Grow a disk's file, and tell the guest.
+    Resize {
+        /// The VMM.
+        key: Key,
+        /// The slot.
+        slot: u32,
+        /// Of the disk.
+        volume: Volume,
+        /// As the VMM has it.
+        path: String,
+    },
+    /// Press the power button.
+    Press {
+        /// The VMM.
+        key: Key,
+        /// For which request.
+        request: u64,
+    },
+    /// Report what a run's VMM has.
+    ReportDevices {
+        /// The VMM.
+        key: Key,
+        /// What it has.
+        devices: VmDevices,
     },
     /// The log holds the hand-over to this VMM: grants are for it.
     Committed {
@@ -384,6 +445,10 @@ fn end_of(alive: &Alive) -> (VmState, Reason) {
 }
 
 fn for_running(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired) -> Option<Action> {
+    for_its_run(observed, seen, alive, wanted).or_else(|| devices::next(observed, seen, alive, wanted))
+}
+
+fn for_its_run(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired) -> Option<Action> {
     let key = seen.key.clone();
     if matches!(alive.state, VmmState::Failed | VmmState::Exited) {
         let (state, reason) = end_of(alive);

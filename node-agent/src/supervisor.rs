@@ -16,8 +16,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use drover_proto::v1::{
-    DestroyRequest, HostDesired, OutcomeRequest, Reason, ReportVmRequest, StartOutgoingRequest,
-    SwitchToPostCopyRequest, VmState, VmmInfo, VmmState,
+    DestroyRequest, HostDesired, OutcomeRequest, PowerButtonRequest, Reason, ReportVmRequest,
+    StartOutgoingRequest, SwitchToPostCopyRequest, VmDevices, VmState, VmmInfo, VmmState,
 };
 use drover_proto::{Code, Fault, LOCAL_ADDR, LOCAL_PREFIX};
 use tokio::sync::mpsc;
@@ -26,7 +26,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::{Response, Status};
 
 use crate::agent::Context;
-use crate::converge::{Action, Alive, Life, Observed, Seen, converge};
+use crate::converge::{Action, Alive, Attaching, Life, Observed, Seen, converge};
 use crate::host::process::{self, Abandoned};
 use crate::key::Key;
 use crate::pause_point;
@@ -78,6 +78,10 @@ pub enum Effect {
     CommitTaken(Key),
     /// The end of the VMM is reported.
     EndReported(Key),
+    /// A volume could not be attached or grown, or could.
+    Attached(Key, String, Option<Reason>),
+    /// What the VMM has is reported.
+    DevicesReported(Key, VmDevices),
     /// The end of a run without a VMM is reported.
     Told(String, u64),
 }
@@ -92,6 +96,7 @@ struct Known {
     switch_taken: Option<String>,
     commit_taken: bool,
     end_reported: bool,
+    attaching: Attaching,
     destroying_since: Option<Instant>,
     _lock: Option<Abandoned>,
 }
@@ -179,6 +184,7 @@ impl Supervisor {
             switch_taken: None,
             commit_taken: false,
             end_reported: false,
+            attaching: Attaching::default(),
             destroying_since: None,
             _lock: None,
         })
@@ -267,6 +273,16 @@ impl Supervisor {
             }
             Effect::CommitTaken(key) => known(&mut self.vmms, &key, &|known| known.commit_taken = true),
             Effect::EndReported(key) => known(&mut self.vmms, &key, &|known| known.end_reported = true),
+            Effect::Attached(key, volume, failed) => known(&mut self.vmms, &key, &|known| {
+                let reasons = &mut known.attaching.failed;
+                match &failed {
+                    Some(reason) => reasons.insert(volume.clone(), reason.clone()),
+                    None => reasons.remove(&volume),
+                };
+            }),
+            Effect::DevicesReported(key, devices) => known(&mut self.vmms, &key, &|known| {
+                known.attaching.reported = Some(devices.clone());
+            }),
             Effect::Told(vm, epoch) => {
                 // Under another desired state it may have to be told again.
                 if self
@@ -372,7 +388,7 @@ impl Supervisor {
             let again = matches!(
                 action,
                 Action::Destroy { .. } | Action::Abort { .. } | Action::Outcome { .. }
-            );
+            ) || matches!(&effect, Some(Effect::Attached(_, _, Some(_))));
             if effect.is_none() || again {
                 sleep(RETRY).await;
             }
@@ -405,6 +421,7 @@ impl Known {
             switch_taken: self.switch_taken.clone(),
             commit_taken: self.commit_taken,
             end_reported: self.end_reported,
+            attaching: self.attaching.clone(),
         }
     }
 }
@@ -415,6 +432,7 @@ fn alive(info: &VmmInfo) -> Alive {
         state: info.state(),
         reason: info.reason.clone(),
         outgoing: outgoing.map(|migration| migration.id.clone()),
+        devices: info.devices.clone(),
     }
 }
 
@@ -437,6 +455,11 @@ fn key_of(action: &Action) -> Option<&Key> {
         | Action::SwitchToPostCopy { key, .. }
         | Action::Destroy { key, .. }
         | Action::ReportEnd { key, .. }
+        | Action::Attach { key, .. }
+        | Action::Detach { key, .. }
+        | Action::Resize { key, .. }
+        | Action::Press { key, .. }
+        | Action::ReportDevices { key, .. }
         | Action::Forget { key } => Some(key),
         Action::ReportGone { .. } | Action::Abort { .. } | Action::Confirm => None,
     }
@@ -510,6 +533,47 @@ async fn carry_out(
             destroy(link, reason, kill).await?;
             Ok(Effect::Nothing)
         }
+        (
+            Action::Attach {
+                key,
+                revision,
+                disk,
+                volume,
+            },
+            Some(link),
+        ) => {
+            let name = volume.name.clone();
+            let attached = vmm::attach(context, link, revision, disk, volume).await;
+            tried(key, name, attached)
+        }
+        (
+            Action::Resize {
+                key,
+                slot,
+                volume,
+                path,
+            },
+            Some(link),
+        ) => {
+            let name = volume.name.clone();
+            let grown = vmm::resize(context, link, slot, volume, path).await;
+            tried(key, name, grown)
+        }
+        (Action::Detach { key, request }, Some(link)) => {
+            tracing::info!(vmm = %key, slot = request.slot, "the guest is to give it up");
+            bounded(link.client.clone().detach_disk(request)).await?;
+            Ok(Effect::Nothing)
+        }
+        (Action::Press { key, request }, Some(link)) => {
+            tracing::info!(vmm = %key, request, "the power button");
+            bounded(link.client.clone().power_button(PowerButtonRequest { request })).await?;
+            Ok(Effect::Nothing)
+        }
+        (Action::ReportDevices { key, devices }, Some(link)) => {
+            let _turn = link.reporting.lock().await;
+            vmm::report_devices(context, link, devices.clone()).await?;
+            Ok(Effect::DevicesReported(key, devices))
+        }
         (Action::ReportEnd { key, state, reason }, Some(link)) => {
             let _turn = link.reporting.lock().await;
             report_end(context, &key.vm, key.epoch, state, reason).await?;
@@ -542,6 +606,27 @@ async fn carry_out(
         }
         _ => Ok(Effect::Nothing),
     }
+}
+
+/// What was refused for good is told to whoever asked for it, and tried again; what was not the time for is only tried again.
+fn tried(key: Key, volume: String, outcome: Result<(), Fault>) -> Result<Effect, Fault> {
+    let failed = match outcome {
+        Ok(()) => None,
+        Err(fault) => match fault.code {
+            Code::MigrationActive
+            | Code::VmState
+            | Code::DeviceBusy
+            | Code::HostUnreachable
+            | Code::NoLeader => {
+                return Err(fault);
+            }
+            _ => {
+                tracing::warn!(vmm = %key, volume, "not attached: {fault}");
+                Some(fault.into())
+            }
+        },
+    };
+    Ok(Effect::Attached(key, volume, failed))
 }
 
 async fn start_outgoing(

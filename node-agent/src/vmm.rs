@@ -23,9 +23,9 @@ use std::time::Duration;
 
 use drover_proto::v1::vmm_client::VmmClient;
 use drover_proto::v1::{
-    AbortMigrationRequest, CommitHandoverRequest, CommitHandoverResponse, GrantRequest, MigrationPhase,
-    Progress, Reason, ReportMigrationRequest, ReportVmRequest, VmDesired, VmSpec, VmmBuild, VmmInfo,
-    VmmState, Volume, WatchInfoRequest,
+    AbortMigrationRequest, AttachDiskRequest, CommitHandoverRequest, CommitHandoverResponse, GrantRequest,
+    MigrationPhase, Progress, Reason, ReportMigrationRequest, ReportVmRequest, ResizeDiskRequest, VmDesired,
+    VmDevices, VmDisk, VmSpec, VmState, VmmBuild, VmmInfo, VmmState, Volume, WatchInfoRequest,
 };
 use drover_proto::{Code, Fault};
 use hyper_util::rt::TokioIo;
@@ -33,10 +33,12 @@ use tokio::process::Child;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Response, Status};
 use tower::service_fn;
 
 use crate::agent::Context;
 use crate::clock::boottime_ns;
+use crate::converge::with_slots;
 use crate::host::process::{self, Abandoned};
 use crate::host::store::{note_granted, was_granted, write_private};
 use crate::host::volumes;
@@ -56,6 +58,8 @@ const SOCKET_RETRY: Duration = Duration::from_millis(10);
 pub const VMM_CALL_MAX: Duration = Duration::from_secs(2);
 /// After a report that no controller took.
 const REPORT_RETRY: Duration = Duration::from_millis(100);
+/// One in which it opens and locks a file.
+const DISK_CALL_MAX: Duration = Duration::from_secs(10);
 /// One attempt of a report that ends in the log.
 pub const REPORT_ATTEMPT: Duration = Duration::from_secs(3);
 /// One attempt of the commit: the guest stands still meanwhile, so the next controller is tried soon.
@@ -322,8 +326,21 @@ async fn disks(
     spec: &VmSpec,
     told: &[Volume],
 ) -> Result<serde_json::Value, Fault> {
+    // A migration's target leaves away what no VMM has had yet: it gets that when it runs.
+    let is_new = |disk: &VmDisk| {
+        let used = told
+            .iter()
+            .any(|volume| volume.name == disk.volume && volume.used);
+        key.migration().is_some() && disk.attach_revision > 0 && !used
+    };
+    let wanted: Vec<VmDisk> = with_slots(spec)
+        .into_iter()
+        .filter(|disk| !is_new(disk))
+        .collect();
+    // Told where counting leads elsewhere: an installed VMM of an older version refuses the word.
+    let says_slots = !wanted.iter().zip(1..).all(|(disk, counted)| disk.slot == counted);
     let mut disks = Vec::new();
-    for disk in &spec.disks {
+    for disk in &wanted {
         let name = &disk.volume;
         let refused = |code, message: String| Fault::new(code, message).field("disks");
         let volume = told.iter().find(|volume| volume.name == *name).ok_or_else(|| {
@@ -345,14 +362,116 @@ async fn disks(
         let path = there
             .await
             .map_err(|error| refused(Code::Internal, error.to_string()))??;
-        let serial = if disk.serial.is_empty() {
-            name.chars().take(SERIAL_CHARS_MAX).collect()
-        } else {
-            disk.serial.clone()
-        };
-        disks.push(serde_json::json!({"path": path, "read_only": disk.read_only, "serial": serial}));
+        let serial = serial_of(disk);
+        let mut told = serde_json::json!({"path": path, "read_only": disk.read_only, "serial": serial});
+        if says_slots {
+            told["slot"] = disk.slot.into();
+        }
+        disks.push(told);
     }
     Ok(disks.into())
+}
+
+/// The disk's file on this host, made or grown first where it is to be.
+async fn file_of(context: &Context, link: &Link, volume: Volume) -> Result<PathBuf, Fault> {
+    let refused = |code, message: String| Fault::new(code, message).field("disks");
+    let pool = context.config.pools.get(&volume.pool).cloned().ok_or_else(|| {
+        let (host, pool, name) = (&context.config.name, &volume.pool, &volume.name);
+        refused(
+            Code::PoolNotFound,
+            format!("{host} has no pool {pool:?}, in which volume {name} is"),
+        )
+    })?;
+    // It runs, however it came here: a file that nobody has used yet is its to make.
+    let (host, maker) = (
+        context.config.name.clone(),
+        Key::start(&link.key.vm, link.key.epoch),
+    );
+    let there = tokio::task::spawn_blocking(move || volumes::ensure(&pool, &volume, &host, &maker));
+    there
+        .await
+        .map_err(|error| refused(Code::Internal, error.to_string()))?
+}
+
+fn told(path: &Path) -> Result<String, Fault> {
+    let text = path.to_str().map(str::to_owned);
+    text.ok_or_else(|| {
+        Fault::new(
+            Code::DiskUnusable,
+            format!("{} cannot be told to a VMM", path.display()),
+        )
+    })
+}
+
+/// What a disk tells its guest as its serial number.
+fn serial_of(disk: &VmDisk) -> String {
+    if disk.serial.is_empty() {
+        disk.volume.chars().take(SERIAL_CHARS_MAX).collect()
+    } else {
+        disk.serial.clone()
+    }
+}
+
+/// Gives the VMM a disk.
+pub async fn attach(
+    context: &Context,
+    link: &Link,
+    revision: u64,
+    disk: VmDisk,
+    volume: Volume,
+) -> Result<(), Fault> {
+    let path = file_of(context, link, volume).await?;
+    let request = AttachDiskRequest {
+        revision,
+        slot: disk.slot,
+        path: told(&path)?,
+        read_only: disk.read_only,
+        serial: serial_of(&disk),
+    };
+    tracing::info!(vmm = %link.key, slot = disk.slot, volume = disk.volume, "gets a disk");
+    let attached = patiently(link.client.clone().attach_disk(request)).await;
+    pause_point("agent.after_attach").await;
+    attached
+}
+
+/// Grows a disk's file, and tells the VMM.
+pub async fn resize(
+    context: &Context,
+    link: &Link,
+    slot: u32,
+    volume: Volume,
+    path: String,
+) -> Result<(), Fault> {
+    let size_bytes = volume.size_bytes;
+    file_of(context, link, volume).await?;
+    let request = ResizeDiskRequest {
+        slot,
+        path,
+        size_bytes,
+    };
+    patiently(link.client.clone().resize_disk(request)).await
+}
+
+/// A call in which the VMM may wait for its storage.
+async fn patiently<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> Result<(), Fault> {
+    match timeout(DISK_CALL_MAX, call).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(status)) => Err(Fault::from(&status)),
+        Err(_) => Err(Fault::new(Code::HostUnreachable, "the VMM does not answer")),
+    }
+}
+
+/// Reports what the VMM, which runs, has.
+pub async fn report_devices(context: &Context, link: &Link, devices: VmDevices) -> Result<(), Fault> {
+    let request = ReportVmRequest {
+        vm: link.key.vm.clone(),
+        epoch: link.key.epoch,
+        state: VmState::Running.into(),
+        vmm: build_of(link),
+        devices: Some(devices),
+        ..ReportVmRequest::default()
+    };
+    report_vm(context, request).await
 }
 
 async fn follow_info<F: Future<Output = ()>>(link: &Link, tell: &impl Fn(News) -> F) {
@@ -587,6 +706,7 @@ async fn send(context: &Context, link: &Link, report: &Report) -> Result<(), Fau
                 state: state.into(),
                 reason,
                 vmm: build_of(link),
+                devices: None,
             };
             report_vm(context, request).await
         }

@@ -8,16 +8,17 @@ use std::time::Duration;
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::controller_server::Controller;
 use drover_proto::v1::{
-    AbortMigrationRequest, CancelMigrationRequest, Cluster, CommandResponse, CreateNetwork,
-    CreateNetworkRequest, CreateVm, CreateVmRequest, CreateVolume, CreateVolumeRequest, DeleteNetwork,
-    DeleteNetworkRequest, DeleteVm, DeleteVmRequest, DeleteVolume, DeleteVolumeRequest, GetClusterRequest,
-    GetHostRequest, GetMigrationRequest, GetVmRequest, Host, ListEventsRequest, ListEventsResponse,
-    ListHostsRequest, ListHostsResponse, ListMigrationsRequest, ListMigrationsResponse, ListNetworksRequest,
+    AbortMigrationRequest, AttachDisk, AttachDiskToVmRequest, CancelMigrationRequest, Cluster,
+    CommandResponse, CreateNetwork, CreateNetworkRequest, CreateVm, CreateVmRequest, CreateVolume,
+    CreateVolumeRequest, DeleteNetwork, DeleteNetworkRequest, DeleteVm, DeleteVmRequest, DeleteVolume,
+    DeleteVolumeRequest, DetachDisk, DetachDiskFromVmRequest, GetClusterRequest, GetHostRequest,
+    GetMigrationRequest, GetVmRequest, Host, ListEventsRequest, ListEventsResponse, ListHostsRequest,
+    ListHostsResponse, ListMigrationsRequest, ListMigrationsResponse, ListNetworksRequest,
     ListNetworksResponse, ListVmsRequest, ListVmsResponse, ListVolumesRequest, ListVolumesResponse,
     MigrateVmRequest, Migration, MigrationForecast, Network, PlanMigration, PostcopyMigrationRequest,
-    ReadConsoleRequest, ReadConsoleResponse, Reason, StartVm, StartVmRequest, StopVm, StopVmRequest, Vm,
-    Volume, WantPostCopy, WatchMigrationRequest, WatchMigrationResponse, WriteConsoleRequest,
-    WriteConsoleResponse,
+    ReadConsoleRequest, ReadConsoleResponse, Reason, ResizeVolume, ResizeVolumeRequest, ShutdownVm,
+    ShutdownVmRequest, StartVm, StartVmRequest, StopVm, StopVmRequest, Vm, Volume, WantPostCopy,
+    WatchMigrationRequest, WatchMigrationResponse, WriteConsoleRequest, WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use drover_state::{State, Usage};
@@ -215,6 +216,65 @@ impl Controller for Api {
                 )
             },
             |_, response| response.vm,
+        )
+        .await
+    }
+
+    async fn shutdown_vm(&self, mut request: Request<ShutdownVmRequest>) -> Answer<Vm> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/ShutdownVm",
+            request,
+            |_, message| {
+                let shutdown = ShutdownVm { name: message.name };
+                (message.request_id, Kind::ShutdownVm(shutdown))
+            },
+            |_, response| response.vm,
+        )
+        .await
+    }
+
+    async fn attach_disk(&self, mut request: Request<AttachDiskToVmRequest>) -> Answer<Vm> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/AttachDisk",
+            request,
+            |_, AttachDiskToVmRequest { request_id, vm, disk }| {
+                (request_id, Kind::AttachDisk(AttachDisk { vm, disk }))
+            },
+            |_, response| response.vm,
+        )
+        .await
+    }
+
+    async fn detach_disk(&self, mut request: Request<DetachDiskFromVmRequest>) -> Answer<Vm> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/DetachDisk",
+            request,
+            |_,
+             DetachDiskFromVmRequest {
+                 request_id,
+                 vm,
+                 volume,
+             }| { (request_id, Kind::DetachDisk(DetachDisk { vm, volume })) },
+            |_, response| response.vm,
+        )
+        .await
+    }
+
+    async fn resize_volume(&self, mut request: Request<ResizeVolumeRequest>) -> Answer<Volume> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/ResizeVolume",
+            request,
+            |_,
+             ResizeVolumeRequest {
+                 request_id,
+                 name,
+                 size_bytes,
+             }| { (request_id, Kind::ResizeVolume(ResizeVolume { name, size_bytes })) },
+            |_, response| response.volume,
         )
         .await
     }

@@ -214,7 +214,8 @@ async fn report_vm(call: Call, request: ReportVmRequest) -> Result<ReportVmRespo
             && vm.state() == request.state()
             && drover_state::occupies(vm)
             && vm.seen_epoch == epoch
-            && (request.vmm.is_none() || vm.vmm == request.vmm);
+            && (request.vmm.is_none() || vm.vmm == request.vmm)
+            && (request.devices.is_none() || vm.devices == request.devices);
         same.then_some(true)
     });
     if let Some(current) = known {

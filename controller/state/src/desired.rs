@@ -29,6 +29,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 arrived_by: arrived_by(vm).to_owned(),
                 volumes: volumes_of(state, vm),
                 networks: networks_of(state, vm),
+                shutdown: vm.shutdown,
             });
         }
         if let Some(migration) = incoming(state, vm, host) {
@@ -41,6 +42,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 arrived_by: String::new(),
                 volumes: volumes_of(state, vm),
                 networks: networks_of(state, vm),
+                shutdown: 0,
             });
         }
         if let Some(migration) = serving(state, vm, host) {
@@ -53,6 +55,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 arrived_by: String::new(),
                 volumes: volumes_of(state, vm),
                 networks: networks_of(state, vm),
+                shutdown: 0,
             });
         }
     }

@@ -48,6 +48,8 @@ pub const REASON_BYTES_MAX: usize = 4_096;
 pub const VOLUMES_MAX: usize = 40_000;
 /// Disks of one VM: the VMM's bus has room for them.
 pub const DISKS_MAX: usize = 24;
+/// Slots of a VM's bus, numbered from 1.
+pub const SLOTS_MAX: u32 = 31;
 /// Bytes of a disk's serial number: what virtio's `GET_ID` carries.
 pub const SERIAL_BYTES_MAX: usize = 20;
 /// A volume is a multiple of this, bytes, and at least one.

@@ -130,7 +130,7 @@ fn check(
     volumes::reaches(state, spec, host)?;
     networks::reaches(state, spec, host)?;
     cpu(state, spec, purpose, host)?;
-    device_model(state, purpose, host)?;
+    device_model(state, &spec.name, purpose, host)?;
     Ok(score)
 }
 
@@ -228,7 +228,8 @@ pub(crate) fn target_checks(
         ),
         (
             "device_model",
-            device_model(state, purpose, host).map(|()| format!("reads the save-state that {from} writes")),
+            device_model(state, &spec.name, purpose, host)
+                .map(|()| format!("reads the save-state that {from} writes")),
         ),
     ];
     if !spec.disks.is_empty() {
@@ -411,7 +412,7 @@ fn cpu(state: &State, spec: &VmSpec, purpose: Purpose<'_>, host: &Host) -> Resul
 }
 
 /// A host reads every save-state up to its own version.
-fn device_model(state: &State, purpose: Purpose<'_>, host: &Host) -> Result<(), Fault> {
+fn device_model(state: &State, vm: &str, purpose: Purpose<'_>, host: &Host) -> Result<(), Fault> {
     let version = |host: Option<&Host>| {
         host.and_then(|host| host.spec.as_ref())
             .map_or(0, |spec| spec.device_model)
@@ -419,7 +420,15 @@ fn device_model(state: &State, purpose: Purpose<'_>, host: &Host) -> Result<(), 
     let Purpose::Migrate { from } = purpose else {
         return Ok(());
     };
-    let (writes, reads) = (version(state.host(from)), version(Some(host)));
+    // What the VM itself needs, where its VMM says so; else what its host's VMMs write.
+    let needs = state.vm(vm).and_then(|vm| vm.devices.as_ref());
+    let needs = needs
+        .map(|devices| devices.device_model)
+        .filter(|model| *model > 0);
+    let (writes, reads) = (
+        needs.unwrap_or_else(|| version(state.host(from))),
+        version(Some(host)),
+    );
     if writes > reads {
         return Err(Fault::new(
             Code::NoHostFits,

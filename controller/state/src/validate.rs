@@ -122,11 +122,17 @@ pub(crate) fn vm_spec(spec: Option<&VmSpec>) -> Result<VmSpec, Fault> {
     }
     disks(&spec)?;
     networks::check_nics(&mut spec)?;
+    // The cluster's own to say.
+    spec.devices_revision = 0;
+    for disk in &mut spec.disks {
+        (disk.slot, disk.attach_revision, disk.detach_revision) = (0, 0, 0);
+    }
+    spec.nics.iter_mut().for_each(|nic| nic.slot = 0);
     Ok(spec)
 }
 
 /// The form of a spec's disks. What they name is looked up elsewhere.
-fn disks(spec: &VmSpec) -> Result<(), Fault> {
+pub(crate) fn disks(spec: &VmSpec) -> Result<(), Fault> {
     const FIELD: &str = "spec.disks";
     if spec.disks.len() > DISKS_MAX {
         let message = format!(
@@ -164,20 +170,25 @@ pub(crate) fn volume(asked: Option<&Volume>) -> Result<Volume, Fault> {
         asked.pool
     };
     name("volume.pool", &pool)?;
-    let size_bytes = asked.size_bytes;
-    let whole = size_bytes.is_multiple_of(VOLUME_BYTES_UNIT);
-    if !whole || !(VOLUME_BYTES_UNIT..=VOLUME_BYTES_MAX).contains(&size_bytes) {
-        let message = format!(
-            "volume.size_bytes is {size_bytes}; a multiple of {VOLUME_BYTES_UNIT} (1 MiB), at most {VOLUME_BYTES_MAX} (64 TiB), is possible"
-        );
-        return Err(invalid("volume.size_bytes", message));
-    }
+    volume_bytes("volume.size_bytes", asked.size_bytes)?;
     Ok(Volume {
         name: asked.name,
         pool,
-        size_bytes,
+        size_bytes: asked.size_bytes,
         ..Volume::default()
     })
+}
+
+/// Whether a volume can have this size.
+pub(crate) fn volume_bytes(field: &str, bytes: u64) -> Result<(), Fault> {
+    let whole = bytes.is_multiple_of(VOLUME_BYTES_UNIT);
+    if whole && (VOLUME_BYTES_UNIT..=VOLUME_BYTES_MAX).contains(&bytes) {
+        return Ok(());
+    }
+    let message = format!(
+        "{field} is {bytes}; a multiple of {VOLUME_BYTES_UNIT} (1 MiB), at most {VOLUME_BYTES_MAX} (64 TiB), is possible"
+    );
+    Err(invalid(field, message))
 }
 
 fn image_name(field: &str, value: &str) -> Result<(), Fault> {

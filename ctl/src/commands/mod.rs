@@ -2,6 +2,7 @@
 
 pub mod ca;
 pub mod console;
+mod disks;
 mod dry_run;
 pub mod events;
 mod follow;

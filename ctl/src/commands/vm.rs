@@ -1,4 +1,4 @@
-//! `ctl vm create|list|show|start|stop|delete`.
+//! `ctl vm create|list|show|start|stop|shutdown|delete`.
 //!
 //! An action is done when the cluster has accepted it; the wait after it only watches. So a wait that runs out
 //! (exit code 7) or is interrupted (130) changes nothing, and what was asked for still comes about.
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use drover_proto::{Code, v1};
 
 use super::{POLL, Session};
-use crate::args::{ActArgs, CreateArgs, Restart, VmCommand};
+use crate::args::{ActArgs, CreateArgs, Restart, ShutdownArgs, VmCommand};
 use crate::client::Patience;
 use crate::failure::{Exit, Failure, Result};
 use crate::view::{VmView, vm_state_word};
@@ -32,12 +32,31 @@ pub async fn run(session: &Session, command: &VmCommand) -> Result<()> {
             let vm = session.client.stop_vm(&args.vm).await?;
             settle(session, args, vm, Goal::Stopped).await
         }
+        VmCommand::Shutdown(args) => shutdown(session, args).await,
+        VmCommand::AttachDisk { vm, disk, wait } => super::disks::attach(session, vm, disk, wait).await,
+        VmCommand::DetachDisk { vm, volume, wait } => super::disks::detach(session, vm, volume, wait).await,
         VmCommand::Delete(args) => {
             let vm = session.client.delete_vm(&args.vm).await?;
             settle(session, args, vm, Goal::Gone).await
         }
         VmCommand::Console(args) => super::console::run(session, args).await,
         VmCommand::Upgrade(args) => super::upgrade::run(session, args).await,
+    }
+}
+
+/// The guest is asked, and stopped by force only where that is asked for.
+async fn shutdown(session: &Session, args: &ShutdownArgs) -> Result<()> {
+    let (name, vm) = (&args.act.vm, session.client.shutdown_vm(&args.act.vm).await?);
+    let Some(force_after) = args.force_after else {
+        return settle(session, &args.act, vm, Goal::Stopped).await;
+    };
+    match wait(session, name, force_after, Goal::Stopped).await {
+        Err(failure) if failure.exit == Exit::TimedOut => {
+            let vm = session.client.stop_vm(name).await?;
+            settle(session, &args.act, vm, Goal::Stopped).await
+        }
+        Err(failure) => Err(failure),
+        Ok(_) => settle(session, &args.act, vm, Goal::Stopped).await,
     }
 }
 
@@ -69,6 +88,7 @@ async fn create(session: &Session, args: &CreateArgs) -> Result<()> {
         host: args.host.clone().unwrap_or_default(),
         disks: args.disks.clone(),
         nics: args.nics.clone(),
+        devices_revision: 0,
     };
     let mut vm = session.client.create_vm(spec, args.start).await?;
     if args.wait {
@@ -191,8 +211,13 @@ async fn poll(session: &Session, name: &str, timeout: Duration, goal: Goal) -> R
 
 fn late(name: &str, timeout: Duration, goal: Goal, vm: &v1::Vm) -> Failure {
     let reason = vm.reason.as_ref().filter(|reason| !reason.message.is_empty());
+    let heeds = vm.devices.as_ref().is_none_or(|devices| devices.heeds_button);
+    let deaf = (vm.shutdown > 0 && !heeds).then(|| {
+        ": the guest does not heed its power button; --force-after LENGTH or `ctl vm stop` end it".to_owned()
+    });
     let why = reason
         .map(|reason| format!(": {} [{}]", reason.message, reason.code))
+        .or(deaf)
         .unwrap_or_default();
     Failure::timed_out(format!(
         "{name} is {} after {} s, not {}{why}",

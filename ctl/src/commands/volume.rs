@@ -1,4 +1,4 @@
-//! `ctl volume create|list|delete`.
+//! `ctl volume create|resize|list|delete`.
 
 use drover_proto::v1;
 
@@ -19,6 +19,12 @@ pub async fn run(session: &Session, command: &VolumeCommand) -> Result<()> {
             };
             let view = VolumeView::from(session.client.create_volume(volume).await?);
             let sentence = format!("{} is created: {} in pool {}", view.name, view.size(), view.pool);
+            session.out.done(&view, &sentence)
+        }
+        VolumeCommand::Resize { volume, size } => {
+            let bytes = size.saturating_mul(1 << 20);
+            let view = VolumeView::from(session.client.resize_volume(volume, bytes).await?);
+            let sentence = format!("{} has {} now", view.name, view.size());
             session.out.done(&view, &sentence)
         }
         VolumeCommand::List => {

@@ -32,6 +32,7 @@ impl From<v1::Volume> for VolumeView {
             created_ms,
             used,
             vms,
+            initial_bytes: _,
         } = volume;
         Self {
             name,

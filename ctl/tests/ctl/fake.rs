@@ -426,6 +426,36 @@ impl Controller for Service {
         Ok(Response::new(v1::ListVolumesResponse { volumes }))
     }
 
+    async fn shutdown_vm(&self, request: Request<v1::ShutdownVmRequest>) -> Answer<v1::Vm> {
+        let name = request.into_inner().name;
+        Err(Fault::new(Code::VmNotFound, format!("no VM is named \"{name}\""))
+            .field("name")
+            .into())
+    }
+
+    async fn attach_disk(&self, request: Request<v1::AttachDiskToVmRequest>) -> Answer<v1::Vm> {
+        let vm = request.into_inner().vm;
+        Err(Fault::new(Code::VmNotFound, format!("no VM is named \"{vm}\""))
+            .field("vm")
+            .into())
+    }
+
+    async fn detach_disk(&self, request: Request<v1::DetachDiskFromVmRequest>) -> Answer<v1::Vm> {
+        let vm = request.into_inner().vm;
+        Err(Fault::new(Code::VmNotFound, format!("no VM is named \"{vm}\""))
+            .field("vm")
+            .into())
+    }
+
+    async fn resize_volume(&self, request: Request<v1::ResizeVolumeRequest>) -> Answer<v1::Volume> {
+        let name = request.into_inner().name;
+        Err(
+            Fault::new(Code::VolumeNotFound, format!("no volume is named \"{name}\""))
+                .field("name")
+                .into(),
+        )
+    }
+
     async fn delete_volume(&self, request: Request<v1::DeleteVolumeRequest>) -> Answer<v1::Volume> {
         let request = request.into_inner();
         let mut state = self.enter("delete_volume", &request.request_id)?;

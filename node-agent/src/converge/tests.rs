@@ -31,6 +31,7 @@ fn wanted(role: VmRole, epoch: u64, migration: Option<Migration>) -> VmDesired {
         arrived_by: String::new(),
         volumes: Vec::new(),
         networks: Vec::new(),
+        shutdown: 0,
     }
 }
 
@@ -69,6 +70,7 @@ fn seen(key: Key, life: Life) -> Seen {
         switch_taken: None,
         commit_taken: false,
         end_reported: false,
+        attaching: Attaching::default(),
     }
 }
 
@@ -77,6 +79,7 @@ fn alive(state: VmmState) -> Life {
         state,
         reason: None,
         outgoing: None,
+        devices: None,
     })
 }
 
@@ -85,6 +88,7 @@ fn handed_over(id: &str) -> Life {
         state: VmmState::HandedOver,
         reason: None,
         outgoing: Some(id.into()),
+        devices: None,
     })
 }
 
@@ -364,6 +368,7 @@ fn a_source_connects_in_pre_copy_once() {
         state: VmmState::Running,
         reason: None,
         outgoing: Some("m1".into()),
+        devices: None,
     });
     assert_eq!(
         converge(
@@ -416,6 +421,7 @@ fn a_paused_source_waits_until_the_log_decides() {
             state: VmmState::Running,
             reason: None,
             outgoing: outgoing.map(str::to_owned),
+            devices: None,
         });
         observed(vec![Seen {
             outgoing_taken: Some("m1".into()),
@@ -713,6 +719,7 @@ fn life() -> impl Strategy<Value = Life> {
             state,
             reason: None,
             outgoing,
+            devices: None,
         })
     });
     prop_oneof![4 => alive, 1 => Just(Life::Starting), 1 => Just(Life::Silent), 1 => Just(gone())]
@@ -739,8 +746,7 @@ prop_compose! {
             key, life, commit_refused, end_reported,
             outgoing_taken: ids[0].map(|_| "m1".into()),
             switch_taken: None,
-            commit_taken: ids[1] == Some(true),
-        }
+            commit_taken: ids[1] == Some(true), attaching: Attaching::default(), }
     }
 }
 
@@ -767,8 +773,7 @@ prop_compose! {
     ) -> HostDesired {
         let vms = vms.into_iter().map(|(vm, epoch, run, migration, by)| VmDesired {
             vm, epoch, spec: None, role: if run { VmRole::Run } else { VmRole::Incoming }.into(), migration,
-            arrived_by: if run { by } else { String::new() }, volumes: Vec::new(), networks: Vec::new(),
-        }).collect();
+            arrived_by: if run { by } else { String::new() }, volumes: Vec::new(), networks: Vec::new(), shutdown: 0, }).collect();
         let stopping = stopping.into_iter().map(|(vm, epoch)| VmRef { vm, epoch }).collect();
         HostDesired { revision: 1, vms, stopping, ..HostDesired::default() }
     }
@@ -922,6 +927,7 @@ fn a_source_that_serves_is_told_the_commit_and_left_alone_until_it_is_not_needed
             state,
             reason: None,
             outgoing: Some("m3".into()),
+            devices: None,
         })
     };
     let serve = Action::Serve {

@@ -2,7 +2,7 @@
 //!
 //! The file is made by the agent that first starts a VM with it, thin and whole: written beside its place, then linked into it.
 //! A link, not a rename: it fails where something is, so that no agent, however late, puts an empty file over another's. What is
-//! there is never truncated, grown or replaced; if it has another size than the volume, no VM gets it. Once a VM that has the
+//! there is never truncated or replaced, and grown only with its volume; if it has another size then, no VM gets it. Once a VM that has the
 //! volume was seen running, nobody makes its file any more: a host that does not find it lacks the storage, and an empty disk
 //! would look to the guest as if all was lost.
 //!
@@ -51,6 +51,13 @@ pub fn ensure(pool: &Path, volume: &Volume, host: &str, maker: &Key) -> Result<P
         make(pool, volume, &path, &staged).map_err(failed)?;
         found = look(&path).map_err(failed)?;
     }
+    if let Some(Found::File(bytes)) = found
+        && (volume.initial_bytes..volume.size_bytes).contains(&bytes)
+        && volume.initial_bytes > 0
+    {
+        grow(&path, volume.size_bytes).map_err(failed)?;
+        found = look(&path).map_err(failed)?;
+    }
     match found {
         Some(Found::File(bytes)) if bytes == volume.size_bytes => Ok(path.clone()),
         Some(Found::File(bytes)) => Err(unusable(format!(
@@ -60,6 +67,17 @@ pub fn ensure(pool: &Path, volume: &Volume, host: &str, maker: &Key) -> Result<P
         Some(Found::Other) => Err(unusable("it is no regular file".to_owned())),
         None => Err(unusable("it was removed as soon as it was made".to_owned())),
     }
+}
+
+/// Makes the file that long, never shorter: by allocating its last block, which leaves what is there alone however long the file has
+/// become meanwhile.
+fn grow(path: &Path, bytes: u64) -> io::Result<()> {
+    const BLOCK: u64 = 4096;
+    let file = OpenOptions::new().write(true).open(path)?;
+    let signed = |value: u64| i64::try_from(value).map_err(io::Error::other);
+    let (at, len) = (signed(bytes.saturating_sub(BLOCK))?, signed(BLOCK.min(bytes))?);
+    nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), at, len)?;
+    file.sync_all()
 }
 
 enum Found {

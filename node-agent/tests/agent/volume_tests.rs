@@ -25,6 +25,7 @@ fn with_disks(volumes: Vec<Volume>) -> HostDesired {
         volume: volume.name.clone(),
         read_only: volume.name == "base",
         serial: if volume.name == "base" { "S-1" } else { "" }.into(),
+        ..VmDisk::default()
     };
     let vm = &mut desired.vms[0];
     vm.spec.as_mut().unwrap().disks = volumes.iter().map(disk).collect();

@@ -222,6 +222,7 @@ impl Tx<'_> {
             arrived_by: commit.migration.clone(),
         });
         vm.vmm = commit.vmm.as_ref().map(validate::vmm_build);
+        vm.devices = None;
         self.set_vm_state(&name, VmState::Running, None);
         let lost = if from == to { "the old VMM" } else { from.as_str() };
         let message = format!(

@@ -1,9 +1,10 @@
 //! The one function that changes the state.
 //!
 //! Every command is checked in full before it changes anything: a refusal leaves the state as it was, but for the
-//! record of the answer when the request carried an id. Handlers stand by subject: `hosts`, `vms`, `volumes`, `networks`,
-//! `migrations`.
+//! record of the answer when the request carried an id. Handlers stand by subject: `hosts`, `vms`, `devices`, `volumes`,
+//! `networks`, `migrations`.
 
+mod devices;
 mod hosts;
 mod migrations;
 mod networks;
@@ -173,6 +174,10 @@ impl Tx<'_> {
             Some(Kind::DeleteVolume(delete)) => self.delete_volume(&delete.name),
             Some(Kind::CreateNetwork(create)) => self.create_network(create),
             Some(Kind::DeleteNetwork(delete)) => self.delete_network(&delete.name),
+            Some(Kind::ResizeVolume(resize)) => self.resize_volume(resize),
+            Some(Kind::AttachDisk(attach)) => self.attach_disk(attach),
+            Some(Kind::DetachDisk(detach)) => self.detach_disk(detach),
+            Some(Kind::ShutdownVm(shutdown)) => self.shutdown_vm(&shutdown.name),
             // An entry of a newer build: every build of this version refuses it alike.
             None => Err(Fault::new(
                 Code::Internal,

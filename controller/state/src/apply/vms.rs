@@ -86,6 +86,8 @@ impl Tx<'_> {
         let vm = self.vm_mut(name);
         vm.wanted_running = true;
         vm.restarts = 0;
+        // Whether the guest has begun to shut down nobody knows; if it has, it is started again.
+        vm.shutdown = 0;
         // One that is still being stopped is placed again when it is gone.
         if matches!(state, VmState::Stopped | VmState::Failed) {
             self.set_vm_state(name, VmState::Pending, None);
@@ -172,6 +174,7 @@ impl Tx<'_> {
             arrived_by: String::new(),
         });
         vm.vmm = None;
+        self.forget_devices(&place.vm);
         self.set_vm_state(&place.vm, VmState::Starting, None);
         self.vm_event(
             "vm.placed",
@@ -251,6 +254,9 @@ impl Tx<'_> {
                 if let Some(build) = &report.vmm {
                     self.vm_mut(name).vmm = Some(validate::vmm_build(build));
                 }
+                if let Some(devices) = &report.devices {
+                    self.note_devices(name, devices);
+                }
                 self.seen(name, reported, report.reason.as_ref());
             }
         }
@@ -289,6 +295,7 @@ impl Tx<'_> {
             reason(Code::SourceFailed, format!("{name} failed: {}", why.message)),
         );
         self.finish_committed(name, why.clone());
+        self.nothing_has_it(name);
         let message = format!("{name} failed: {} [{}]", why.message, why.code);
         self.set_vm_state(name, VmState::Failed, Some(why));
         self.vm_event("vm.failed", name, message);
@@ -299,6 +306,7 @@ impl Tx<'_> {
         let stopped = reason(Code::VmStopped, format!("{name} was stopped"));
         self.abort_uncommitted(name, stopped.clone());
         self.finish_committed(name, stopped);
+        self.nothing_has_it(name);
         let vm = self.vm_mut(name);
         if vm.deleting {
             let epoch = epoch_of(vm);
@@ -314,6 +322,13 @@ impl Tx<'_> {
         };
         self.set_vm_state(name, next, None);
         self.vm_event("vm.stopped", name, format!("{name} is stopped: {why}"));
+    }
+
+    /// The run has ended, and with it what was asked of it.
+    fn nothing_has_it(&mut self, name: &str) {
+        self.drop_detached(name, |_| true);
+        self.forget_devices(name);
+        self.vm_mut(name).shutdown = 0;
     }
 
     /// Remembers a deleted VM's last epoch, so that a VM of the same name never runs at one that was used.

@@ -1,6 +1,6 @@
 //! Volumes: made known, noted as used, forgotten. Their files are the agents' (docs/node-agent.md).
 
-use drover_proto::v1::{CommandResponse, CreateVolume, Volume};
+use drover_proto::v1::{CommandResponse, CreateVolume, ResizeVolume, Vm, Volume};
 use drover_proto::{Code, Fault};
 
 use super::{Applied, Tx};
@@ -57,10 +57,44 @@ impl Tx<'_> {
         Ok(answer(volume))
     }
 
+    pub(super) fn resize_volume(&mut self, resize: &ResizeVolume) -> Applied {
+        let name = &resize.name;
+        let Some(volume) = self.state.volume(name) else {
+            let message = format!("name is {}; no volume has this name", quoted(name));
+            return Err(Fault::new(Code::VolumeNotFound, message).field("name"));
+        };
+        let (has, bytes) = (volume.size_bytes, resize.size_bytes);
+        validate::volume_bytes("size_bytes", bytes)?;
+        if bytes < has {
+            let message = format!("size_bytes is {bytes}, volume {name} has {has}; a volume only grows");
+            return Err(Fault::new(Code::InvalidArgument, message).field("size_bytes"));
+        }
+        let has_it = |vm: &&Vm| spec_of(vm).disks.iter().any(|disk| disk.volume == *name);
+        let moved = |vm: &&Vm| !vm.migration.is_empty();
+        if let Some(vm) = self.state.vms().filter(has_it).find(moved) {
+            let (vm, migration) = (&spec_of(vm).name, &vm.migration);
+            let message =
+                format!("name is {name}, which VM {vm} has, and {migration} moves that; grow it after");
+            return Err(Fault::new(Code::MigrationActive, message).field("name"));
+        }
+        let mut grown = volume.clone();
+        if bytes > has {
+            grown.size_bytes = bytes;
+            if grown.initial_bytes == 0 {
+                grown.initial_bytes = has;
+            }
+            self.state.volumes.insert(name.clone(), grown.clone());
+            let message = format!("{name} has {bytes} bytes now, asked for by {}", self.caller);
+            self.event("volume.resized", format!("volume/{name}"), message);
+        }
+        Ok(answer(grown))
+    }
+
     /// The VM was seen running: from now on a host that does not find a file of its volumes lacks the storage, and makes none.
     pub(super) fn note_used(&mut self, vm: &str) {
         let Some(vm) = self.state.vms.get(vm) else { return };
-        for disk in &spec_of(vm).disks {
+        // Of one that was attached later its own report says so: this one may be of a VMM that has yet to get it.
+        for disk in spec_of(vm).disks.iter().filter(|disk| disk.attach_revision == 0) {
             if let Some(volume) = self.state.volumes.get_mut(&disk.volume) {
                 volume.used = true;
             }

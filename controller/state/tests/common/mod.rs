@@ -282,6 +282,7 @@ pub fn report(host: &str, vm: &str, epoch: u64, state: VmState) -> Kind {
         state: state.into(),
         reason,
         vmm: Some(vmm_build()),
+        devices: None,
     })
 }
 
