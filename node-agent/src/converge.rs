@@ -171,6 +171,8 @@ pub enum Action {
     Detach {
         /// The VMM.
         key: Key,
+        /// The disk's volume.
+        volume: String,
         /// Which.
         request: DetachDiskRequest,
     },

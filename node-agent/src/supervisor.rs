@@ -559,10 +559,11 @@ async fn carry_out(
             let grown = vmm::resize(context, link, slot, volume, path).await;
             tried(key, name, grown)
         }
-        (Action::Detach { key, request }, Some(link)) => {
-            tracing::info!(vmm = %key, slot = request.slot, "the guest is to give it up");
+        (Action::Detach { key, volume, request }, Some(link)) => {
+            tracing::info!(vmm = %key, slot = request.slot, volume, "the guest is to give it up");
             bounded(link.client.clone().detach_disk(request)).await?;
-            Ok(Effect::Nothing)
+            // Why it could not be attached once says nothing of the next time.
+            Ok(Effect::Attached(key, volume, None))
         }
         (Action::Press { key, request }, Some(link)) => {
             tracing::info!(vmm = %key, request, "the power button");

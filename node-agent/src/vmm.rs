@@ -221,6 +221,7 @@ async fn start(context: &Arc<Context>, link: &Arc<Link>, desired: &VmDesired) ->
     let failed = |what: &str, error: &dyn std::fmt::Display| {
         Fault::new(Code::VmmStartFailed, format!("{what}: {error}"))
     };
+    tell_nic_slots(&mut config, desired);
     let begun = tokio::task::spawn_blocking({
         let (context, link) = (context.clone(), link.clone());
         move || {
@@ -370,6 +371,17 @@ async fn disks(
         disks.push(told);
     }
     Ok(disks.into())
+}
+
+/// Puts the NICs, in the specification's order, into the slots that were written down, if they were.
+fn tell_nic_slots(config: &mut serde_json::Value, desired: &VmDesired) {
+    let nics = config.get_mut("nics").and_then(serde_json::Value::as_array_mut);
+    let wanted = desired.spec.iter().flat_map(|spec| &spec.nics);
+    for (nic, wanted) in nics.into_iter().flatten().zip(wanted) {
+        if wanted.slot > 0 {
+            nic["slot"] = wanted.slot.into();
+        }
+    }
 }
 
 /// The disk's file on this host, made or grown first where it is to be.
@@ -809,5 +821,41 @@ async fn report_progress(context: &Context, link: &Link) {
             _ = other_phase => {}
             () = tokio::time::sleep_until(sent + PROGRESS_PERIOD) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use drover_proto::v1::VmNic;
+
+    use super::*;
+
+    #[test]
+    fn nics_stay_in_the_slots_that_were_written_down() {
+        let nic = |slot| VmNic {
+            slot,
+            ..VmNic::default()
+        };
+        let desired = |slots: [u32; 2]| VmDesired {
+            spec: Some(VmSpec {
+                nics: slots.map(nic).to_vec(),
+                ..VmSpec::default()
+            }),
+            ..VmDesired::default()
+        };
+        for (slots, want) in [
+            ([0, 0], serde_json::json!([{"tap": "a"}, {"tap": "b"}])),
+            (
+                [3, 2],
+                serde_json::json!([{"tap": "a", "slot": 3}, {"tap": "b", "slot": 2}]),
+            ),
+        ] {
+            let mut config = serde_json::json!({"nics": [{"tap": "a"}, {"tap": "b"}]});
+            tell_nic_slots(&mut config, &desired(slots));
+            assert_eq!(config["nics"], want);
+        }
+        let mut without = serde_json::json!({});
+        tell_nic_slots(&mut without, &desired([3, 2]));
+        assert_eq!(without, serde_json::json!({}), "an older VMM refuses the word");
     }
 }

@@ -77,7 +77,7 @@ pub struct Config {
     /// Its disks. Those without a slot are in the order of their slots.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
-    /// Its NICs, in the order of their slots, which are after the disks'.
+    /// Its NICs. Those without a slot are in the order of their slots, which are counted after the disks'.
     #[serde(default)]
     pub nics: Vec<NicConfig>,
 }
@@ -93,6 +93,9 @@ pub struct NicConfig {
     /// Most bytes of a packet, 68..=65535.
     #[serde(default = "ethernet_mtu")]
     pub mtu: u16,
+    /// The slot that it is in, as of a disk.
+    #[serde(default)]
+    pub slot: Option<usize>,
 }
 
 fn ethernet_mtu() -> u16 {
@@ -130,12 +133,6 @@ impl DiskConfig {
                 "the serial number {:?} of a disk, must be at most {SERIAL_BYTES} printable ASCII characters without blanks",
                 self.serial
             );
-            return Err(invalid("disks", message));
-        }
-        if let Some(slot) = self.slot
-            && !(1..SLOTS).contains(&slot)
-        {
-            let message = format!("slot {slot} of a disk, must be 1..={}", SLOTS - 1);
             return Err(invalid("disks", message));
         }
         Ok(())
@@ -227,7 +224,7 @@ impl Config {
         let disk = |disk: &DiskConfig| Ok((disk.slot, Gear::Disk(disk.open()?)));
         let nic = |nic: &NicConfig| {
             let (tap, mac, mtu) = (Tap::find(&nic.tap, early)?, nic.address()?, nic.mtu);
-            Ok((None, Gear::Nic(Nic { tap, mac, mtu })))
+            Ok((nic.slot, Gear::Nic(Nic { tap, mac, mtu })))
         };
         let (disks, nics) = (self.disks.iter().map(disk), self.nics.iter().map(nic));
         rng.into_iter().chain(disks).chain(nics).collect()
@@ -269,11 +266,21 @@ impl Config {
             let message = format!("{} disks are too many, at most {DISKS_MAX} are", self.disks.len());
             return Err(invalid("disks", message));
         }
+        self.disks.iter().try_for_each(DiskConfig::check)
+    }
+
+    fn check_slots(&self) -> Result<(), Fault> {
+        let disks = self.disks.iter().map(|disk| ("disks", disk.slot));
+        let nics = self.nics.iter().map(|nic| ("nics", nic.slot));
         let mut told = BTreeSet::new();
-        for disk in &self.disks {
-            disk.check()?;
-            if disk.slot.is_some_and(|slot| !told.insert(slot)) {
-                return Err(invalid("disks", format!("two disks in slot {:?}", disk.slot)));
+        for (field, slot) in disks.chain(nics) {
+            let Some(slot) = slot else { continue };
+            if !(1..SLOTS).contains(&slot) {
+                let message = format!("slot {slot}, must be 1..={}", SLOTS - 1);
+                return Err(invalid(field, message));
+            }
+            if !told.insert(slot) {
+                return Err(invalid(field, format!("slot {slot} is told to two devices")));
             }
         }
         Ok(())
@@ -310,7 +317,8 @@ impl Config {
             return Err(invalid("cmdline", message));
         }
         self.check_disks()?;
-        self.check_nics()
+        self.check_nics()?;
+        self.check_slots()
     }
 }
 
@@ -431,6 +439,8 @@ mod tests {
             serde_json::json!([nic("tap0", "53:54:00:12:34:56", 1500)]),
             serde_json::json!([nic("tap0", "00:00:00:00:00:00", 1500)]),
             serde_json::json!([nic("tap0", good, 67)]),
+            serde_json::json!([{"tap": "tap0", "mac": good, "slot": 32}]),
+            serde_json::json!([{"tap": "tap0", "mac": good, "slot": 1}, {"tap": "tap1", "mac": "52:54:00:12:34:57", "slot": 1}]),
             serde_json::json!([nic("tap0", good, 1500), nic("tap0", "52:54:00:12:34:57", 1500)]),
             serde_json::json!([nic("tap0", good, 1500), nic("tap1", good, 1500)]),
         ] {

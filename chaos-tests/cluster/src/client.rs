@@ -11,12 +11,12 @@ use anyhow::{Context, Result};
 use drover_pki::{Credentials, controller_dns};
 use drover_proto::v1::controller_client::ControllerClient;
 use drover_proto::v1::{
-    CancelMigrationRequest, Cluster as ClusterInfo, CreateVmRequest, CreateVolumeRequest, DeleteVmRequest,
-    DeleteVolumeRequest, GetClusterRequest, GetMigrationRequest, GetVmRequest, Host, ListEventsRequest,
-    ListHostsRequest, ListMigrationsRequest, ListVolumesRequest, MigrateVmRequest, Migration,
-    MigrationForecast, MigrationOptions, MigrationPhase, PostcopyMigrationRequest, ReadConsoleRequest,
-    ReadConsoleResponse, StartVmRequest, StopVmRequest, Vm, VmSpec, VmState, Volume, WatchMigrationRequest,
-    WriteConsoleRequest,
+    AttachDiskToVmRequest, CancelMigrationRequest, Cluster as ClusterInfo, CreateVmRequest,
+    CreateVolumeRequest, DeleteVmRequest, DeleteVolumeRequest, DetachDiskFromVmRequest, GetClusterRequest,
+    GetMigrationRequest, GetVmRequest, Host, ListEventsRequest, ListHostsRequest, ListMigrationsRequest,
+    ListVolumesRequest, MigrateVmRequest, Migration, MigrationForecast, MigrationOptions, MigrationPhase,
+    PostcopyMigrationRequest, ReadConsoleRequest, ReadConsoleResponse, StartVmRequest, StopVmRequest, Vm,
+    VmDisk, VmSpec, VmState, Volume, WatchMigrationRequest, WriteConsoleRequest,
 };
 use drover_proto::{Code, Fault};
 use tokio::runtime::Runtime;
@@ -166,6 +166,36 @@ impl Client {
         self.call(|mut client| {
             let request = request.clone();
             async move { client.create_volume(request).await }
+        })
+    }
+
+    /// Gives a VM a volume that it can write to.
+    pub fn attach_disk(&self, vm: &str, volume: &str) -> Result<Vm, Fault> {
+        let disk = VmDisk {
+            volume: volume.to_owned(),
+            ..VmDisk::default()
+        };
+        let request = AttachDiskToVmRequest {
+            request_id: request_id(),
+            vm: vm.to_owned(),
+            disk: Some(disk),
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.attach_disk(request).await }
+        })
+    }
+
+    /// Wants a VM to give a volume up.
+    pub fn detach_disk(&self, vm: &str, volume: &str) -> Result<Vm, Fault> {
+        let request = DetachDiskFromVmRequest {
+            request_id: request_id(),
+            vm: vm.to_owned(),
+            volume: volume.to_owned(),
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.detach_disk(request).await }
         })
     }
 

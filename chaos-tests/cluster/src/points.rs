@@ -54,6 +54,9 @@ pub const CONTROLLER: [&str; 5] = [
 /// The leader's point before an abort, which a migration meets only when it is aborted.
 pub const CONTROLLER_ABORT: &str = "controller.before_abort";
 
+/// The agent's point between a VMM's answer that it has a disk and the report of it, which no migration meets.
+pub const AFTER_ATTACH: &str = "agent.after_attach";
+
 /// The source's last point before it pauses: its guest writes on while it waits there.
 pub const BEFORE_PAUSE: &str = "source.before_pause";
 

@@ -81,9 +81,10 @@ fn report(seen: &Seen, has: &VmmDevices, wanted: &[VmDisk]) -> VmDevices {
     }
 }
 
-fn detach(seen: &Seen, revision: u64, device: &VmmDevice) -> Action {
+fn detach(seen: &Seen, revision: u64, volume: &str, device: &VmmDevice) -> Action {
     Action::Detach {
         key: seen.key.clone(),
+        volume: volume.to_owned(),
         request: DetachDiskRequest {
             revision,
             slot: device.slot,
@@ -126,9 +127,15 @@ pub fn next(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired)
     };
     let strangers = has.devices.iter().filter(|device| device.kind == "disk");
     if let Some(stranger) = strangers.filter(stays).find(|device| !is_wanted(device)) {
-        return Some(detach(seen, revision, stranger));
+        return Some(detach(seen, revision, volume_of(stranger), stranger));
     }
-    disks.iter().find_map(|disk| {
+    // What failed waits for the others, so that it holds up none of them.
+    let mut turns: Vec<&VmDisk> = disks.iter().collect();
+    turns.sort_by_key(|disk| {
+        let failed = seen.attaching.failed.contains_key(&disk.volume);
+        (disk.detach_revision == 0, failed)
+    });
+    turns.into_iter().find_map(|disk| {
         let volume = wanted.volumes.iter().find(|volume| volume.name == disk.volume)?;
         match in_slot(disk.slot) {
             here if disk.detach_revision > 0 => {
@@ -139,7 +146,8 @@ pub fn next(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired)
                     ..VmmDevice::default()
                 };
                 // Also where nothing is there: what was sent to attach it must not come after this.
-                (!told || attached.is_some()).then(|| detach(seen, revision, here.unwrap_or(&nobody)))
+                (!told || attached.is_some())
+                    .then(|| detach(seen, revision, &disk.volume, here.unwrap_or(&nobody)))
             }
             None => Some(Action::Attach {
                 key: key.clone(),
@@ -194,6 +202,17 @@ mod tests {
         has: VmmDevices,
         change: impl Fn(&mut VmDesired),
     ) -> Option<Action> {
+        step_after(&[], disks, revision, has, change)
+    }
+
+    /// As `step`, where these volumes could not be attached before.
+    fn step_after(
+        failed: &[&str],
+        disks: &[VmDisk],
+        revision: u64,
+        has: VmmDevices,
+        change: impl Fn(&mut VmDesired),
+    ) -> Option<Action> {
         let volume = |disk: &VmDisk| Volume {
             name: disk.volume.clone(),
             size_bytes: MIB,
@@ -225,7 +244,13 @@ mod tests {
             switch_taken: None,
             commit_taken: false,
             end_reported: false,
-            attaching: Attaching::default(),
+            attaching: Attaching {
+                failed: failed
+                    .iter()
+                    .map(|volume| ((*volume).to_owned(), Reason::default()))
+                    .collect(),
+                reported: None,
+            },
         };
         let observed = Observed {
             host: "host1".into(),
@@ -248,6 +273,22 @@ mod tests {
     }
 
     fn untouched(_: &mut VmDesired) {}
+
+    #[test]
+    fn what_could_not_be_attached_holds_up_no_other() {
+        let mut disks = [disk("a", 1), disk("b", 2), disk("c", 3)];
+        let next =
+            |disks: &[VmDisk], failed: &[&str]| match step_after(failed, disks, 9, has(8, &[]), untouched) {
+                Some(Action::Attach { disk, .. }) => format!("attach {}", disk.volume),
+                Some(Action::Detach { volume, .. }) => format!("detach {volume}"),
+                other => format!("{other:?}"),
+            };
+        assert_eq!(next(&disks, &[]), "attach a");
+        assert_eq!(next(&disks, &["a"]), "attach b");
+        assert_eq!(next(&disks, &["a", "b", "c"]), "attach a");
+        disks[1].detach_revision = 9;
+        assert_eq!(next(&disks, &["a", "b"]), "detach b");
+    }
 
     #[test]
     fn what_is_missing_is_attached_and_what_is_there_is_left_alone() {

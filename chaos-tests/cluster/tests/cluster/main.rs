@@ -8,6 +8,7 @@ mod cancel;
 mod dry_run;
 mod follow;
 mod harness;
+mod hotplug;
 mod kills;
 mod lifecycle;
 mod links;
