@@ -20,6 +20,7 @@ use crate::controllers::Controllers;
 use crate::host::store::{Store, StoreError};
 use crate::key::Key;
 use crate::loops::{self, Grants};
+use crate::network::Networks;
 use crate::supervisor::Supervisor;
 use crate::vmm::Link;
 use crate::{DEVICE_MODEL, inventory};
@@ -39,6 +40,8 @@ pub struct Context {
     pub links: Mutex<BTreeMap<Key, Arc<Link>>>,
     /// The cluster's settings, once registered.
     pub settings: watch::Sender<Option<Settings>>,
+    /// What VMs' NICs hang on.
+    pub networks: Networks,
     /// The newest answered heartbeat.
     pub grants: watch::Sender<Grants>,
     /// Asks for a heartbeat out of turn.
@@ -124,6 +127,7 @@ impl Agent {
             store: Mutex::new(store),
             links: Mutex::default(),
             settings: watch::Sender::new(None),
+            networks: Networks::new(&config).await,
             grants: watch::Sender::default(),
             heartbeat_now: Notify::new(),
             register_again: Notify::new(),
@@ -139,8 +143,10 @@ impl Agent {
         let mut tasks = JoinSet::new();
         tasks.spawn(loops::heartbeat(context.clone()));
         tasks.spawn(loops::register(context.clone(), spec));
-        tasks.spawn(loops::watch_desired(context, events));
+        tasks.spawn(loops::watch_desired(context.clone(), events));
         tasks.spawn(supervisor.run());
+        // Only now: the supervisor has taken over the VMMs that live, whose devices stay.
+        tasks.spawn(async move { context.networks.keep().await });
         tasks.spawn(async move {
             if let Err(error) = server.await {
                 tracing::error!("the Agent service ended: {error}");
@@ -183,6 +189,7 @@ fn host_spec(config: &Config, addr: SocketAddr) -> Result<HostSpec, AgentError> 
         boot_id: inventory::boot_id().map_err(AgentError::Measure)?,
         post_copy: String::new(),
         pools: config.pools.keys().cloned().collect(),
+        // Filled in before each registration.
         networks: Vec::new(),
         vxlan: String::new(),
         networking: String::new(),

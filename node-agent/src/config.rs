@@ -8,6 +8,7 @@ use drover_pki::TlsFiles;
 use serde::Deserialize;
 
 use crate::key::is_name;
+use crate::network::config::NetworksConfig;
 
 /// Most controllers that are tried in turn.
 const CONTROLLERS_MAX: usize = 16;
@@ -55,6 +56,9 @@ pub struct Config {
     /// Where volumes are: by pool, a folder on storage that all hosts with this pool share.
     #[serde(default)]
     pub pools: BTreeMap<String, PathBuf>,
+    /// Which networks are offered to VMs' NICs.
+    #[serde(default)]
+    pub networks: NetworksConfig,
 }
 
 /// What a setting is by default that is to be switched off.
@@ -178,7 +182,7 @@ impl Config {
             let problem = format!("{name:?} is no name; want 1 to 63 characters of a-z, 0-9 and -");
             return Err(("pools", problem));
         }
-        Ok(())
+        self.networks.check().map_err(|problem| ("networks", problem))
     }
 }
 
@@ -234,6 +238,31 @@ mod tests {
             ("memory_mib", serde_json::json!(0), "memory_mib: 0"),
             ("cpus", serde_json::json!(0), "cpus: 0"),
             ("pools", serde_json::json!({"../x": "/x"}), "pools: \"../x\""),
+            (
+                "networks",
+                serde_json::json!({"bridges": {"Lan": {}}}),
+                "networks: \"Lan\"",
+            ),
+            (
+                "networks",
+                serde_json::json!({"bridges": {"lan": {"bridge": "br0", "uplink": "eth1"}}}),
+                "not both",
+            ),
+            (
+                "networks",
+                serde_json::json!({"bridges": {"a": {"uplink": "eth1"}, "b": {"uplink": "eth1"}}}),
+                "uplink eth1 stands twice",
+            ),
+            (
+                "networks",
+                serde_json::json!({"bridges": {"lan": {"bridge": "a/b"}}}),
+                "no interface",
+            ),
+            (
+                "networks",
+                serde_json::json!({"vxlan": {"address": "0.0.0.0"}}),
+                "vxlan.address: 0.0.0.0",
+            ),
             ("listen", serde_json::json!("nowhere"), "invalid socket address"),
             ("colour", serde_json::json!("red"), "unknown field `colour`"),
         ];

@@ -25,6 +25,7 @@ pub mod host;
 pub mod inventory;
 pub mod key;
 pub mod loops;
+pub mod network;
 pub mod reports;
 pub mod supervisor;
 pub mod vmm;

@@ -211,7 +211,7 @@ async fn nudged(grants: &mut tokio::sync::watch::Receiver<Grants>, seen_revision
     }
 }
 
-/// Registers, and registers again when the images or the installed VMM change or the controllers do not know the host.
+/// Registers, and registers again when the images, the installed VMM or the offered networks change or the controllers do not know the host.
 pub async fn register(context: Arc<Context>, mut spec: HostSpec) {
     let mut images = Images::new(&context.config.images_dir);
     let mut installed = Installed::new(&context.config.vmm);
@@ -230,6 +230,10 @@ pub async fn register(context: Arc<Context>, mut spec: HostSpec) {
         spec.images = images.list();
         installed.look().await;
         spec.vmm = installed.build();
+        let offer = context.networks.offer();
+        spec.networks.clone_from(&offer.networks);
+        spec.vxlan = offer.vxlan.map_or_else(String::new, |ip| ip.to_string());
+        spec.networking.clone_from(&offer.networking);
         spec.post_copy = if context.config.post_copy {
             installed.post_copy().to_owned()
         } else {
@@ -254,7 +258,7 @@ pub async fn register(context: Arc<Context>, mut spec: HostSpec) {
                 () = sleep(IMAGES_PERIOD) => {
                     let changed;
                     (images, changed) = scan(images).await;
-                    if installed.look().await || changed.unwrap_or(false) {
+                    if installed.look().await || changed.unwrap_or(false) || context.networks.offer() != offer {
                         break;
                     }
                 }

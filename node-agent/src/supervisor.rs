@@ -152,6 +152,7 @@ impl Supervisor {
                     tracing::error!(vmm = %key, "its lock cannot be asked: {error}; taken for alive");
                 }
                 tracing::info!(vmm = %key, "found alive");
+                self.context.networks.know(&key, &link.folder);
                 self.know(link.clone(), false);
                 self.tend(link, None);
             }
@@ -224,6 +225,7 @@ impl Supervisor {
                     vms = desired.vms.len(),
                     "desired state"
                 );
+                self.context.networks.told(&desired.peers);
                 self.desired = Some((desired, received_ns));
                 self.told.clear();
             }

@@ -44,6 +44,8 @@ use crate::host::store::{note_granted, was_granted, write_private};
 use crate::host::volumes;
 use crate::key::Key;
 use crate::loops::deadline_ns;
+use crate::network::NICS_FILE;
+use crate::network::plan::Nic;
 use crate::pause_point;
 use crate::reports::{Report, Reported};
 use crate::supervisor::Event;
@@ -159,6 +161,7 @@ pub async fn tend(
             Ok(started) => child = Some(started),
             Err(fault) => {
                 tracing::error!(vmm = %link.key, "not started: {fault}");
+                context.networks.detach(&link.key);
                 return tell(News::Gone(fault.into(), None)).await;
             }
         }
@@ -177,6 +180,7 @@ pub async fn tend(
         _ = tend => unreachable!("the tending of a VMM ends only with it"),
     };
     tracing::info!(vmm = %link.key, "gone: {}", reason.message);
+    context.networks.detach(&link.key);
     tell(News::Gone(reason, lock)).await;
 }
 
@@ -217,6 +221,12 @@ async fn start(context: &Arc<Context>, link: &Arc<Link>, desired: &VmDesired) ->
     if let Some(spec) = desired.spec.as_ref().filter(|spec| !spec.disks.is_empty()) {
         config["disks"] = disks(context, &link.key, spec, &desired.volumes).await?;
     }
+    let nics = context.networks.attach(&link.key, desired).await?;
+    // Said only where there are any, as of disks.
+    if !nics.is_empty() {
+        let nic = |nic: &Nic| serde_json::json!({"tap": nic.tap, "mac": nic.mac_text(), "mtu": nic.mtu});
+        config["nics"] = nics.iter().map(nic).collect();
+    }
     let (context, link) = (context.clone(), link.clone());
     let failed = |what: &str, error: &dyn std::fmt::Display| {
         Fault::new(Code::VmmStartFailed, format!("{what}: {error}"))
@@ -235,6 +245,10 @@ async fn start(context: &Arc<Context>, link: &Arc<Link>, desired: &VmDesired) ->
             let folder = store
                 .begin(&link.key)
                 .map_err(|error| failed("no marker", &error))?;
+            if !nics.is_empty() {
+                let text = serde_json::to_vec(&nics).map_err(|error| failed(NICS_FILE, &error))?;
+                write_private(&folder.join(NICS_FILE), &text).map_err(|error| failed(NICS_FILE, &error))?;
+            }
             write_private(&folder.join("config.json"), config.to_string().as_bytes())
                 .map_err(|error| failed("config.json", &error))
         }

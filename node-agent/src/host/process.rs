@@ -5,7 +5,7 @@
 //! is asked by its lock; of its own child an agent knows by waiting for it. One that is to end and does not is killed: our child by
 //! its id, which is its own until we have waited for it; another by the id that the kernel gives for its socket, while its lock is
 //! held. What a VMM says of itself is not asked for that: one that hangs says nothing.
-#![allow(unsafe_code, reason = "pre_exec, for setsid in the child")]
+#![allow(unsafe_code, reason = "pre_exec, for setsid and prctl in the child")]
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -50,9 +50,15 @@ pub fn spawn(program: &Path, folder: &Path) -> io::Result<Child> {
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
-    // SAFETY: between fork and exec the closure makes one system call, which is async-signal-safe (signal-safety(7)).
+    // SAFETY: between fork and exec the closure makes two system calls, which are async-signal-safe (signal-safety(7)).
     unsafe {
-        command.pre_exec(|| nix::unistd::setsid().map(drop).map_err(io::Error::from));
+        command.pre_exec(|| {
+            // What the agent may do to the host's networks is not for its VMMs (PR_CAP_AMBIENT(2const)).
+            if libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            nix::unistd::setsid().map(drop).map_err(io::Error::from)
+        });
     }
     tokio::process::Command::from(command).spawn()
 }

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
+use drover_node_agent::network::config::NetworksConfig;
 use drover_node_agent::{Agent, AgentError, Config};
 use drover_pki::{ClusterCa, Credentials, Role};
 use drover_proto::v1::vmm_client::VmmClient;
@@ -63,6 +64,7 @@ impl World {
             cpus: Some(2),
             huge_pages: true,
             post_copy: true,
+            networks: NetworksConfig::default(),
             pools: [("default".to_owned(), dir.path().join("pool"))].into(),
         };
         Self {
