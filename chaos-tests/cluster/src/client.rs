@@ -11,12 +11,13 @@ use anyhow::{Context, Result};
 use drover_pki::{Credentials, controller_dns};
 use drover_proto::v1::controller_client::ControllerClient;
 use drover_proto::v1::{
-    AttachDiskToVmRequest, CancelMigrationRequest, Cluster as ClusterInfo, CreateVmRequest,
-    CreateVolumeRequest, DeleteVmRequest, DeleteVolumeRequest, DetachDiskFromVmRequest, GetClusterRequest,
-    GetMigrationRequest, GetVmRequest, Host, ListEventsRequest, ListHostsRequest, ListMigrationsRequest,
-    ListVolumesRequest, MigrateVmRequest, Migration, MigrationForecast, MigrationOptions, MigrationPhase,
-    PostcopyMigrationRequest, ReadConsoleRequest, ReadConsoleResponse, StartVmRequest, StopVmRequest, Vm,
-    VmDisk, VmSpec, VmState, Volume, WatchMigrationRequest, WriteConsoleRequest,
+    AttachDiskToVmRequest, CancelMigrationRequest, Cluster as ClusterInfo, CreateNetworkRequest,
+    CreateVmRequest, CreateVolumeRequest, DeleteNetworkRequest, DeleteVmRequest, DeleteVolumeRequest,
+    DetachDiskFromVmRequest, GetClusterRequest, GetMigrationRequest, GetVmRequest, Host, ListEventsRequest,
+    ListHostsRequest, ListMigrationsRequest, ListVolumesRequest, MigrateVmRequest, Migration,
+    MigrationForecast, MigrationOptions, MigrationPhase, Network, PostcopyMigrationRequest,
+    ReadConsoleRequest, ReadConsoleResponse, StartVmRequest, StopVmRequest, Vm, VmDisk, VmSpec, VmState,
+    Volume, WatchMigrationRequest, WriteConsoleRequest,
 };
 use drover_proto::{Code, Fault};
 use tokio::runtime::Runtime;
@@ -149,6 +150,30 @@ impl Client {
         self.call(|mut client| {
             let request = request.clone();
             async move { client.create_vm(request).await }
+        })
+    }
+
+    /// Creates a network.
+    pub fn create_network(&self, network: &Network) -> Result<Network, Fault> {
+        let request = CreateNetworkRequest {
+            request_id: request_id(),
+            network: Some(network.clone()),
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.create_network(request).await }
+        })
+    }
+
+    /// Deletes a network.
+    pub fn delete_network(&self, name: &str) -> Result<Network, Fault> {
+        let request = DeleteNetworkRequest {
+            request_id: request_id(),
+            name: name.to_owned(),
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.delete_network(request).await }
         })
     }
 

@@ -408,6 +408,22 @@ impl Cluster {
         self.hosts[index].dir.join("data/vms").join(vm)
     }
 
+    /// What `ip` or another tool says at a host's place in the network; empty where it fails.
+    pub fn at_host(&self, index: usize, program: &str, words: &str) -> String {
+        let place = self.network.place(PARTIES + index);
+        let output = place
+            .namespace
+            .output(program, &words.split(' ').collect::<Vec<_>>());
+        output.expect("the tool is there")
+    }
+
+    /// Whether `to` answers a ping from a host within a second.
+    pub fn ping(&self, index: usize, to: Ipv4Addr) -> bool {
+        let place = self.network.place(PARTIES + index);
+        let answered = place.namespace.ping(to, Duration::from_secs(1));
+        answered.expect("a ping can be sent")
+    }
+
     /// Pulls the cable of a controller.
     pub fn unplug_controller(&self, index: usize) {
         self.network.unplug(index);
@@ -644,10 +660,15 @@ fn agent_config(index: usize, tls: &TlsFiles, images: &Path, setup: &Setup) -> s
     } else {
         json!({})
     };
+    let networks = if index + 1 < PARTIES {
+        json!({"vxlan": {"address": host_ip(index), "dev": "eth0"}})
+    } else {
+        json!({})
+    };
     json!({
         "cluster_id": CLUSTER_ID, "name": host_name(index), "data_dir": "data", "listen": own, "advertise": own,
         "migration_ip": host_ip(index), "controllers": controller_addrs(), "images_dir": images,
-        "vmm": VMM, "tls": tls, "memory_mib": setup.host_memory_mib, "cpus": 8, "pools": pools,
+        "vmm": VMM, "tls": tls, "memory_mib": setup.host_memory_mib, "cpus": 8, "pools": pools, "networks": networks,
     })
 }
 

@@ -4,12 +4,19 @@
 //! nothing can be left behind. `ip` is told of it as `/proc/<this process>/fd/<n>`.
 
 use std::fs::File;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsFd, AsRawFd};
-use std::process::Command;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto, setsockopt, socket,
+    sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::process::enter_namespace;
 
@@ -50,6 +57,41 @@ impl Namespace {
         Ok(())
     }
 
+    /// Whether `to` answers an ICMP echo request (RFC 792) from inside within `patience`.
+    pub fn ping(&self, to: Ipv4Addr, patience: Duration) -> Result<bool> {
+        let file = self
+            .file
+            .try_clone()
+            .context("copying a namespace's descriptor")?;
+        let pinger = std::thread::spawn(move || -> Result<bool> {
+            setns(file.as_fd(), CloneFlags::CLONE_NEWNET).context("entering a network namespace")?;
+            let socket = socket(
+                AddressFamily::Inet,
+                SockType::Raw,
+                SockFlag::empty(),
+                SockProtocol::Icmp,
+            )?;
+            let wait = TimeVal::milliseconds(i64::try_from(patience.as_millis())?);
+            setsockopt(&socket, sockopt::ReceiveTimeout, &wait)?;
+            // Type 8, code 0, the checksum of it, identifier and number 1.
+            let request = [8, 0, 0xf7, 0xfd, 0, 1, 0, 1];
+            let there = SockaddrIn::from(SocketAddrV4::new(to, 0));
+            sendto(socket.as_raw_fd(), &request, &there, MsgFlags::empty())?;
+            let deadline = Instant::now() + patience;
+            while Instant::now() < deadline {
+                let mut packet = [0; 128];
+                match recv(socket.as_raw_fd(), &mut packet, MsgFlags::empty()) {
+                    // An IP header of 20 bytes; then type 0: the answer.
+                    Ok(28..) if packet[12..16] == to.octets() && packet[20] == 0 => return Ok(true),
+                    Ok(_) | Err(Errno::EAGAIN) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Ok(false)
+        });
+        pinger.join().expect("the thread makes system calls only")
+    }
+
     /// The name by which `ip` finds the namespace.
     fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
@@ -60,11 +102,20 @@ impl Namespace {
         self.tool("ip", &words.split(' ').collect::<Vec<_>>())
     }
 
-    fn tool(&self, program: &str, arguments: &[&str]) -> Result<()> {
+    /// What a program inside prints, whatever becomes of it.
+    pub fn output(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        Ok(String::from_utf8_lossy(&self.run(program, arguments)?.stdout).into_owned())
+    }
+
+    fn run(&self, program: &str, arguments: &[&str]) -> Result<Output> {
         let mut command = Command::new(program);
         command.args(arguments);
         self.adopt(&mut command)?;
-        let output = command.output().with_context(|| format!("starting {program}"))?;
+        command.output().with_context(|| format!("starting {program}"))
+    }
+
+    fn tool(&self, program: &str, arguments: &[&str]) -> Result<()> {
+        let output = self.run(program, arguments)?;
         if !output.status.success() {
             bail!(
                 "{program} {arguments:?}: {}",

@@ -13,6 +13,7 @@ mod kills;
 mod lifecycle;
 mod links;
 mod migration_port;
+mod networks;
 mod post_copy;
 mod restarts;
 mod soak;
