@@ -81,12 +81,19 @@ fn main() -> ExitCode {
     }
     drover_pki::install_provider();
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let filter = args.iter().find(|arg| !arg.starts_with('-'));
-    let chosen = TESTS
-        .iter()
-        .filter(|(name, _)| filter.is_none_or(|filter| name.contains(filter.as_str())));
-    if args.iter().any(|arg| arg == "--list") {
-        chosen.for_each(|(name, _)| println!("{name}: test"));
+    let has = |option: &str| args.iter().any(|arg| arg == option);
+    // What `--list --format terse` has is no filter.
+    let mut words = args.iter().skip_while(|arg| arg.starts_with('-'));
+    let filter = words.next().filter(|_| !has("--format"));
+    let chosen = TESTS.iter().filter(|(name, _)| match filter {
+        Some(filter) if has("--exact") => name == filter,
+        Some(filter) => name.contains(filter.as_str()),
+        None => true,
+    });
+    if has("--list") {
+        if !has("--ignored") {
+            chosen.for_each(|(name, _)| println!("{name}: test"));
+        }
         return ExitCode::SUCCESS;
     }
     if drover_node_agent::inventory::kvm_caps().is_err() {
