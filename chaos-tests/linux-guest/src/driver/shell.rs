@@ -168,7 +168,8 @@ impl Shell {
         if name != "Power Button" {
             bail!("the guest's input is {name:?}, its power button is due");
         }
-        self.ask("{ dd if=/dev/input/event0 of=/dev/null bs=24 count=1 2>/dev/null; poweroff -f; } & true")
+        // Open before the answer: an event that comes earlier reaches nobody.
+        self.ask("exec 9</dev/input/event0; { dd of=/dev/null bs=24 count=1 <&9 2>/dev/null; poweroff -f; } & true")
             .await
             .map(drop)
     }
