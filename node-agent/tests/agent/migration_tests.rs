@@ -4,7 +4,7 @@ use drover_proto::Code;
 use drover_proto::v1::*;
 
 use crate::fake_fleet::{Call, MAX_DOWNTIME_MS};
-use crate::world::{World, incoming, kill_9, lives, migration, run};
+use crate::world::{World, incoming, kill_9, migration, run, until_ended};
 
 const TARGET: &str = "e2-m1";
 
@@ -127,7 +127,7 @@ pub async fn a_target_whose_commit_is_refused_ends_without_a_report() {
         .await;
     world.fleet.say(|script| script.desired = HostDesired::default());
     world.until_file(TARGET, "over").await;
-    assert!(!lives(&info));
+    until_ended(&info).await;
     assert!(
         !world.fleet.calls().iter().any(|call| matches!(call, Call::Vm(_))),
         "{:?}",
@@ -196,7 +196,7 @@ pub async fn a_source_ends_when_the_hand_over_is_committed() {
         .fleet
         .say(|script| (script.desired, script.grants) = (HostDesired::default(), vec![]));
     world.until_file("e1-start", "over").await;
-    assert!(!lives(&paused));
+    until_ended(&paused).await;
     let failed = |call: &Call| matches!(call, Call::Vm(report) if report.state() == VmState::Failed);
     assert!(!world.fleet.calls().iter().any(failed));
 }
@@ -217,7 +217,7 @@ pub async fn a_source_that_ignores_the_commit_is_killed() {
         .fleet
         .say(|script| (script.desired, script.grants) = (HostDesired::default(), vec![]));
     world.until_file("e1-start", "over").await;
-    assert!(!lives(&paused));
+    until_ended(&paused).await;
 }
 
 pub async fn a_vm_that_arrived_and_died_with_its_agent_is_never_booted() {

@@ -227,6 +227,18 @@ pub fn kill_9(info: &VmmInfo) {
     kill(Pid::from_raw(i32::try_from(info.pid).unwrap()), Signal::SIGKILL).unwrap();
 }
 
+/// Waits until the VMM's process has ended: it gives back its lock, by which its agent knows, a moment before.
+pub async fn until_ended(info: &VmmInfo) {
+    let ended = async {
+        while lives(info) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, ended)
+        .await
+        .unwrap_or_else(|_| panic!("process {} lives on", info.pid));
+}
+
 pub fn lives(info: &VmmInfo) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", info.pid)).unwrap_or_default();
     stat.rsplit_once(") ")
