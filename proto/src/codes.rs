@@ -153,6 +153,14 @@ codes! {
     PostCopyNotAllowed = "postcopy_not_allowed", FailedPrecondition;
     /// The slot, or the device in it, is taken or is being given up.
     DeviceBusy = "device_busy", FailedPrecondition;
+    /// A snapshot of the VM is under way.
+    SnapshotActive = "snapshot_active", FailedPrecondition;
+    /// A snapshot cannot be taken on this host: its kernel lacks what it takes to write memory behind a running guest.
+    SnapshotUnavailable = "snapshot_unavailable", FailedPrecondition;
+    /// A snapshot could not be written: no room, an I/O error, or a file that is not as it must be.
+    SnapshotFailed = "snapshot_failed", Aborted;
+    /// What a VM is to be restored from is not what was written: cut short, changed, or never complete.
+    SnapshotDamaged = "snapshot_damaged", Aborted;
 }
 
 impl Code {

@@ -12,10 +12,10 @@ use std::time::Duration;
 
 use drover_proto::v1::vmm_server::{Vmm, VmmServer};
 use drover_proto::v1::{
-    AttachDiskRequest, DestroyRequest, DetachDiskRequest, Forecast, ForecastRequest, GrantRequest,
-    OutcomeRequest, PowerButtonRequest, ReadConsoleRequest, ReadConsoleResponse, ResizeDiskRequest,
-    StartOutgoingRequest, SwitchToPostCopyRequest, VmmInfo, WatchInfoRequest, WriteConsoleRequest,
-    WriteConsoleResponse,
+    AttachDiskRequest, CancelSnapshotRequest, DestroyRequest, DetachDiskRequest, Forecast, ForecastRequest,
+    GrantRequest, OutcomeRequest, PowerButtonRequest, ReadConsoleRequest, ReadConsoleResponse,
+    ResizeDiskRequest, StartOutgoingRequest, SwitchToPostCopyRequest, TakeSnapshotRequest, VmmInfo,
+    WatchInfoRequest, WriteConsoleRequest, WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use tokio::net::{UnixListener, UnixStream};
@@ -184,6 +184,14 @@ impl Vmm for Service {
     async fn power_button(&self, request: Request<PowerButtonRequest>) -> Result<Response<VmmInfo>, Status> {
         let request = request.into_inner();
         self.blocking(move |machine| machine.power_button(&request)).await
+    }
+
+    async fn take_snapshot(&self, _: Request<TakeSnapshotRequest>) -> Result<Response<VmmInfo>, Status> {
+        Err(Status::unimplemented("snapshots"))
+    }
+
+    async fn cancel_snapshot(&self, _: Request<CancelSnapshotRequest>) -> Result<Response<VmmInfo>, Status> {
+        Err(Status::unimplemented("snapshots"))
     }
 
     async fn forecast(&self, request: Request<ForecastRequest>) -> Result<Response<Forecast>, Status> {

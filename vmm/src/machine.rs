@@ -283,6 +283,7 @@ impl Machine {
             deadline_boottime_ns: core.right.deadline_ns(),
             build: Some(version::own().clone()),
             devices: self.vm().map(|vm| Self::devices_told(core, vm)),
+            snapshot: None,
         };
         let mut told = None;
         self.info.send_if_modified(|info| {

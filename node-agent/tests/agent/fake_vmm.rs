@@ -289,6 +289,14 @@ impl Vmm for Fake {
         })))
     }
 
+    async fn take_snapshot(&self, _: Request<TakeSnapshotRequest>) -> Result<Response<VmmInfo>, Status> {
+        Err(Status::unimplemented("snapshots"))
+    }
+
+    async fn cancel_snapshot(&self, _: Request<CancelSnapshotRequest>) -> Result<Response<VmmInfo>, Status> {
+        Err(Status::unimplemented("snapshots"))
+    }
+
     async fn forecast(&self, request: Request<ForecastRequest>) -> Result<Response<Forecast>, Status> {
         let request = request.into_inner();
         self.note(format!("forecast {} {}", request.vm, request.epoch));
