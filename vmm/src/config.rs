@@ -71,6 +71,9 @@ pub struct Config {
     pub tls: TlsFiles,
     /// Set where the VM is to be received from another host.
     pub incoming: Option<Incoming>,
+    /// Set where the VM is not to boot its kernel but to go on from a snapshot.
+    #[serde(default)]
+    pub restore: Option<Restore>,
     /// Whether it has a source of random numbers.
     #[serde(default)]
     pub rng: bool,
@@ -159,6 +162,14 @@ pub struct Incoming {
     /// Whether it may be received by post-copy, if the source wants that and this host's kernel lets us.
     #[serde(default = "yes")]
     pub post_copy: bool,
+}
+
+/// From what a VM goes on. Its disks have their content of that instant already.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Restore {
+    /// The snapshot's folder, an absolute path.
+    pub folder: PathBuf,
 }
 
 /// What a setting is by default that is to be switched off.
@@ -316,6 +327,16 @@ impl Config {
             let message = format!("cmdline must be at most {CMDLINE_BYTES_MAX} bytes without a zero byte");
             return Err(invalid("cmdline", message));
         }
+        if let Some(restore) = &self.restore {
+            if self.incoming.is_some() {
+                let message = "a VM is either received or restored: incoming and restore are both set";
+                return Err(invalid("restore", message.to_owned()));
+            }
+            if !restore.folder.is_absolute() {
+                let message = format!("folder is {}, must be an absolute path", restore.folder.display());
+                return Err(invalid("restore", message));
+            }
+        }
         self.check_disks()?;
         self.check_nics()?;
         self.check_slots()
@@ -377,6 +398,26 @@ mod tests {
         for (field, value) in cases {
             let fault = Config::parse(&text(|v| v[field] = value)).unwrap_err();
             assert_eq!((fault.code, fault.field.as_str()), (Code::InvalidArgument, field));
+        }
+    }
+
+    #[test]
+    fn what_is_restored_is_not_received_and_its_folder_is_told_in_full() {
+        let folder = |folder: &str| serde_json::json!({ "folder": folder });
+        assert!(Config::parse(&text(|v| v["restore"] = folder("/snapshots/s1"))).is_ok());
+        let received = serde_json::json!({"migration": "m1", "from_host": "host2", "listen_ip": "127.0.0.1"});
+        for wrong in [
+            text(|v| v["restore"] = folder("s1")),
+            text(|v| {
+                v["restore"] = folder("/snapshots/s1");
+                v["incoming"] = received;
+            }),
+        ] {
+            let fault = Config::parse(&wrong).unwrap_err();
+            assert_eq!(
+                (fault.code, fault.field.as_str()),
+                (Code::InvalidArgument, "restore")
+            );
         }
     }
 

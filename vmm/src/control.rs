@@ -186,12 +186,22 @@ impl Vmm for Service {
         self.blocking(move |machine| machine.power_button(&request)).await
     }
 
-    async fn take_snapshot(&self, _: Request<TakeSnapshotRequest>) -> Result<Response<VmmInfo>, Status> {
-        Err(Status::unimplemented("snapshots"))
+    async fn take_snapshot(
+        &self,
+        request: Request<TakeSnapshotRequest>,
+    ) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |machine| machine.take_snapshot(&request))
+            .await
     }
 
-    async fn cancel_snapshot(&self, _: Request<CancelSnapshotRequest>) -> Result<Response<VmmInfo>, Status> {
-        Err(Status::unimplemented("snapshots"))
+    async fn cancel_snapshot(
+        &self,
+        request: Request<CancelSnapshotRequest>,
+    ) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |machine| Ok(machine.cancel_snapshot(&request.id)))
+            .await
     }
 
     async fn forecast(&self, request: Request<ForecastRequest>) -> Result<Response<Forecast>, Status> {

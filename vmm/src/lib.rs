@@ -34,6 +34,7 @@ pub mod outgoing;
 pub mod right;
 pub mod save;
 pub mod sigbus;
+pub mod snapshot;
 pub mod throttle;
 pub mod time;
 pub mod uffd;

@@ -9,6 +9,7 @@
 //! A holder that panics ends the process, see `main.rs`.
 
 mod hotplug;
+mod snapshots;
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -35,7 +36,7 @@ use crate::right::Right;
 use crate::time::{NS_PER_S, boottime_ns};
 use crate::vcpu::GuestEnd;
 use crate::vm::{Shape, Vm};
-use crate::{boot, fd, incoming, outgoing, version};
+use crate::{boot, fd, incoming, outgoing, snapshot, version};
 
 /// How long the watch thread sleeps at most, ms; only so that it notices when its machine is gone.
 const WATCH_PERIOD_MS: u16 = 1000;
@@ -71,6 +72,7 @@ struct Core {
     /// What was received runs: since its grant, and since its vCPUs ran.
     runs_since: Option<(Instant, Instant)>,
     asked: hotplug::Asked,
+    taking: snapshots::Taking,
 }
 
 /// One VM of this process.
@@ -104,7 +106,10 @@ fn build(config: &Config) -> Result<Option<Vm>, Fault> {
     }
     let vm = Vm::build(shape(config))?;
     vm.equip(config.equipment()?)?;
-    if config.incoming.is_none() {
+    if let Some(restore) = &config.restore {
+        let files = snapshot::load::Files::open(&restore.folder)?;
+        snapshot::load::restore(&vm, config, &files)?;
+    } else if config.incoming.is_none() {
         let entry = boot::load(vm.memory(), config)?;
         vm.boot(config.cpu_profile, entry)?;
         vm.memory().forget_written();
@@ -147,6 +152,7 @@ impl Machine {
                 received: None,
                 runs_since: None,
                 asked: hotplug::Asked::default(),
+                taking: snapshots::Taking::default(),
             }),
             plugging: Mutex::default(),
             watch: Watch::default(),
@@ -212,7 +218,10 @@ impl Machine {
 
     /// Makes the vCPUs run or stand as the right says, arms the deadline's timer, and publishes what changed.
     fn settle(&self, core: &mut Core) {
-        let mut may_run = core.right.may_run(boottime_ns());
+        let leased = core.right.may_run(boottime_ns());
+        // A VM that stands for a snapshot keeps its disks and taps for the moment, as long as its lease lets it.
+        let keeps = leased && core.taking.newest.holds();
+        let mut may_run = leased && !keeps;
         if let Some(vm) = self.vm() {
             if may_run && let Err(fault) = Self::open(core, vm) {
                 error!(%fault, "the VM may run and cannot");
@@ -221,24 +230,30 @@ impl Machine {
             }
             if may_run {
                 self.arm(core.right.deadline_ns());
-                if !core.running && (core.ran_before || self.config.incoming.is_some()) {
+                if !core.running && (core.ran_before || self.goes_on()) {
                     vm.announce_pause();
                 }
                 vm.resume(core.right.deadline_ns());
                 if !std::mem::replace(&mut core.ran_before, true) {
                     vm.announce_nics();
                 }
-            } else if core.running && core.right.handed_over() {
+            } else if core.running && (keeps || core.right.handed_over()) {
                 vm.pause_to_hand_over();
-            } else if core.running {
+            } else if core.running || (core.taking.keeps && !keeps) {
                 vm.pause();
             }
             core.running = may_run;
+            core.taking.keeps = keeps;
         }
         if core.right.destroyed() {
             self.over.send_replace(true);
         }
         self.publish(core);
+    }
+
+    /// Whether the guest has run before, in another VMM.
+    fn goes_on(&self) -> bool {
+        self.config.incoming.is_some() || self.config.restore.is_some()
     }
 
     /// What must be had before the VM runs: the memory that was handed over can be written to, and the disks are locked.
@@ -283,7 +298,7 @@ impl Machine {
             deadline_boottime_ns: core.right.deadline_ns(),
             build: Some(version::own().clone()),
             devices: self.vm().map(|vm| Self::devices_told(core, vm)),
-            snapshot: None,
+            snapshot: core.taking.newest.told(),
         };
         let mut told = None;
         self.info.send_if_modified(|info| {
@@ -319,6 +334,7 @@ impl Machine {
         if core.reason.is_some() {
             return;
         }
+        core.taking.vm_ended();
         match end {
             GuestEnd::Exited => core.right.exited(),
             GuestEnd::Failed(fault) => {
@@ -457,6 +473,7 @@ impl Machine {
         if let Some(migration) = &core.migration {
             migration.control.cancel();
         }
+        core.taking.vm_ended();
         core.right.destroy();
         self.settle(&mut core);
         drop(core);
@@ -506,6 +523,7 @@ impl Machine {
                     format!("a migration is under way: {id}"),
                 ));
             }
+            core.taking.newest.refuse_if_active()?;
             if self.vm().is_none() || !core.right.live() {
                 let state = self.info().state().as_str_name();
                 return Err(Fault::new(

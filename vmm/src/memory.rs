@@ -272,6 +272,15 @@ impl Memory {
         Ok(())
     }
 
+    /// As [`Self::read_pages`], through the file: a hole reads as zero and stays one.
+    pub fn read_file(&self, first: u64, out: &mut [u8]) -> Result<(), Fault> {
+        self.covered(first, page_count(out.len())?)?;
+        // Pages are numbered as they stand in the file.
+        self.file()
+            .read_exact_at(out, first * PAGE)
+            .map_err(|error| broken("read", error))
+    }
+
     /// As [`Self::read_pages`], of pages that this VMM received: one that it did not write is zero, and is not touched. That would take
     /// memory for it, or end this process where there is none.
     pub fn read_received(&self, first: u64, out: &mut [u8]) -> Result<(), Fault> {
@@ -386,6 +395,43 @@ impl Memory {
         self.mapped
             .iter()
             .try_for_each(|region| uffd.unregister(region.as_ptr() as u64, region.len()))
+    }
+
+    /// From now on pages can be protected against writes; none is yet.
+    pub fn watch_writes(&self, uffd: &Uffd) -> Result<(), Fault> {
+        self.mapped
+            .iter()
+            .try_for_each(|region| uffd.register_for_writes(region.as_ptr() as u64, region.len()))
+    }
+
+    /// From the return on whoever writes to these pages through the mapping waits: vCPUs, the kernel for them, this process's threads.
+    pub fn protect_pages(&self, uffd: &Uffd, first: u64, count: u64) -> Result<(), Fault> {
+        self.protect_or_release(uffd, first, count, true)
+    }
+
+    /// These pages can be written to again, by those too who wait.
+    pub fn release_pages(&self, uffd: &Uffd, first: u64, count: u64) -> Result<(), Fault> {
+        self.protect_or_release(uffd, first, count, false)
+    }
+
+    fn protect_or_release(&self, uffd: &Uffd, first: u64, count: u64, protected: bool) -> Result<(), Fault> {
+        for (index, offset, len) in self.covered(first, count)? {
+            uffd.protect(self.region(index).as_ptr() as u64 + offset, len, protected)?;
+        }
+        Ok(())
+    }
+
+    /// All pages can be written to for good. Every region is tried, whatever becomes of the others; the first fault counts.
+    pub fn release_writes(&self, uffd: &Uffd) -> Result<(), Fault> {
+        let release = |region: &GuestRegionMmap<AtomicBitmap>| {
+            let (start, len) = (region.as_ptr() as u64, region.len());
+            uffd.protect(start, len, false)?;
+            uffd.unregister(start, len)?;
+            // Who waits for a write is not woken by that.
+            uffd.wake(start, len)
+        };
+        let released: Vec<_> = self.mapped.iter().map(release).collect();
+        released.into_iter().collect()
     }
 
     /// The number of the page at an address of this process, if it is one of the guest's.

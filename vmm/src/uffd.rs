@@ -1,12 +1,13 @@
 //! userfaultfd(2): memory in which a page that is missing makes whoever touches it wait until it is placed.
 //!
-//! Only what a post-copy needs: missing pages of shared file memory, registered as whole regions. The descriptor comes from `/dev/userfaultfd`
+//! Only what a post-copy and a snapshot need, in shared file memory, registered as whole regions: pages that are missing, and pages that are
+//! protected against writes, which make whoever writes to one wait until it may. The descriptor comes from `/dev/userfaultfd`
 //! if that may be opened, else from the system call, which needs root or `vm.unprivileged_userfaultfd=1`: KVM touches guest memory in the
 //! kernel, and only these two ways give a descriptor that sees that as well (Linux, Documentation/admin-guide/mm/userfaultfd.rst).
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
@@ -24,7 +25,10 @@ const API: u64 = 0xaa;
 const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 /// Pages can be made to fail whoever touches them (Linux 6.6).
 const FEATURE_POISON: u64 = 1 << 14;
+/// Pages can be protected against writes, and faults say so; also of shared memory files (Linux 5.19).
+const FEATURES_WRITES: u64 = 1 | 1 << 12;
 const REGISTER_MODE_MISSING: u64 = 1;
+const REGISTER_MODE_WRITES: u64 = 2;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const MESSAGE_BYTES: usize = 32;
 /// Where the address stands in a message about a fault.
@@ -59,14 +63,8 @@ impl Uffd {
     }
 
     fn open_at(device: &Path) -> Result<Self, Fault> {
-        let fd = match raw::from_device(device) {
-            Ok(fd) => fd,
-            Err(by_device) => raw::from_syscall().map_err(|by_call| {
-                tracing::info!(%by_device, %by_call, "no userfaultfd");
-                denied("userfaultfd(2)", &by_call)
-            })?,
-        };
-        let features = raw::agree(&fd).map_err(|error| denied("UFFDIO_API", &error))?;
+        let fd = descriptor(device).map_err(|error| denied("userfaultfd(2)", &error))?;
+        let features = raw::agree(&fd, 0).map_err(|error| denied("UFFDIO_API", &error))?;
         if features & FEATURE_MISSING_SHMEM == 0 {
             let error = io::Error::from(io::ErrorKind::Unsupported);
             return Err(denied("missing pages of shared memory, Linux 4.11", &error));
@@ -75,6 +73,56 @@ impl Uffd {
             fd: File::from(fd),
             poisons: features & FEATURE_POISON != 0,
         })
+    }
+
+    /// A descriptor that can protect pages against writes, or why there is none (`snapshot_unavailable`).
+    pub fn open_for_writes() -> Result<Self, Fault> {
+        let denied = |what: &str, error: &io::Error| {
+            let message = format!(
+                "memory cannot be written behind a running guest ({what}: {error}): that takes Linux 5.19, and access of the VMM's user to {DEVICE} or vm.unprivileged_userfaultfd=1"
+            );
+            Fault::new(Code::SnapshotUnavailable, message)
+        };
+        let fd = descriptor(Path::new(DEVICE)).map_err(|error| denied("userfaultfd(2)", &error))?;
+        raw::agree(&fd, FEATURES_WRITES).map_err(|error| denied("UFFDIO_API", &error))?;
+        Ok(Self {
+            fd: File::from(fd),
+            poisons: false,
+        })
+    }
+
+    /// Pages in `len` bytes from `start` on can be protected against writes from now on. Both whole pages.
+    pub fn register_for_writes(&self, start: u64, len: u64) -> Result<(), Fault> {
+        raw::register(&self.fd, start, len, REGISTER_MODE_WRITES).map_err(|error| failed("register", error))
+    }
+
+    /// From the return on whoever writes to these pages waits, or nobody does any more, those included who wait already.
+    pub fn protect(&self, start: u64, len: u64, protected: bool) -> Result<(), Fault> {
+        loop {
+            match raw::protect(&self.fd, start, len, protected) {
+                // The address space is being changed at this moment.
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => std::thread::yield_now(),
+                result => return result.map_err(|error| failed("protect", error)),
+            }
+        }
+    }
+
+    /// Whoever waits in `len` bytes from `start` on tries again.
+    pub fn wake(&self, start: u64, len: u64) -> Result<(), Fault> {
+        raw::wake(&self.fd, start, len).map_err(|error| failed("wake", error))
+    }
+
+    /// Waits until somebody waits for a page, or `bell` is rung, but no longer than `wait`.
+    pub fn await_fault_or(&self, bell: BorrowedFd<'_>, wait: Duration) -> Result<(), Fault> {
+        let wait = PollTimeout::try_from(wait).unwrap_or(PollTimeout::ZERO);
+        let mut fds = [
+            PollFd::new(self.fd.as_fd(), PollFlags::POLLIN),
+            PollFd::new(bell, PollFlags::POLLIN),
+        ];
+        match poll(&mut fds, wait) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(error) => Err(failed("poll", error)),
+        }
     }
 
     /// From now on whoever touches a page in `len` bytes from `start` on that memory does not hold waits. Both whole pages.
@@ -165,6 +213,12 @@ impl Uffd {
     }
 }
 
+fn descriptor(device: &Path) -> io::Result<OwnedFd> {
+    raw::from_device(device).or_else(|by_device| {
+        raw::from_syscall().inspect_err(|by_call| tracing::info!(%by_device, %by_call, "no userfaultfd"))
+    })
+}
+
 /// The calls themselves (linux/userfaultfd.h).
 #[allow(unsafe_code, reason = "ioctls that no crate in use wraps")]
 mod raw {
@@ -219,6 +273,13 @@ mod raw {
         done: i64,
     }
 
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    struct Protecting {
+        range: Range,
+        mode: u64,
+    }
+
     ioctl_io_nr!(USERFAULTFD_IOC_NEW, KIND, 0x00);
     ioctl_iowr_nr!(UFFDIO_API, KIND, 0x3f, Api);
     ioctl_iowr_nr!(UFFDIO_REGISTER, KIND, 0x00, Register);
@@ -226,6 +287,7 @@ mod raw {
     ioctl_ior_nr!(UFFDIO_WAKE, KIND, 0x02, Range);
     ioctl_iowr_nr!(UFFDIO_COPY, KIND, 0x03, Copying);
     ioctl_iowr_nr!(UFFDIO_ZEROPAGE, KIND, 0x04, Filling);
+    ioctl_iowr_nr!(UFFDIO_WRITEPROTECT, KIND, 0x06, Protecting);
     ioctl_iowr_nr!(UFFDIO_POISON, KIND, 0x08, Filling);
 
     fn outcome(returned: i32) -> io::Result<()> {
@@ -262,10 +324,11 @@ mod raw {
         owned(i32::try_from(returned).unwrap_or(-1))
     }
 
-    /// Shakes hands; gives the kernel's features.
-    pub fn agree(fd: &OwnedFd) -> io::Result<u64> {
+    /// Shakes hands, asking for `features`, without which it fails; gives the kernel's.
+    pub fn agree(fd: &OwnedFd, features: u64) -> io::Result<u64> {
         let mut api = Api {
             api: API,
+            features,
             ..Api::default()
         };
         // SAFETY: the argument is of the form that the kernel reads and writes here.
@@ -286,6 +349,15 @@ mod raw {
     pub fn unregister(fd: &File, start: u64, len: u64) -> io::Result<()> {
         // SAFETY: as in `register`.
         outcome(unsafe { ioctl_with_ref(fd, UFFDIO_UNREGISTER(), &Range { start, len }) })
+    }
+
+    pub fn protect(fd: &File, start: u64, len: u64, protected: bool) -> io::Result<()> {
+        let mut protecting = Protecting {
+            range: Range { start, len },
+            mode: u64::from(protected),
+        };
+        // SAFETY: as in `register`.
+        outcome(unsafe { ioctl_with_mut_ref(fd, UFFDIO_WRITEPROTECT(), &mut protecting) })
     }
 
     pub fn wake(fd: &File, start: u64, len: u64) -> io::Result<()> {

@@ -13,6 +13,9 @@ use crate::time::NS_PER_S;
 /// A longer blackout is not believed: the deadlines of a migration are far shorter.
 pub const BLACKOUT_NS_MAX: u64 = 3600 * NS_PER_S;
 
+/// The same of a snapshot, which may lie for long: ten years.
+pub const SNAPSHOT_AGE_NS_MAX: u64 = 10 * 365 * 24 * BLACKOUT_NS_MAX;
+
 /// How much time passed for the guest while it was away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Elapsed {
@@ -31,10 +34,10 @@ impl Elapsed {
     }
 }
 
-/// The blackout between two readings of real time, nanoseconds.
-pub fn elapsed(saved_realtime_ns: u64, now_realtime_ns: u64) -> Elapsed {
+/// The blackout between two readings of real time, nanoseconds; one longer than `longest_ns` is not believed.
+pub fn elapsed(saved_realtime_ns: u64, now_realtime_ns: u64, longest_ns: u64) -> Elapsed {
     match now_realtime_ns.checked_sub(saved_realtime_ns) {
-        Some(ns) if ns <= BLACKOUT_NS_MAX => Elapsed::Measured(ns),
+        Some(ns) if ns <= longest_ns => Elapsed::Measured(ns),
         _ => Elapsed::Clamped(0),
     }
 }
@@ -83,6 +86,7 @@ mod tests {
 
     #[test]
     fn a_clock_that_went_back_or_leapt_is_not_believed() {
+        let elapsed = |saved, now| super::elapsed(saved, now, BLACKOUT_NS_MAX);
         assert_eq!(elapsed(1_000, 5_000), Elapsed::Measured(4_000));
         assert_eq!(elapsed(5_000, 1_000), Elapsed::Clamped(0));
         assert_eq!(elapsed(0, BLACKOUT_NS_MAX), Elapsed::Measured(BLACKOUT_NS_MAX));

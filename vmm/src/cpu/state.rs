@@ -227,8 +227,8 @@ pub fn save_clock(vm: &VmFd) -> Result<SavedClock, Fault> {
 }
 
 /// Sets the guest's clock forward by the blackout, before any vCPU is restored.
-pub fn restore_clock(vm: &VmFd, caps: &Caps, saved: &SavedClock) -> Result<TscPlan, Fault> {
-    let elapsed = clock::elapsed(saved.realtime_ns, realtime_ns());
+pub fn restore_clock(vm: &VmFd, caps: &Caps, saved: &SavedClock, longest_ns: u64) -> Result<TscPlan, Fault> {
+    let elapsed = clock::elapsed(saved.realtime_ns, realtime_ns(), longest_ns);
     if let Elapsed::Clamped(ns) = elapsed {
         warn!(
             saved_realtime_ns = saved.realtime_ns,
@@ -246,7 +246,7 @@ pub fn restore_clock(vm: &VmFd, caps: &Caps, saved: &SavedClock) -> Result<TscPl
         }
     } else {
         kvm_clock_data {
-            clock: saved.kvmclock_ns + elapsed.ns(),
+            clock: saved.kvmclock_ns.saturating_add(elapsed.ns()),
             ..Default::default()
         }
     };

@@ -265,6 +265,18 @@ impl Attached {
         lock(&self.table).get(&slot).map(|at| at.told(slot))
     }
 
+    /// The disk in `slot`, if it is on the bus.
+    pub fn disk(&self, slot: usize) -> Option<Arc<Disk>> {
+        match lock(&self.table).get(&slot)? {
+            Slot {
+                kind: Kind::Disk(disk),
+                there: Some(_),
+                ..
+            } => Some(disk.clone()),
+            _ => None,
+        }
+    }
+
     /// The disk in `slot` has `bytes` now, and its guest is told. A fault: its file has not.
     pub fn grow(&self, slot: usize, bytes: u64) -> Result<(), Fault> {
         let table = lock(&self.table);

@@ -223,6 +223,23 @@ impl IoGate {
         Ok(())
     }
 
+    /// Waits, at most `bound`, until a closed gate has nothing under way. What is held stays held.
+    pub fn await_drained(&self, bound: Duration) -> Result<(), Fault> {
+        let waited = self
+            .changed
+            .wait_timeout_while(self.state(), bound, |state| state.under_way > 0 && !state.open);
+        let (state, _) = waited.expect("no holder of the devices' gate panics");
+        if !state.open && state.under_way == 0 {
+            return Ok(());
+        }
+        let message = format!(
+            "{} requests of devices are under way {} ms after the pause",
+            state.under_way,
+            bound.as_millis()
+        );
+        Err(Fault::new(Code::SnapshotFailed, message))
+    }
+
     /// Whether a closed gate has nothing under way.
     pub fn is_drained(&self) -> bool {
         let state = self.state();
@@ -340,6 +357,23 @@ mod tests {
         assert_eq!(lock.taken.load(Ordering::SeqCst), 0);
         gate.open(u64::MAX).unwrap();
         assert_eq!(gate.drain(SOON, false).unwrap_err().code, Code::Cancelled);
+    }
+
+    #[test]
+    fn a_snapshots_pause_waits_for_what_is_under_way_and_keeps_what_is_held() {
+        let (gate, lock) = gate();
+        gate.open(u64::MAX).unwrap();
+        let begun = gate.begin().unwrap();
+        gate.close(true);
+        assert_eq!(gate.await_drained(SOON).unwrap_err().code, Code::SnapshotFailed);
+        drop(begun);
+        gate.await_drained(SOON).unwrap();
+        assert!(gate.is_drained() && gate.begin().is_none());
+        assert_eq!(lock.taken.load(Ordering::SeqCst), 1);
+        gate.open(u64::MAX).unwrap();
+        assert!(gate.begin().is_some());
+        gate.close(false);
+        assert_eq!(lock.taken.load(Ordering::SeqCst), 0);
     }
 
     #[test]

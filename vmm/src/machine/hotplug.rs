@@ -91,19 +91,20 @@ impl Machine {
         }
     }
 
-    /// The VM, if what it has can change now.
-    fn changeable(&self, core: &Core) -> Result<&Vm, Fault> {
+    /// The VM, if what it has can change now, or be taken as it is: it runs, and is neither moved nor taken.
+    pub(super) fn changeable(&self, core: &Core) -> Result<&Vm, Fault> {
         let moving = core.migration.as_ref().filter(|migration| migration.outgoing);
         if moving.is_some() || core.engine_busy {
             let id = moving.map_or("an aborted one that winds down", |migration| &migration.id);
             let message = format!("a migration of this VM is under way: {id}");
             return Err(Fault::new(Code::MigrationActive, message));
         }
+        core.taking.newest.refuse_if_active()?;
         match self.vm() {
             Some(vm) if core.running => Ok(vm),
             _ => {
                 let state = core.right.state(boottime_ns()).as_str_name();
-                let message = format!("a VM in {state} is given and asked for nothing");
+                let message = format!("of a VM in {state} nothing is changed or taken");
                 Err(Fault::new(Code::VmState, message))
             }
         }

@@ -11,11 +11,13 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use drover_proto::{Code, Fault};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
 use rustix::fs::{FlockOperation, flock};
 
 use super::SECTOR;
@@ -28,6 +30,21 @@ const LOCK_AGAIN: Duration = Duration::from_millis(5);
 /// Zeroes written at once where the file can have no holes.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
+/// Who wants to know what is about to change on a disk.
+pub trait Guard: Send + Sync {
+    /// `len` bytes from byte `at` on are about to change. They do when this returns, whatever came of it.
+    fn before_change(&self, at: u64, len: u64);
+}
+
+#[derive(Default)]
+struct Guarded(Mutex<Option<Arc<dyn Guard>>>);
+
+impl std::fmt::Debug for Guarded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Guarded")
+    }
+}
+
 /// A disk's file.
 #[derive(Debug)]
 pub struct Disk {
@@ -36,6 +53,7 @@ pub struct Disk {
     sectors: AtomicU64,
     read_only: bool,
     serial: String,
+    guarded: Guarded,
 }
 
 impl Disk {
@@ -67,6 +85,7 @@ impl Disk {
             sectors: AtomicU64::new(bytes / SECTOR),
             read_only,
             serial: serial.to_owned(),
+            guarded: Guarded::default(),
         })
     }
 
@@ -78,6 +97,34 @@ impl Disk {
     /// Its size in sectors.
     pub fn sectors(&self) -> u64 {
         self.sectors.load(Ordering::SeqCst)
+    }
+
+    /// From now on `guard` is told of every change before it is made, or nobody is. No request may be under way.
+    pub fn guard(&self, guard: Option<Arc<dyn Guard>>) {
+        *self.guarded.0.lock().expect("no holder of this lock panics") = guard;
+    }
+
+    fn before_change(&self, at: u64, len: u64) {
+        let guard = self
+            .guarded
+            .0
+            .lock()
+            .expect("no holder of this lock panics")
+            .clone();
+        if let Some(guard) = guard {
+            guard.before_change(at, len);
+        }
+    }
+
+    /// How many bytes from byte `at` on are a hole of the file; 0 where the file does not tell.
+    pub fn hole_ahead(&self, at: u64) -> u64 {
+        let Ok(from) = i64::try_from(at) else { return 0 };
+        // Nobody reads or writes at the file's own place.
+        match lseek(&self.file, from, Whence::SeekData) {
+            Ok(data) => u64::try_from(data - from).unwrap_or(0),
+            Err(Errno::ENXIO) => u64::MAX - at,
+            Err(_) => 0,
+        }
     }
 
     fn file_bytes(&self) -> Result<u64, Fault> {
@@ -130,6 +177,7 @@ impl Disk {
     /// Writes all of `data` at byte `at`.
     pub fn write_at(&self, data: &[u8], at: u64) -> io::Result<()> {
         self.check_writable()?;
+        self.before_change(at, data.len() as u64);
         self.file.write_all_at(data, at)
     }
 
@@ -158,6 +206,7 @@ impl Disk {
     /// Forgets `len` bytes at byte `at`, if the file can.
     pub fn discard(&self, at: u64, len: u64) -> io::Result<()> {
         self.check_writable()?;
+        self.before_change(at, len);
         self.allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, at, len)
             .map(drop)
     }
@@ -165,6 +214,7 @@ impl Disk {
     /// Makes `len` bytes at byte `at` zero, by a hole where that is allowed and possible.
     pub fn write_zeroes(&self, at: u64, len: u64, may_unmap: bool) -> io::Result<()> {
         self.check_writable()?;
+        self.before_change(at, len);
         let hole = may_unmap && self.allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, at, len)?;
         if hole || self.allocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, at, len)? {
             return Ok(());
