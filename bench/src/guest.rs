@@ -136,6 +136,7 @@ mod tests {
             back: 0,
             disk: None,
             net: None,
+            balloon: None,
         };
         format!("{report}\r\n")
     }

@@ -18,6 +18,7 @@ pub mod page;
 pub mod params;
 pub mod pattern;
 pub mod report;
+pub mod spare;
 
 /// Bytes of a page.
 pub const PAGE_SIZE: u64 = 4096;

@@ -81,6 +81,12 @@ pub struct Params {
     pub net: Option<[u8; 4]>,
     /// Whether that disk may come and go.
     pub hot_plug: bool,
+    /// Whether to fill a balloon from pages that nobody owns.
+    pub balloon: bool,
+    /// And to report those free that are not in it.
+    pub reports: bool,
+    /// Whether pages that nobody owns are written to first.
+    pub spare_written: bool,
     /// How to end, and after how many seconds.
     pub fault: Option<(Fault, u64)>,
 }
@@ -138,7 +144,7 @@ impl fmt::Display for BadParam<'_> {
         write!(f, "probe bad parameter \"{}\": ", self.word)?;
         match self.why {
             Why::Unknown => f.write_str(
-                "unknown name, known are own, hot, rate, pattern, content, cpus, hz, disk, net, ip, fault, fault_after",
+                "unknown name, known are own, hot, rate, pattern, content, cpus, hz, disk, net, ip, balloon, spare, fault, fault_after",
             ),
             Why::NotOneOf(words) => write!(f, "must be one of {words}"),
             Why::OutOfRange { low, high } => write!(f, "must be a number from {low} to {high}"),
@@ -174,6 +180,9 @@ impl Params {
             disk: false,
             net: None,
             hot_plug: false,
+            balloon: false,
+            reports: false,
+            spare_written: false,
             fault: None,
         };
         let mut hot_word = None;
@@ -195,6 +204,8 @@ impl Params {
                     params.hz = u32::try_from(hz).unwrap_or(u32::MAX);
                 }
                 "disk" => (params.disk, params.hot_plug) = journal(value).map_err(bad)?,
+                "balloon" => (params.balloon, params.reports) = balloon(value).map_err(bad)?,
+                "spare" => params.spare_written = spare(value).map_err(bad)?,
                 "net" => net = station(value).map_err(bad)?.then_some(word),
                 "ip" => ip = Some((word, address(value).ok_or(bad(Why::NotAnAddress))?)),
                 "fault" => fault = Some(fault_kind(value).map_err(bad)?),
@@ -318,6 +329,24 @@ fn journal(text: &str) -> Result<(bool, bool), Why> {
     }
 }
 
+/// Whether there is to be a balloon, and whether free pages are reported.
+fn balloon(text: &str) -> Result<(bool, bool), Why> {
+    match text {
+        "none" => Ok((false, false)),
+        "quiet" => Ok((true, false)),
+        "on" => Ok((true, true)),
+        _ => Err(Why::NotOneOf("none, on, quiet")),
+    }
+}
+
+fn spare(text: &str) -> Result<bool, Why> {
+    match text {
+        "untouched" => Ok(false),
+        "written" => Ok(true),
+        _ => Err(Why::NotOneOf("untouched, written")),
+    }
+}
+
 fn station(text: &str) -> Result<bool, Why> {
     match text {
         "none" => Ok(false),
@@ -362,7 +391,7 @@ mod tests {
 
     #[test]
     fn every_parameter_is_followed() {
-        let line = "console=ttyS0 own=1G hot=256K rate=500 pattern=zipf content=repeat cpus=2 hz=100 disk=journal net=echo ip=10.0.0.2 fault=triple fault_after=3";
+        let line = "console=ttyS0 own=1G hot=256K rate=500 pattern=zipf content=repeat cpus=2 hz=100 disk=journal net=echo ip=10.0.0.2 balloon=on spare=written fault=triple fault_after=3";
         let expected = Params {
             own_pages: 262_144,
             hot_pages: 64,
@@ -374,6 +403,9 @@ mod tests {
             disk: true,
             net: Some([10, 0, 0, 2]),
             hot_plug: false,
+            balloon: true,
+            reports: true,
+            spare_written: true,
             fault: Some((Fault::Triple, 3)),
         };
         assert_eq!(Params::parse(line), Ok(expected));
@@ -407,6 +439,8 @@ mod tests {
             ("fault=quad", "fault=quad", "triple, emulation, shutdown"),
             ("disk=sda", "disk=sda", "none, journal, hot-plug"),
             ("net=on", "net=on", "none, echo"),
+            ("balloon=yes", "balloon=yes", "none, on, quiet"),
+            ("spare=no", "spare=no", "untouched, written"),
             ("net=echo", "net=echo", "need each other"),
             ("ip=10.0.0.2", "ip=10.0.0.2", "need each other"),
             ("net=echo ip=10.0.0", "ip=10.0.0", "an IPv4 address"),

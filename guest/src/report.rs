@@ -54,6 +54,21 @@ pub struct Second {
     pub disk: Option<DiskSecond>,
     /// The station's on the network, where there is one.
     pub net: Option<NetSecond>,
+    /// The balloon's, where there is one.
+    pub balloon: Option<BalloonSecond>,
+}
+
+/// Of the balloon, with each line of a second; all are pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BalloonSecond {
+    /// In it.
+    pub pages: u64,
+    /// That it is to hold.
+    pub target: u64,
+    /// Reported free since boot.
+    pub reported: u64,
+    /// Taken back, written to, and not as they were when they went in again.
+    pub lost: u64,
 }
 
 /// Of the station on the network, with each line of a second.
@@ -153,6 +168,7 @@ impl fmt::Display for Second {
             back,
             disk,
             net,
+            balloon,
         } = self;
         write!(
             f,
@@ -176,6 +192,18 @@ impl fmt::Display for Second {
             write!(
                 f,
                 " net_rx={received} net_answered={answered} net_irqs={interrupts}"
+            )?;
+        }
+        if let Some(BalloonSecond {
+            pages,
+            target,
+            reported,
+            lost,
+        }) = balloon
+        {
+            write!(
+                f,
+                " balloon={pages} balloon_target={target} balloon_reported={reported} balloon_lost={lost}"
             )?;
         }
         Ok(())
@@ -253,6 +281,14 @@ impl Second {
                     interrupts,
                 })
             }),
+            balloon: number(fields, "balloon_lost").and_then(|lost| {
+                Some(BalloonSecond {
+                    pages: number(fields, "balloon")?,
+                    target: number(fields, "balloon_target")?,
+                    reported: number(fields, "balloon_reported")?,
+                    lost,
+                })
+            }),
         })
     }
 }
@@ -308,6 +344,7 @@ mod tests {
             back: 0,
             disk: None,
             net: None,
+            balloon: None,
         };
         let line = "probe t=3 ticks=3001 gap_us=1002 max_gap_us=9000 written=5 verified=6 lost=1 back=0";
         assert_eq!(second.to_string(), line);
@@ -361,6 +398,25 @@ mod tests {
         let line = second.to_string();
         assert!(
             line.ends_with(" back=0 net_rx=12 net_answered=10 net_irqs=9"),
+            "{line}"
+        );
+        assert_eq!(Second::parse(&line), Some(second));
+    }
+
+    #[test]
+    fn what_is_said_of_the_balloon_is_as_documented_and_reads_back() {
+        let second = Second {
+            balloon: Some(BalloonSecond {
+                pages: 256,
+                target: 512,
+                reported: 1024,
+                lost: 0,
+            }),
+            ..Second::default()
+        };
+        let line = second.to_string();
+        assert!(
+            line.ends_with(" back=0 balloon=256 balloon_target=512 balloon_reported=1024 balloon_lost=0"),
             "{line}"
         );
         assert_eq!(Second::parse(&line), Some(second));

@@ -197,7 +197,7 @@ pub trait SourceVm: Sync {
     /// is dirty again.
     fn read_pages(&self, first: u64, out: &mut [u8]);
     /// How many pages from `first` on, at most `count`, are known to be zero without reading them, because nothing was
-    /// ever written there. Asked like `read_pages`, after the log was taken: a page written meanwhile is dirty again.
+    /// ever written there, or the guest has given them up. Asked like `read_pages`, after the log was taken: a page written meanwhile is dirty again.
     fn zero_ahead(&self, first: u64, count: u64) -> u64 {
         let _ = (first, count);
         0

@@ -1,9 +1,11 @@
-//! What the fuzz targets `virtio` and `nic` do with their bytes; the corpus test of the main workspace does the same.
+//! What the fuzz targets `virtio`, `nic` and `balloon` do with their bytes; the corpus test of the main workspace does the same.
 //!
 //! The first byte is a number of accesses, 12 bytes each: what kind, where (16 bits), how many bytes, and the bytes. What follows is the memory
 //! that the queues stand in, beginning with descriptors. A NIC gets before its driver's bytes those of a number of frames from outside: a byte that
 //! says how many, then each with a byte for its length in words of 8 bytes.
 
+#[path = "../tests/common/balloon.rs"]
+mod ballooned;
 #[path = "../tests/common/driver.rs"]
 mod driver;
 #[path = "../tests/common/nic.rs"]
@@ -12,6 +14,7 @@ mod nic;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use ballooned::{Ballooned, INFLATE};
 use driver::{DATA, DESCRIPTORS, Rig};
 use drover_vmm::devices::pci::PciDevice;
 use drover_vmm::devices::virtio::blk::Blk;
@@ -120,4 +123,28 @@ pub fn nic(bytes: &[u8]) {
     nic.transmit.submit(&nic.rig, 0, &[(DATA, 72, false)]);
     while nic.rig.device.step() {}
     assert_eq!(nic.sent().len(), 1, "the NIC does not work after a reset");
+}
+
+/// The same of a balloon. Pages that the driver runs on are among those that it gives up.
+pub fn balloon(bytes: &[u8]) {
+    let Some((&count, bytes)) = bytes.split_first() else {
+        return;
+    };
+    let accesses = ACCESSES_MAX.min(usize::from(count)) * ACCESS_BYTES;
+    let (accesses, memory) = bytes.split_at(accesses.min(bytes.len()));
+    let mut made = Ballooned::driven();
+    for queue in 0..5 {
+        made.rig
+            .write(DESCRIPTORS + 0x8000 * queue, &memory[..memory.len().min(0x8000)]);
+    }
+    made.rig.write(DATA, &memory[..memory.len().min(0x8000)]);
+    drive(&made.rig, accesses);
+    let target = Ballooned::new();
+    if let Err(what) = target.rig.device.restore(&made.rig.device.save()) {
+        panic!("a saved balloon is refused: {what}");
+    }
+    made.start_without(0);
+    made.rig.write(0x40_0000, &[7; 4096]);
+    made.request(INFLATE, &[0x400]);
+    assert!(made.is_hole(0x400), "the balloon does not work after a reset");
 }

@@ -14,10 +14,12 @@ use serde::Deserialize;
 use crate::cpu::profile::Profile;
 use crate::devices::attached::{Equipment, Gear, Nic};
 use crate::devices::pci::SLOTS;
+use crate::devices::virtio::balloon::Target;
 use crate::devices::virtio::blk::SERIAL_BYTES;
 use crate::devices::virtio::blk::disk::Disk;
 use crate::devices::virtio::net::tap::{Early, NAME_BYTES_MAX, Tap};
 use crate::devices::virtio::net::{self, Mac};
+use crate::memory::PAGE;
 
 /// Most vCPUs of a VM.
 pub const VCPUS_MAX: u32 = 32;
@@ -27,8 +29,10 @@ pub const MEMORY_MIB_MIN: u64 = 16;
 pub const MEMORY_MIB_MAX: u64 = 1 << 20;
 /// Most disks of a VM; the bus has 31 slots.
 pub const DISKS_MAX: usize = 24;
-/// Most NICs of a VM: with random numbers and all disks the bus is full.
+/// Most NICs of a VM: with random numbers and all disks the bus is full, and has no slot for a balloon.
 pub const NICS_MAX: usize = 6;
+/// Pages of 4 KiB in a MiB.
+pub const PAGES_A_MIB: u64 = (1 << 20) / PAGE;
 /// Least MTU of a NIC (RFC 791, 3.2).
 pub const MTU_MIN: u16 = 68;
 /// Longest kernel command line, bytes.
@@ -83,6 +87,36 @@ pub struct Config {
     /// Its NICs. Those without a slot are in the order of their slots, which are counted after the disks'.
     #[serde(default)]
     pub nics: Vec<NicConfig>,
+    /// Its balloon, if it has one. Without a slot it is in the one after all others.
+    #[serde(default)]
+    pub balloon: Option<BalloonConfig>,
+}
+
+/// The balloon of the VM: its guest gives memory up as it is asked, and says which is free.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// How much of its memory the guest is to have, MiB, 16..=memory_mib; none: all.
+    #[serde(default)]
+    pub target_mib: Option<u64>,
+    /// The wish that this is of.
+    #[serde(default)]
+    pub revision: u64,
+    /// The slot that it is in, as of a disk.
+    #[serde(default)]
+    pub slot: Option<usize>,
+}
+
+/// Pages of a balloon in a VM of `memory_mib` that is to have `target_mib` of them.
+pub fn balloon_pages(memory_mib: u64, target_mib: u64) -> Result<u32, Fault> {
+    let given_up = memory_mib
+        .checked_sub(target_mib)
+        .filter(|_| target_mib >= MEMORY_MIB_MIN);
+    let pages = given_up.and_then(|mib| u32::try_from(mib * PAGES_A_MIB).ok());
+    pages.ok_or_else(|| {
+        let message = format!("target_mib is {target_mib}, must be {MEMORY_MIB_MIN}..={memory_mib}");
+        invalid("target_mib", message)
+    })
 }
 
 /// A NIC of the VM.
@@ -238,7 +272,19 @@ impl Config {
             Ok((nic.slot, Gear::Nic(Nic { tap, mac, mtu })))
         };
         let (disks, nics) = (self.disks.iter().map(disk), self.nics.iter().map(nic));
-        rng.into_iter().chain(disks).chain(nics).collect()
+        let balloon = self
+            .balloon
+            .iter()
+            .map(|balloon| Ok((balloon.slot, self.balloon_of(balloon)?)));
+        rng.into_iter().chain(disks).chain(nics).chain(balloon).collect()
+    }
+
+    fn balloon_of(&self, balloon: &BalloonConfig) -> Result<Gear, Fault> {
+        let target = Target {
+            pages: balloon_pages(self.memory_mib, balloon.target_mib.unwrap_or(self.memory_mib))?,
+            revision: balloon.revision,
+        };
+        Ok(Gear::Balloon(target, self.memory_mib * PAGES_A_MIB))
     }
 
     fn check_nics(&self) -> Result<(), Fault> {
@@ -283,8 +329,9 @@ impl Config {
     fn check_slots(&self) -> Result<(), Fault> {
         let disks = self.disks.iter().map(|disk| ("disks", disk.slot));
         let nics = self.nics.iter().map(|nic| ("nics", nic.slot));
+        let balloon = self.balloon.iter().map(|balloon| ("balloon", balloon.slot));
         let mut told = BTreeSet::new();
-        for (field, slot) in disks.chain(nics) {
+        for (field, slot) in disks.chain(nics).chain(balloon) {
             let Some(slot) = slot else { continue };
             if !(1..SLOTS).contains(&slot) {
                 let message = format!("slot {slot}, must be 1..={}", SLOTS - 1);
@@ -339,7 +386,10 @@ impl Config {
         }
         self.check_disks()?;
         self.check_nics()?;
-        self.check_slots()
+        self.check_slots()?;
+        self.balloon
+            .iter()
+            .try_for_each(|balloon| self.balloon_of(balloon).map(drop))
     }
 }
 
@@ -491,6 +541,30 @@ mod tests {
                 (Code::InvalidArgument, "nics"),
                 "{bad}"
             );
+        }
+    }
+
+    #[test]
+    fn a_balloon_is_checked_and_takes_the_slot_after_all_others() {
+        let config = Config::parse(&text(|v| v["balloon"] = serde_json::json!({"target_mib": 16}))).unwrap();
+        let equipment = config.equipment().unwrap();
+        let [(None, Gear::Balloon(target, pages))] = equipment.as_slice() else {
+            panic!("{equipment:?}");
+        };
+        assert_eq!((target.pages, *pages), (48 * 256, 64 * 256));
+        let whole = Config::parse(&text(|v| v["balloon"] = serde_json::json!({"slot": 31}))).unwrap();
+        let equipment = whole.equipment().unwrap();
+        assert!(
+            matches!(&equipment[0], (Some(31), Gear::Balloon(target, _)) if *target == Target::default())
+        );
+        for bad in [
+            serde_json::json!({"target_mib": 15}),
+            serde_json::json!({"target_mib": 65}),
+            serde_json::json!({"slot": 32}),
+            serde_json::json!({"pages": 1}),
+        ] {
+            let fault = Config::parse(&text(|v| v["balloon"] = bad.clone())).unwrap_err();
+            assert_eq!(fault.code, Code::InvalidArgument, "{bad}");
         }
     }
 

@@ -14,8 +14,8 @@ use drover_proto::v1::vmm_server::{Vmm, VmmServer};
 use drover_proto::v1::{
     AttachDiskRequest, CancelSnapshotRequest, DestroyRequest, DetachDiskRequest, Forecast, ForecastRequest,
     GrantRequest, OutcomeRequest, PowerButtonRequest, ReadConsoleRequest, ReadConsoleResponse,
-    ResizeDiskRequest, StartOutgoingRequest, SwitchToPostCopyRequest, TakeSnapshotRequest, VmmInfo,
-    WatchInfoRequest, WriteConsoleRequest, WriteConsoleResponse,
+    ResizeDiskRequest, SetMemoryRequest, StartOutgoingRequest, SwitchToPostCopyRequest, TakeSnapshotRequest,
+    VmmInfo, WatchInfoRequest, WriteConsoleRequest, WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use tokio::net::{UnixListener, UnixStream};
@@ -202,6 +202,11 @@ impl Vmm for Service {
         let request = request.into_inner();
         self.blocking(move |machine| Ok(machine.cancel_snapshot(&request.id)))
             .await
+    }
+
+    async fn set_memory(&self, request: Request<SetMemoryRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |machine| machine.set_memory(&request)).await
     }
 
     async fn forecast(&self, request: Request<ForecastRequest>) -> Result<Response<Forecast>, Status> {

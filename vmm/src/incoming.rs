@@ -110,7 +110,10 @@ impl PostCopyVm for Target<'_> {
     }
 
     fn disarm(&self) -> Result<(), Fault> {
-        self.memory().unwatch(self.uffd()?)
+        self.memory().unwatch(self.uffd()?)?;
+        // A balloon's requests waited for this.
+        self.machine.built().wake_devices();
+        Ok(())
     }
 
     /// Takes no lock of the machine: its holder may be waiting for a vCPU that waits for a page.

@@ -5,7 +5,7 @@
 //!                                          │
 //!                            outgoing ─────┼───────► vm        the parts below, as one thing that
 //!                            incoming ─────┘          │        can be paused, saved and restored
-//!                                                     ├── memory · dirty
+//!                                                     ├── memory · dirty · reclaim
 //!                                                     ├── cpu (profile, state, clock) · vcpu (threads)
 //!                                                     ├── boot (kernel images)
 //!                                                     └── devices (serial console, power ports, PCI with virtio)
@@ -31,6 +31,7 @@ pub mod irqchip;
 pub mod machine;
 pub mod memory;
 pub mod outgoing;
+pub mod reclaim;
 pub mod right;
 pub mod save;
 pub mod sigbus;
@@ -43,4 +44,4 @@ pub mod version;
 pub mod vm;
 
 /// Version of the save-state this build writes; it reads every version up to it.
-pub const DEVICE_MODEL: u32 = 4;
+pub const DEVICE_MODEL: u32 = 5;

@@ -8,6 +8,7 @@
 //! lock, and whatever a stalled disk makes a log line wait for; the watch thread only makes the state that is told follow.
 //! A holder that panics ends the process, see `main.rs`.
 
+mod balloon;
 mod hotplug;
 mod snapshots;
 
@@ -73,6 +74,7 @@ struct Core {
     runs_since: Option<(Instant, Instant)>,
     asked: hotplug::Asked,
     taking: snapshots::Taking,
+    memory_told: balloon::Told,
 }
 
 /// One VM of this process.
@@ -153,6 +155,7 @@ impl Machine {
                 runs_since: None,
                 asked: hotplug::Asked::default(),
                 taking: snapshots::Taking::default(),
+                memory_told: balloon::Told::default(),
             }),
             plugging: Mutex::default(),
             watch: Watch::default(),
@@ -326,6 +329,9 @@ impl Machine {
         let mut core = self.core();
         if let Some(end) = self.vm().and_then(Vm::end) {
             Self::note_end(&mut core, end);
+        }
+        if let Some(level) = self.vm().and_then(|vm| vm.devices().attached.balloon_level()) {
+            core.memory_told.look(Instant::now(), level);
         }
         self.settle(&mut core);
     }

@@ -14,6 +14,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 use drover_migration::vm::{Layout, PAGE_SIZE, PageSet, Region};
 use drover_proto::{Code, Fault};
@@ -54,6 +56,10 @@ pub struct Memory {
     /// The guest's regions, which may be of several pieces.
     layout: Layout,
     bytes: u64,
+    /// Whoever touches a hole waits for its page.
+    watched: AtomicBool,
+    /// No page is given up; held by whoever is giving some up.
+    whole: RwLock<bool>,
 }
 
 /// The regions of a guest with `bytes` of memory.
@@ -217,6 +223,8 @@ impl Memory {
             pieces,
             layout,
             bytes,
+            watched: AtomicBool::new(false),
+            whole: RwLock::new(false),
         })
     }
 
@@ -353,11 +361,7 @@ impl Memory {
     }
 
     fn punch(&self, region: &GuestRegionMmap<AtomicBitmap>, offset: u64, len: u64) -> Result<(), Fault> {
-        let file = region.file_offset().expect("every region is a piece of the file");
-        let signed = |value: u64| i64::try_from(value).map_err(|error| broken("punch", error));
-        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(file.file(), mode, signed(file.start() + offset)?, signed(len)?)
-            .map_err(|error| broken("punch", error))?;
+        punch_hole(region, offset, len).map_err(|error| broken("punch", error))?;
         // There is no memory behind them any more: what comes next for them goes through the file again.
         let (offset, len) = (usize::try_from(offset), usize::try_from(len));
         if let (Ok(offset), Ok(len)) = (offset, len) {
@@ -385,6 +389,7 @@ impl Memory {
 
     /// From now on whoever touches a hole waits for its page.
     pub fn watch(&self, uffd: &Uffd) -> Result<(), Fault> {
+        self.watched.store(true, Ordering::SeqCst);
         self.mapped
             .iter()
             .try_for_each(|region| uffd.register(region.as_ptr() as u64, region.len()))
@@ -394,7 +399,22 @@ impl Memory {
     pub fn unwatch(&self, uffd: &Uffd) -> Result<(), Fault> {
         self.mapped
             .iter()
-            .try_for_each(|region| uffd.unregister(region.as_ptr() as u64, region.len()))
+            .try_for_each(|region| uffd.unregister(region.as_ptr() as u64, region.len()))?;
+        self.watched.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Lets no page be given up from its return on, or again: for whoever has pages protected, or copies them behind the guest, which a hole
+    /// takes no notice of. Once they may be given up again, [`crate::vm::Vm::wake_devices`].
+    pub fn keep_whole(&self, keep: bool) {
+        *self.whole.write().unwrap_or_else(PoisonError::into_inner) = keep;
+    }
+
+    /// Lets pages be given up as long as it is held. None: they may not be, now. Where holes are watched one that came now would be waited
+    /// for, and nobody would bring its page; or all are to be kept.
+    pub fn giving_up(&self) -> Option<RwLockReadGuard<'_, bool>> {
+        let whole = self.whole.try_read().ok()?;
+        (!*whole && !self.watched.load(Ordering::SeqCst)).then_some(whole)
     }
 
     /// From now on pages can be protected against writes; none is yet.
@@ -501,6 +521,14 @@ impl Memory {
             first += region.len() / PAGE;
         }
     }
+}
+
+/// Makes whole pages of `region`, `len` bytes from `offset` on, a hole of its file.
+pub(crate) fn punch_hole(region: &GuestRegionMmap<AtomicBitmap>, offset: u64, len: u64) -> io::Result<()> {
+    let file = region.file_offset().expect("every region is a piece of the file");
+    let signed = |value: u64| i64::try_from(value).map_err(io::Error::other);
+    let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(file.file(), mode, signed(file.start() + offset)?, signed(len)?).map_err(io::Error::from)
 }
 
 fn page_count(bytes: usize) -> Result<u64, Fault> {

@@ -16,15 +16,14 @@ use crate::DEVICE_MODEL;
 use crate::abi::{self, Abi};
 use crate::config::VCPUS_MAX;
 use crate::devices::acpi::Registers;
-use crate::devices::saved::{self, SavedDevice, SavedPci, SavedVirtio};
+use crate::devices::saved::{self, SavedPci, SavedVirtio};
 use crate::devices::serial::{REGISTERS, SavedSerial};
 
 /// Largest encoded state: 32 vCPUs of some 20 KiB each and the console's 256 KiB, with room to grow.
 pub const SAVE_BYTES_MAX: usize = 8 << 20;
-/// The device models of VMs with nothing on their bus, with devices in the slots that are counted, and with NICs there.
+/// The device models of VMs with nothing on their bus, and with something elsewhere than in the slots that are counted.
 const MODEL_NO_DEVICES: u32 = 1;
-const MODEL_COUNTED_SLOTS: u32 = 2;
-const MODEL_NICS: u32 = 3;
+const MODEL_SLOTS: u32 = 4;
 /// Most MSRs of a vCPU; KVM lists under 200.
 pub const MSRS_MAX: usize = 1024;
 
@@ -50,26 +49,23 @@ impl Saved {
     /// The least device model that has all that would be missed: see [`device_model`].
     pub fn device_model(&self) -> u32 {
         let devices = self.pci.iter().flat_map(|pci| &pci.devices);
-        let is_nic = |device: &SavedVirtio| matches!(device.device, SavedDevice::Net(_));
-        device_model(devices.map(|(slot, device)| (*slot, is_nic(device))), &self.acpi)
+        let model = |device: &SavedVirtio| device.device.device_model();
+        device_model(devices.map(|(slot, device)| (*slot, model(device))), &self.acpi)
     }
 }
 
-/// The least device model of a VM with these devices, by slot and whether they are NICs, and these registers: one that was never
-/// hot-plugged can still go to a VMM that knows no hot-plug, one without NICs to a VMM that knows none, one without devices to one that
-/// knows no bus.
-pub fn device_model(devices: impl IntoIterator<Item = (usize, bool)>, acpi: &Registers) -> u32 {
-    let devices: Vec<(usize, bool)> = devices.into_iter().collect();
-    let counted = devices.iter().map(|(slot, _)| *slot).eq(1..=devices.len());
-    if acpi.is_in_use() || !counted {
-        DEVICE_MODEL
-    } else if devices.iter().any(|(_, is_nic)| *is_nic) {
-        MODEL_NICS
-    } else if devices.is_empty() {
-        MODEL_NO_DEVICES
+/// The least device model of a VM with these devices, by slot and with the model that brought their kind, and these registers: one that was
+/// never hot-plugged can still go to a VMM that knows no hot-plug, one without NICs to a VMM that knows none, one without devices to one
+/// that knows no bus.
+pub fn device_model(devices: impl IntoIterator<Item = (usize, u32)>, acpi: &Registers) -> u32 {
+    let (slots, models): (Vec<usize>, Vec<u32>) = devices.into_iter().unzip();
+    let counted = slots.iter().copied().eq(1..=slots.len());
+    let placed = if acpi.is_in_use() || !counted {
+        MODEL_SLOTS
     } else {
-        MODEL_COUNTED_SLOTS
-    }
+        MODEL_NO_DEVICES
+    };
+    models.into_iter().fold(placed, u32::max)
 }
 
 /// The state of one vCPU.
@@ -440,7 +436,7 @@ pub(crate) mod tests {
     fn a_state_of_the_wrong_shape_is_refused_with_what_is_wrong() {
         type Change = fn(&mut VmSave);
         let cases: [(Change, &str); 11] = [
-            (|save| save.device_model = DEVICE_MODEL + 1, "device model 5"),
+            (|save| save.device_model = DEVICE_MODEL + 1, "device model 6"),
             (|save| save.device_model = 0, "device model 0"),
             (|save| save.vcpus.clear(), "0 vCPUs"),
             (|save| save.vcpus[1].id = 0, "vCPU 0 stands where vCPU 1"),

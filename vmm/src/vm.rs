@@ -33,7 +33,7 @@ use crate::cpu::profile::{self, Profile};
 use crate::cpu::state;
 use crate::devices::Devices;
 use crate::devices::acpi::{Acpi, Line, SCI_IRQ};
-use crate::devices::attached::{About, At, Attached, Equipment};
+use crate::devices::attached::{At, Attached, Equipment};
 use crate::devices::console::Console;
 use crate::devices::gate::IoGate;
 use crate::devices::serial::{IRQ, SerialPort};
@@ -249,6 +249,11 @@ impl Vm {
         self.io.open(deadline_ns)
     }
 
+    /// Has the devices look at their queues again: what kept some waiting is over.
+    pub fn wake_devices(&self) {
+        self.io.wake();
+    }
+
     /// Tells the network where the VM is, from a thread that ends: it has just begun to run here.
     pub fn announce_nics(&self) {
         self.devices.attached.announce();
@@ -362,7 +367,7 @@ impl Vm {
     pub fn device_model(&self) -> u32 {
         let here: Vec<At> = self.devices.attached.list();
         let here = here.into_iter().filter(|at| !at.leaves);
-        let here = here.map(|at| (at.slot, matches!(at.about, About::Nic { .. })));
+        let here = here.map(|at| (at.slot, at.about.device_model()));
         save::device_model(here, &self.devices.acpi.registers())
     }
 

@@ -11,8 +11,8 @@ use std::mem::size_of;
 use std::path::{Path, PathBuf};
 
 use drover_proto::v1::{
-    AcpiSave, ClockSave, CpuidEntry, IrqchipSave, Msr, PciSave, SerialSave, VcpuSave, VirtioBlkSave,
-    VirtioNetSave, VirtioQueueSave, VirtioSave, VmSave, virtio_save,
+    AcpiSave, ClockSave, CpuidEntry, IrqchipSave, Msr, PciSave, SerialSave, VcpuSave, VirtioBalloonSave,
+    VirtioBlkSave, VirtioNetSave, VirtioQueueSave, VirtioSave, VmSave, virtio_save,
 };
 use kvm_bindings::{
     kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_pit_state2, kvm_regs, kvm_sregs,
@@ -147,6 +147,20 @@ fn with_nic() -> VmSave {
     save
 }
 
+/// The same with a balloon, in the last slot.
+fn with_balloon() -> VmSave {
+    let mut save = with_disk();
+    save.device_model = 5;
+    let pci = save.pci.as_mut().unwrap();
+    pci.slots = vec![31];
+    pci.devices[0].device = Some(virtio_save::Device::Balloon(VirtioBalloonSave {
+        target_pages: 1024,
+        revision: 3,
+        actual_pages: 1000,
+    }));
+    save
+}
+
 fn saves() -> Vec<(&'static str, Vec<u8>)> {
     let encoded = |change: fn(&mut VmSave)| {
         let mut save = vm(1);
@@ -159,7 +173,7 @@ fn saves() -> Vec<(&'static str, Vec<u8>)> {
         ("one-vcpu", whole.clone()),
         ("two-vcpus", vm(2).encode_to_vec()),
         ("truncated", whole[..whole.len() / 2].to_vec()),
-        ("newer-model", encoded(|save| save.device_model = 5)),
+        ("newer-model", encoded(|save| save.device_model = 6)),
         ("hot-plugged", hot_plugged().encode_to_vec()),
         ("slot-of-the-bridge", {
             let mut save = hot_plugged();
@@ -195,6 +209,7 @@ fn saves() -> Vec<(&'static str, Vec<u8>)> {
         ("many-xcrs", encoded(|save| save.vcpus[0].xcrs[0] = 200)),
         ("one-disk", with_disk().encode_to_vec()),
         ("one-nic", with_nic().encode_to_vec()),
+        ("one-balloon", with_balloon().encode_to_vec()),
         ("no-such-device", {
             let mut save = with_disk();
             save.pci.as_mut().unwrap().devices[0].device = None;
@@ -339,6 +354,52 @@ fn networks() -> Vec<(&'static str, Vec<u8>)> {
     made
 }
 
+/// Requests in every queue of a balloon: numbers of pages, and pages themselves.
+fn balloons() -> Vec<(&'static str, Vec<u8>)> {
+    let request = |gpa: u64, len: u32, flags: u16, numbers: &[u32]| {
+        let mut memory = vec![0; 0x2100];
+        memory[..8].copy_from_slice(&gpa.to_le_bytes());
+        memory[8..12].copy_from_slice(&len.to_le_bytes());
+        memory[12..14].copy_from_slice(&flags.to_le_bytes());
+        // One chain is available, its head the first descriptor; the numbers lie behind it, where the data is too.
+        memory[0x2002] = 1;
+        for (at, number) in numbers.iter().enumerate() {
+            memory[0x100 + 4 * at..][..4].copy_from_slice(&number.to_le_bytes());
+        }
+        memory
+    };
+    let with = |accesses: &[[u8; 12]], memory: Vec<u8>| {
+        let count = u8::try_from(accesses.len()).unwrap();
+        [vec![count], accesses.concat(), memory].concat()
+    };
+    let numbers_at = 0x10_0100;
+    let set_actual = [0, 4, 0x20, 3, 44, 1, 0, 0, 0, 0, 0, 0];
+    let reset = [0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    vec![
+        ("empty", vec![]),
+        (
+            "pages",
+            with(&[], request(numbers_at, 16, 0, &[1025, 1024, 1026, 1024])),
+        ),
+        // The rings themselves, and the page of the numbers.
+        (
+            "own-pages",
+            with(&[], request(numbers_at, 20, 0, &[1, 3, 5, 256, 9])),
+        ),
+        (
+            "far-page",
+            with(&[], request(numbers_at, 8, 0, &[1024, 0xffff_ffff])),
+        ),
+        ("cut-number", with(&[], request(numbers_at, 7, 0, &[1024, 1025]))),
+        ("report", with(&[set_actual], request(0x50_0800, 0x3000, 2, &[]))),
+        ("report-of-all", with(&[], request(0, 16 << 20, 2, &[]))),
+        (
+            "reset",
+            with(&[reset, set_actual], request(numbers_at, 4, 0, &[1024])),
+        ),
+    ]
+}
+
 fn folder(target: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("fuzz/corpus")
@@ -371,7 +432,7 @@ fn check(target: &str, made: &[(&str, Vec<u8>)], exercise: fn(&[u8])) {
 #[test]
 fn the_corpus_of_saved_states_is_replayed() {
     check("save", &saves(), exercise::save);
-    for whole in ["one-vcpu", "two-vcpus", "one-disk", "one-nic"] {
+    for whole in ["one-vcpu", "two-vcpus", "one-disk", "one-nic", "one-balloon"] {
         let bytes = std::fs::read(folder("save").join(whole)).unwrap();
         assert!(
             drover_vmm::save::decode(&bytes).is_ok(),
@@ -398,6 +459,11 @@ fn the_corpus_of_drivers_is_replayed() {
 }
 
 #[test]
+fn the_corpus_of_balloons_is_replayed() {
+    check("balloon", &balloons(), exercise_virtio::balloon);
+}
+
+#[test]
 fn the_corpus_of_networks_is_replayed() {
     check("nic", &networks(), exercise_virtio::nic);
 }
@@ -407,11 +473,15 @@ proptest! {
 
     #[test]
     fn a_mutated_driver_breaks_nothing(
-        nic in any::<bool>(),
+        kind in 0..3,
         pick in any::<prop::sample::Index>(),
         changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..12),
     ) {
-        let made = if nic { networks() } else { drivers() };
+        let (made, exercise): (_, fn(&[u8])) = match kind {
+            0 => (drivers(), exercise_virtio::virtio),
+            1 => (networks(), exercise_virtio::nic),
+            _ => (balloons(), exercise_virtio::balloon),
+        };
         let mut bytes = made[pick.index(made.len())].1.clone();
         for (at, value) in changes {
             if !bytes.is_empty() {
@@ -419,7 +489,7 @@ proptest! {
                 bytes[at] = value;
             }
         }
-        if nic { exercise_virtio::nic(&bytes) } else { exercise_virtio::virtio(&bytes) }
+        exercise(&bytes);
     }
 }
 

@@ -4,7 +4,7 @@ use core::sync::atomic::Ordering;
 
 use drover_probe::clock::microseconds;
 use drover_probe::params::Fault;
-use drover_probe::report::{DiskSecond, NetSecond, Second};
+use drover_probe::report::{BalloonSecond, DiskSecond, NetSecond, Second};
 
 use super::console::{self, say};
 use super::machine;
@@ -50,8 +50,8 @@ impl Desk {
         }
     }
 
-    /// Does what is due; `disk` is how the journal stands, `net` what the station has done.
-    pub fn tend(&mut self, disk: Option<DiskSecond>, net: Option<NetSecond>) {
+    /// Does what is due; `disk` is how the journal stands, `net` what the station has done, `balloon` how the balloon stands.
+    pub fn tend(&mut self, disk: Option<DiskSecond>, net: Option<NetSecond>, balloon: Option<BalloonSecond>) {
         let now = machine::counter();
         let second = self.plan.clock.ticks_per_s();
         if now >= self.next_look {
@@ -64,6 +64,7 @@ impl Desk {
             let report = Second {
                 disk,
                 net,
+                balloon,
                 ..self.report(now)
             };
             say!("{report}");

@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! boot.s (ring 0) -> probe_entry (ring 3)
-//!   processor 0:  boot information -> clock -> timer -> wakes the others -> publishes the plan -> fills -> (journal, station) -> "probe up" -> work + desk
+//!   processor 0:  boot information -> clock -> timer -> wakes the others -> publishes the plan -> fills -> (journal, station, balloon) -> "probe up" -> work + desk
 //!   the others:                                            wait for the plan -> timer -> fill -> work
 //! ```
 //!
 //! Rust runs in ring 3 only: hosts without hardware virtualization run ring 3 natively and emulate ring 0.
 
+mod balloon;
 mod boot;
 mod console;
 mod desk;
@@ -21,6 +22,7 @@ mod worker;
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
+use self::balloon::Balloon;
 use self::boot::BootInfo;
 use self::console::say;
 use self::desk::Desk;
@@ -67,7 +69,7 @@ fn first(kind: u64, boot_address: u64) -> ! {
         say!("probe no timer: the local APIC's counter does not move");
         machine::stop()
     };
-    let (disk_memory, net_memory) = (plan.disk, plan.net);
+    let (disk_memory, net_memory, balloon_memory) = (plan.disk, plan.net, plan.balloon);
     let cpus = machine::wake_others(plan.params.cpus, &clock);
     let plan = PLAN.publish(plan.with_machine(clock, timer, cpus));
     let mut worker = start_work(plan, 0);
@@ -94,13 +96,25 @@ fn first(kind: u64, boot_address: u64) -> ! {
             machine::stop()
         }
     };
+    if plan.params.spare_written {
+        (0..plan.spare()).for_each(|index| balloon::write(plan.spare_page(index), index));
+    }
+    let mut balloon = match balloon_memory.map(|memory| Balloon::open(memory, plan)) {
+        None => None,
+        Some(Ok(balloon)) => Some(balloon),
+        Some(Err(why)) => {
+            say!("probe no balloon: {why}");
+            machine::stop()
+        }
+    };
     say!("{}", plan.up());
     let mut desk = Desk::new(plan);
     loop {
         let worked = worker.step();
         let journal = bay.as_mut().and_then(Bay::step);
         let station = net.as_mut().map(Net::step);
-        desk.tend(journal, station);
+        let pages = balloon.as_mut().map(Balloon::step);
+        desk.tend(journal, station, pages);
         if !worked {
             machine::idle();
         }

@@ -10,7 +10,7 @@ use drover_probe::params::{BadParam, Params, Why};
 use drover_probe::report::Up;
 
 use super::time::Clock;
-use super::{disk, machine, net};
+use super::{balloon, disk, machine, net};
 
 const RECORD_BYTES: u64 = 8;
 
@@ -24,6 +24,8 @@ pub struct Draft {
     pub disk: Option<u64>,
     /// Memory for the NIC, where there is to be one: see [`super::net`].
     pub net: Option<u64>,
+    /// Memory for the balloon's driver, where there is to be one: see [`super::balloon`].
+    pub balloon: Option<u64>,
 }
 
 /// The same, and the machine as it was found.
@@ -48,8 +50,13 @@ impl Plan {
         let params = Params::parse(line)?;
         let mut layout = memory.clone();
         let room = layout.pages();
-        let drivers = [(params.disk, disk::PAGES), (params.net.is_some(), net::PAGES)];
-        let [disk, net] = drivers.map(|(wanted, pages)| wanted.then(|| layout.take(pages)).flatten());
+        let drivers = [
+            (params.disk, disk::PAGES),
+            (params.net.is_some(), net::PAGES),
+            (params.balloon, balloon::PAGES),
+        ];
+        let [disk, net, balloon] =
+            drivers.map(|(wanted, pages)| wanted.then(|| layout.take(pages)).flatten());
         let needed: u64 = drivers
             .iter()
             .filter(|(wanted, _)| *wanted)
@@ -59,7 +66,8 @@ impl Plan {
         let record = layout
             .take(record_pages)
             .filter(|_| layout.pages() >= params.own_pages)
-            .filter(|_| params.disk == disk.is_some() && params.net.is_some() == net.is_some());
+            .filter(|_| params.disk == disk.is_some() && params.net.is_some() == net.is_some())
+            .filter(|_| params.balloon == balloon.is_some());
         let Some(record) = record else {
             let room = room.saturating_sub(needed);
             let pages = room - room.div_ceil(1 + PAGE_SIZE / RECORD_BYTES);
@@ -79,7 +87,19 @@ impl Plan {
             record,
             disk,
             net,
+            balloon,
         })
+    }
+
+    /// Pages that nobody owns.
+    pub fn spare(&self) -> u64 {
+        self.layout.pages() - self.params.own_pages
+    }
+
+    /// The address of the `index`-th of them.
+    pub fn spare_page(&self, index: u64) -> u64 {
+        let found = self.layout.address(self.params.own_pages + index);
+        found.expect("spare pages lie within the layout")
     }
 
     /// What the guest says when it is up.

@@ -14,7 +14,7 @@ use crate::encode::compress::Packer;
 use crate::transport::{Link, Stop, Stream};
 use crate::vm::{RegionEnds, SourceVm};
 
-/// In the first round the VM is asked for holes again after so many pages.
+/// In the first round the VM is asked for holes again after so many pages; in later ones it is asked once, and only of so many at once.
 const HOLE_STEP: u64 = 16;
 
 /// Pages to be sent.
@@ -125,9 +125,12 @@ impl<'c, S: Stream> Sender<'c, S> {
         lane.take_on(job.runs.iter().map(|run| run.count).sum());
         batch.begin(job.round);
         for run in job.runs.iter().flat_map(|run| regions.split(*run)) {
-            // Later rounds hold only pages that were written.
+            // Later rounds hold only pages that were written; but many together may be memory that the guest has given up since, and to read
+            // that would take memory for it again.
             if job.round == 1 {
-                add_with_holes(batch, run, vm);
+                add_with_holes(batch, run, HOLE_STEP, vm);
+            } else if run.count >= HOLE_STEP {
+                add_with_holes(batch, run, run.count, vm);
             } else {
                 batch.add(run, |first, out| vm.read_pages(first, out));
             }
@@ -189,8 +192,8 @@ impl Part {
     const ALL: [Self; 4] = [Self::Deltas, Self::Packed, Self::Plain, Self::Zeros];
 }
 
-/// Adds pages of which some may never have been written: those are not read.
-fn add_with_holes(batch: &mut Batch, run: Run, vm: &dyn SourceVm) {
+/// Adds pages of which some may hold nothing: those are not read. The VM is asked again after `step` pages that hold something.
+fn add_with_holes(batch: &mut Batch, run: Run, step: u64, vm: &dyn SourceVm) {
     let mut rest = run;
     while rest.count > 0 {
         let zeros = vm.zero_ahead(rest.first, rest.count).min(rest.count);
@@ -200,7 +203,7 @@ fn add_with_holes(batch: &mut Batch, run: Run, vm: &dyn SourceVm) {
         });
         let part = Run {
             first: rest.first + zeros,
-            count: (rest.count - zeros).min(HOLE_STEP),
+            count: (rest.count - zeros).min(step),
         };
         batch.add(part, |first, out| vm.read_pages(first, out));
         rest = Run {

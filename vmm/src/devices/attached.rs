@@ -22,7 +22,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::gate::{Held, IoGate};
 use super::pci::bus::Bus;
 use super::pci::{MMIO, SLOTS};
-use super::saved::SavedPci;
+use super::saved::{MODEL_BALLOON, MODEL_DISKS, MODEL_NICS, SavedPci};
+use super::virtio::balloon::{Balloon, Level, Target};
 use super::virtio::blk::disk::Disk;
 use super::virtio::blk::{Blk, SECTOR};
 use super::virtio::net::tap::Tap;
@@ -42,6 +43,8 @@ pub enum Gear {
     Disk(Disk),
     /// A NIC.
     Nic(Nic),
+    /// The balloon of a VM with so many pages.
+    Balloon(Target, u64),
 }
 
 /// A NIC of a VM.
@@ -75,6 +78,19 @@ pub enum About {
         /// Its address.
         mac: Mac,
     },
+    /// A balloon.
+    Balloon,
+}
+
+impl About {
+    /// The device model that brought its kind.
+    pub fn device_model(&self) -> u32 {
+        match self {
+            Self::Rng | Self::Disk { .. } => MODEL_DISKS,
+            Self::Nic { .. } => MODEL_NICS,
+            Self::Balloon => MODEL_BALLOON,
+        }
+    }
 }
 
 /// A kind of device, for what is its own.
@@ -83,6 +99,7 @@ enum Kind {
     Rng,
     Disk(Arc<Disk>),
     Nic(Arc<Net>, Arc<Tap>),
+    Balloon(Arc<Balloon>),
 }
 
 impl Kind {
@@ -91,13 +108,14 @@ impl Kind {
             Self::Rng => Arc::new(Rng::new()?),
             Self::Disk(disk) => Arc::new(Blk::new(disk.clone())),
             Self::Nic(net, _) => net.clone(),
+            Self::Balloon(balloon) => balloon.clone(),
         })
     }
 
     /// What it needs to be held to work.
     fn held(&self) -> Option<Arc<dyn Held>> {
         match self {
-            Self::Rng => None,
+            Self::Rng | Self::Balloon(_) => None,
             Self::Disk(disk) => Some(disk.clone()),
             Self::Nic(_, tap) => Some(tap.clone()),
         }
@@ -127,6 +145,10 @@ impl Prepared {
                 let net = Arc::new(Net::new(tap.clone(), mac, mtu));
                 (About::Nic { mac }, Kind::Nic(net, tap))
             }
+            Gear::Balloon(target, pages) => (
+                About::Balloon,
+                Kind::Balloon(Arc::new(Balloon::new(target, pages))),
+            ),
         };
         Ok(Self {
             about,
@@ -200,7 +222,7 @@ impl Slot {
             about: self.about.clone(),
             size_bytes: match &self.kind {
                 Kind::Disk(disk) => disk.sectors() * SECTOR,
-                Kind::Rng | Kind::Nic(..) => 0,
+                Kind::Rng | Kind::Nic(..) | Kind::Balloon(_) => 0,
             },
             leaves: self.there.is_none(),
         }
@@ -290,6 +312,45 @@ impl Attached {
         };
         if disk.grow(bytes)? {
             there.device.config_changed();
+        }
+        Ok(())
+    }
+
+    /// The balloon, if there is one, with the device that it is.
+    fn balloon(table: &BTreeMap<usize, Slot>) -> Option<(&Balloon, &VirtioPci)> {
+        table.values().find_map(|at| match (&at.kind, &at.there) {
+            (Kind::Balloon(balloon), Some(there)) => Some((&**balloon, &*there.device)),
+            _ => None,
+        })
+    }
+
+    /// How the VM's balloon stands, if it has one.
+    pub fn balloon_level(&self) -> Option<Level> {
+        Self::balloon(&lock(&self.table)).map(|(balloon, _)| balloon.level())
+    }
+
+    /// Whether the guest has a driver for the VM's balloon.
+    pub fn balloon_has_driver(&self) -> bool {
+        Self::balloon(&lock(&self.table)).is_some_and(|(_, device)| device.has_driver())
+    }
+
+    /// The guest is to give so much memory up. A fault: there is no balloon, or a later wish was told.
+    pub fn set_balloon(&self, target: Target) -> Result<(), Fault> {
+        let table = lock(&self.table);
+        let Some((balloon, device)) = Self::balloon(&table) else {
+            let message = "the VM has no balloon: its guest cannot be asked for memory";
+            return Err(Fault::new(Code::VmState, message));
+        };
+        let before = balloon.level().target;
+        if !balloon.set_target(target) {
+            let message = format!(
+                "the call is of revision {}, {} was taken: it comes too late",
+                target.revision, before.revision
+            );
+            return Err(Fault::new(Code::DeviceBusy, message).field("revision"));
+        }
+        if before.pages != target.pages {
+            device.config_changed();
         }
         Ok(())
     }

@@ -135,6 +135,11 @@ impl IoGate {
         }
     }
 
+    /// Wakes the workers: there may be work that they passed over.
+    pub fn wake(&self) {
+        self.ring();
+    }
+
     /// Lets requests begin until the `CLOCK_BOOTTIME` `deadline_ns`. A fault: what is to be held cannot be, and nothing begins.
     pub fn open(&self, deadline_ns: u64) -> Result<(), Fault> {
         let mut state = self.state();

@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 
 use drover_proto::v1::virtio_save::Device;
 use drover_proto::v1::{
-    AcpiSave, PciSave, VirtioBlkSave, VirtioNetSave, VirtioQueueSave, VirtioRngSave, VirtioSave,
+    AcpiSave, PciSave, VirtioBalloonSave, VirtioBlkSave, VirtioNetSave, VirtioQueueSave, VirtioRngSave,
+    VirtioSave,
 };
 
 use super::acpi::{Registers, slots_of};
@@ -18,6 +19,13 @@ use super::virtio::blk::SERIAL_BYTES;
 use super::virtio::net::{FRAME_BYTES_MAX, Mac};
 use super::virtio::queue::Queue;
 use super::virtio::transport::Transport;
+
+/// The device models that brought random numbers and disks, NICs, balloons.
+pub const MODEL_DISKS: u32 = 2;
+/// See [`MODEL_DISKS`].
+pub const MODEL_NICS: u32 = 3;
+/// See [`MODEL_DISKS`].
+pub const MODEL_BALLOON: u32 = 5;
 
 /// Most queues of a device.
 const QUEUES_MAX: usize = 64;
@@ -90,6 +98,30 @@ pub enum SavedDevice {
     Blk(SavedBlk),
     /// A NIC.
     Net(SavedNet),
+    /// A balloon.
+    Balloon(SavedBalloon),
+}
+
+impl SavedDevice {
+    /// The device model that brought its kind.
+    pub fn device_model(&self) -> u32 {
+        match self {
+            Self::Rng | Self::Blk(_) => MODEL_DISKS,
+            Self::Net(_) => MODEL_NICS,
+            Self::Balloon(_) => MODEL_BALLOON,
+        }
+    }
+}
+
+/// A balloon. Which pages are in it is the guest's to know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedBalloon {
+    /// Pages that it is to hold.
+    pub target_pages: u32,
+    /// The wish that this is of.
+    pub revision: u64,
+    /// Pages that it holds, says its driver.
+    pub actual_pages: u32,
 }
 
 /// A NIC.
@@ -287,6 +319,11 @@ fn encode_device(saved: &SavedVirtio) -> VirtioSave {
                 mtu: net.mtu.into(),
                 held: net.held.clone(),
             }),
+            SavedDevice::Balloon(balloon) => Device::Balloon(VirtioBalloonSave {
+                target_pages: balloon.target_pages,
+                revision: balloon.revision,
+                actual_pages: balloon.actual_pages,
+            }),
         }),
     }
 }
@@ -361,6 +398,11 @@ fn decode_device(save: VirtioSave) -> Result<SavedVirtio, String> {
             serial: blk.serial,
         }),
         Device::Net(net) => SavedDevice::Net(decode_net(net)?),
+        Device::Balloon(balloon) => SavedDevice::Balloon(SavedBalloon {
+            target_pages: balloon.target_pages,
+            revision: balloon.revision,
+            actual_pages: balloon.actual_pages,
+        }),
     };
     let queues = save.queues.iter().map(decode_queue).collect::<Result<_, _>>()?;
     Ok(SavedVirtio {

@@ -61,6 +61,7 @@ impl Machine {
             let (kind, path, read_only) = match at.about {
                 About::Rng => ("rng", String::new(), false),
                 About::Nic { .. } => ("nic", String::new(), false),
+                About::Balloon => ("balloon", String::new(), false),
                 About::Disk { path, read_only } => ("disk", path.to_string_lossy().into_owned(), read_only),
             };
             VmmDevice {
@@ -79,6 +80,7 @@ impl Machine {
             heeds_slots: false,
             heeds_button: false,
             device_model: vm.device_model(),
+            memory: Self::memory_told(core, vm),
         }
     }
 
@@ -88,6 +90,9 @@ impl Machine {
             let registers = vm.devices().acpi.registers();
             devices.heeds_slots = registers.heeds_slots();
             devices.heeds_button = registers.heeds_button();
+            if let Some(memory) = &mut devices.memory {
+                memory.driver = vm.devices().attached.balloon_has_driver();
+            }
         }
     }
 

@@ -85,6 +85,8 @@ impl<'a> Protected<'a> {
     /// Prepares memory for it; nothing is protected yet.
     pub fn prepare(memory: &'a Memory, uffd: &'a Uffd) -> Result<Self, Fault> {
         let protected = Self { memory, uffd };
+        // A page that the guest gives up becomes a hole without a write that anybody waited for.
+        memory.keep_whole(true);
         memory.watch_writes(uffd)?;
         Ok(protected)
     }
@@ -174,6 +176,7 @@ impl Drop for Protected<'_> {
             // When the descriptor is closed, which is next, the kernel releases everything.
             error!(%fault, "memory is not released at once");
         }
+        self.memory.keep_whole(false);
     }
 }
 
@@ -273,6 +276,21 @@ mod tests {
     use super::*;
     use crate::snapshot::format::MEMORY;
     use crate::snapshot::sheet::Sheet;
+
+    /// A hole would be in the file instead of what was there at the instant.
+    #[test]
+    fn no_page_is_given_up_while_memory_is_protected() {
+        let uffd = match Uffd::open_for_writes() {
+            Ok(uffd) => uffd,
+            Err(fault) => return println!("SKIPPED: {fault}"),
+        };
+        let memory = Memory::new(1 << 20, false).unwrap();
+        assert!(memory.giving_up().is_some());
+        let protected = Protected::prepare(&memory, &uffd).unwrap();
+        assert!(memory.giving_up().is_none());
+        drop(protected);
+        assert!(memory.giving_up().is_some());
+    }
 
     /// Writers of every kind that runs in this process, while memory is copied out: the file has what was there at the instant.
     #[test]

@@ -348,8 +348,9 @@ fn instant<'a>(
 /// The instant, and the copying behind the running VM. On return nothing is protected or guarded any more, and all that was copied is in the pipe.
 fn copy(machine: &Machine, task: &Task, shadows: &[Arc<Shadow>]) -> Result<Saved, Fault> {
     let pipe = &task.pipe;
-    let protected = Protected::prepare(machine.built().memory(), &task.uffd)?;
-    let (saved, guarded) = std::thread::scope(|scope| {
+    let vm = machine.built();
+    let protected = Protected::prepare(vm.memory(), &task.uffd).inspect_err(|_| vm.wake_devices())?;
+    let kept = std::thread::scope(|scope| {
         let ((engine, copier), (alive, ended)) = (behind::line(), channel());
         let thread = std::thread::Builder::new().name("snap-memory".to_owned());
         // However this thread ends, it releases memory.
@@ -367,7 +368,10 @@ fn copy(machine: &Machine, task: &Task, shadows: &[Arc<Shadow>]) -> Result<Saved
         }
         report_until(&ended, machine, pipe);
         kept
-    })?;
+    });
+    // A balloon's requests waited for memory to be released.
+    vm.wake_devices();
+    let (saved, guarded) = kept?;
     pipe.check()?;
     let mut reported = Instant::now();
     for shadow in shadows {

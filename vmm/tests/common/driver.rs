@@ -31,6 +31,8 @@ pub const WRITE: u16 = 2;
 pub const INDIRECT: u16 = 4;
 
 const DEVICE_REGION: u64 = 0xc000_8000;
+/// Between the rings of two queues.
+const RING_BYTES: u64 = 0x8000;
 
 /// Remembers what was sent.
 #[derive(Default)]
@@ -247,5 +249,73 @@ impl Rig {
         self.submit(&parts);
         assert_eq!((self.run(), self.used().len()), (1, 1));
         (self.read(answer, 1)[0], self.read(received, room as usize))
+    }
+}
+
+/// A queue of the driver's, of a device with several.
+#[derive(Clone)]
+pub struct Ring {
+    queue: u16,
+    next: u16,
+    seen: u16,
+}
+
+impl Ring {
+    /// One that was not programmed yet; the first is by [`Rig::start_without`].
+    pub fn new(queue: u16) -> Self {
+        Self {
+            queue,
+            next: 0,
+            seen: 0,
+        }
+    }
+
+    fn at(&self, offset: u64) -> u64 {
+        0x1000 + RING_BYTES * u64::from(self.queue) + offset
+    }
+
+    /// Programs the queue, with a vector after the configuration's.
+    pub fn set_up(&mut self, rig: &Rig) {
+        (self.next, self.seen) = (0, 0);
+        rig.write(self.at(0), &[0; 0x6000]);
+        let mut entry = [0; 16];
+        entry[..4].copy_from_slice(&0xfee0_0000u32.to_le_bytes());
+        entry[8] = 0x41 + u8::try_from(self.queue).unwrap();
+        rig.set(0x4000 + 16 * u64::from(self.queue + 1), &entry);
+        rig.set(22, &self.queue.to_le_bytes());
+        rig.set(24, &SIZE.to_le_bytes());
+        rig.set(26, &(self.queue + 1).to_le_bytes());
+        for (register, offset) in [(32, 0), (40, 0x2000), (48, 0x4000)] {
+            rig.set(register, &self.at(offset).to_le_bytes());
+        }
+        rig.set(28, &1u16.to_le_bytes());
+    }
+
+    /// Makes a chain of `parts` available, its descriptors from `first` on.
+    pub fn submit(&mut self, rig: &Rig, first: u16, parts: &[Part]) {
+        for (index, &(gpa, len, write)) in (first..).zip(parts) {
+            let last = usize::from(index - first) + 1 == parts.len();
+            let flags = if last { 0 } else { NEXT } | if write { WRITE } else { 0 };
+            rig.descriptor_at(self.at(16 * u64::from(index)), gpa, len, flags, index + 1);
+        }
+        rig.write(
+            self.at(0x2004 + 2 * u64::from(self.next % SIZE)),
+            &first.to_le_bytes(),
+        );
+        self.next = self.next.wrapping_add(1);
+        rig.write(self.at(0x2002), &self.next.to_le_bytes());
+    }
+
+    /// Chains that were given back since the last call: head and bytes written.
+    pub fn used(&mut self, rig: &Rig) -> Vec<(u32, u32)> {
+        let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().unwrap());
+        let index = rig.read(self.at(0x4002), 2);
+        let mut used = Vec::new();
+        while self.seen != u16::from_le_bytes([index[0], index[1]]) {
+            let entry = rig.read(self.at(0x4004 + 8 * u64::from(self.seen % SIZE)), 8);
+            used.push((word(&entry[..4]), word(&entry[4..])));
+            self.seen = self.seen.wrapping_add(1);
+        }
+        used
     }
 }

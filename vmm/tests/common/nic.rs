@@ -9,13 +9,12 @@ use std::sync::{Arc, Mutex};
 
 use drover_vmm::devices::virtio::net::{FRAME_BYTES_MAX, Link, Mac, Net};
 
-use super::driver::{NEXT, Part, Rig, SIZE, WRITE};
+use super::driver::{Rig, Ring};
 
 pub const MAC: Mac = [0x52, 0x54, 0, 1, 2, 3];
 pub const RECEIVE: u16 = 0;
 pub const TRANSMIT: u16 = 1;
 pub const CONTROL: u16 = 2;
-const RING_BYTES: u64 = 0x8000;
 
 /// The device's end of a cable.
 pub struct Cable {
@@ -37,64 +36,6 @@ impl Link for Cable {
     }
     fn readable(&self) -> BorrowedFd<'_> {
         self.near.as_fd()
-    }
-}
-
-/// A queue of the driver's.
-pub struct Ring {
-    queue: u16,
-    next: u16,
-    seen: u16,
-}
-
-impl Ring {
-    fn at(&self, offset: u64) -> u64 {
-        0x1000 + RING_BYTES * u64::from(self.queue) + offset
-    }
-
-    /// Programs the queue, with a vector after the configuration's.
-    fn set_up(&mut self, rig: &Rig) {
-        (self.next, self.seen) = (0, 0);
-        rig.write(self.at(0), &[0; 0x6000]);
-        let mut entry = [0; 16];
-        entry[..4].copy_from_slice(&0xfee0_0000u32.to_le_bytes());
-        entry[8] = 0x41 + u8::try_from(self.queue).unwrap();
-        rig.set(0x4000 + 16 * u64::from(self.queue + 1), &entry);
-        rig.set(22, &self.queue.to_le_bytes());
-        rig.set(24, &SIZE.to_le_bytes());
-        rig.set(26, &(self.queue + 1).to_le_bytes());
-        for (register, offset) in [(32, 0), (40, 0x2000), (48, 0x4000)] {
-            rig.set(register, &self.at(offset).to_le_bytes());
-        }
-        rig.set(28, &1u16.to_le_bytes());
-    }
-
-    /// Makes a chain of `parts` available, its descriptors from `first` on.
-    pub fn submit(&mut self, rig: &Rig, first: u16, parts: &[Part]) {
-        for (index, &(gpa, len, write)) in (first..).zip(parts) {
-            let last = usize::from(index - first) + 1 == parts.len();
-            let flags = if last { 0 } else { NEXT } | if write { WRITE } else { 0 };
-            rig.descriptor_at(self.at(16 * u64::from(index)), gpa, len, flags, index + 1);
-        }
-        rig.write(
-            self.at(0x2004 + 2 * u64::from(self.next % SIZE)),
-            &first.to_le_bytes(),
-        );
-        self.next = self.next.wrapping_add(1);
-        rig.write(self.at(0x2002), &self.next.to_le_bytes());
-    }
-
-    /// Chains that were given back since the last call: head and bytes written.
-    pub fn used(&mut self, rig: &Rig) -> Vec<(u32, u32)> {
-        let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().unwrap());
-        let index = rig.read(self.at(0x4002), 2);
-        let mut used = Vec::new();
-        while self.seen != u16::from_le_bytes([index[0], index[1]]) {
-            let entry = rig.read(self.at(0x4004 + 8 * u64::from(self.seen % SIZE)), 8);
-            used.push((word(&entry[..4]), word(&entry[4..])));
-            self.seen = self.seen.wrapping_add(1);
-        }
-        used
     }
 }
 
@@ -121,19 +62,14 @@ impl Nic {
             offloads: Mutex::default(),
         });
         let net = Arc::new(Net::new(cable.clone(), MAC, 1500));
-        let ring = |queue| Ring {
-            queue,
-            next: 0,
-            seen: 0,
-        };
         Self {
             rig: Rig::new(net.clone()),
             net,
             cable,
             far,
-            receive: ring(RECEIVE),
-            transmit: ring(TRANSMIT),
-            control: ring(CONTROL),
+            receive: Ring::new(RECEIVE),
+            transmit: Ring::new(TRANSMIT),
+            control: Ring::new(CONTROL),
         }
     }
 
@@ -142,7 +78,7 @@ impl Nic {
         self.rig.start_without(without);
         let rings = [&mut self.transmit, &mut self.control];
         rings.into_iter().for_each(|ring| ring.set_up(&self.rig));
-        (self.receive.next, self.receive.seen) = (0, 0);
+        self.receive = Ring::new(RECEIVE);
     }
 
     /// A driven one without what is in `without`.
@@ -159,7 +95,7 @@ impl Nic {
             (&mut self.transmit, &other.transmit),
             (&mut self.control, &other.control),
         ] {
-            (own.next, own.seen) = (of.next, of.seen);
+            *own = of.clone();
         }
     }
 

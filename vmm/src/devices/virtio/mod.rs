@@ -4,12 +4,13 @@
 //!   guest ──► pci        registers in one region, interrupts, doorbells        (4.1)
 //!               ├── transport   status, features, queue set-up                 (2.1–2.4, 4.1.4.3; pure)
 //!               ├── queue       chains of buffers in guest memory              (2.7)
-//!               └── worker ──►  device: rng, blk, net                          (5; a folder each)
+//!               └── worker ──►  device: rng, blk, net, balloon                 (5; a folder each)
 //! ```
 //!
 //! One worker thread a device takes chains, has the device serve them, and gives them back. It works only while the VM may run (see
 //! [`super::gate`]). What a driver does wrong makes its device ask to be reset (`DEVICE_NEEDS_RESET`) and stand until then; nothing else.
 
+pub mod balloon;
 pub mod blk;
 pub mod buffers;
 pub mod net;
@@ -45,6 +46,12 @@ pub trait Device: Send + Sync + 'static {
     fn queues(&self) -> &'static [u16];
     /// The guest reads its configuration, at `offset`; beyond its end stand zeroes, with which `data` comes.
     fn read_config(&self, offset: usize, data: &mut [u8]);
+    /// The guest writes its configuration, at `offset`, perhaps beyond its end.
+    fn write_config(&self, _offset: usize, _data: &[u8]) {}
+    /// Whether serving chains of `queue` makes pages of memory holes.
+    fn makes_holes(&self, _queue: usize) -> bool {
+        false
+    }
     /// Serves a chain of queue `queue`; the driver has accepted `features`. Returns how many bytes were written to the buffers.
     fn serve(
         &self,

@@ -9,7 +9,7 @@
 //! All registers are under one lock, held for moments: the worker takes it to take a chain and to give it back, not while it serves.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -273,12 +273,15 @@ impl VirtioPci {
             return Work::Nothing;
         };
         let mut dry = false;
-        let Some((queue, chain, features)) = self.take(&mut self.inner(), &mut dry) else {
+        let giving_up = self.makes_holes().then(|| self.memory.giving_up()).flatten();
+        let taken = self.take(&mut self.inner(), giving_up.is_some(), &mut dry);
+        let Some((queue, chain, features)) = taken else {
             return if dry { Work::Dry } else { Work::Nothing };
         };
         let served = self
             .device
             .serve(queue, &chain, self.memory.mapped(), features, &begun);
+        drop(giving_up);
         let mut inner = self.inner();
         inner.under_way = false;
         if inner.transport.resetting {
@@ -299,15 +302,19 @@ impl VirtioPci {
         Work::Done
     }
 
-    /// The next chain to serve. `dry`: there would be one if something came from outside.
-    fn take(&self, inner: &mut Inner, dry: &mut bool) -> Option<(usize, Chain, u64)> {
+    fn makes_holes(&self) -> bool {
+        (0..self.device.queues().len()).any(|queue| self.device.makes_holes(queue))
+    }
+
+    /// The next chain to serve; without `giving_up` none that makes pages holes. `dry`: there would be one if something came from outside.
+    fn take(&self, inner: &mut Inner, giving_up: bool, dry: &mut bool) -> Option<(usize, Chain, u64)> {
         if !inner.transport.works() || !inner.config.is_master() {
             return None;
         }
         let count = inner.transport.queues.len();
         for index in (0..count).map(|ahead| (inner.turn + ahead) % count) {
             let queue = &mut inner.transport.queues[index];
-            if !queue.enabled {
+            if !queue.enabled || (!giving_up && self.device.makes_holes(index)) {
                 continue;
             }
             let features = inner.transport.accepted;
@@ -364,6 +371,9 @@ impl VirtioPci {
                 // A queue that was filled before the driver said that it is ready.
                 self.ring();
             }
+            DEVICE => self
+                .device
+                .write_config(usize::try_from(within).expect("within a page"), data),
             DOORBELLS => self.ring(),
             TABLE => {
                 inner.msix.write_table(within, data);
@@ -413,6 +423,15 @@ impl VirtioPci {
         inner.transport.works().then_some(inner.transport.accepted)
     }
 
+    /// Whether it has a driver that is ready. Waits for nobody: who holds the registers at the moment may be waiting for a page of memory.
+    pub fn has_driver(&self) -> bool {
+        match self.inner.try_lock() {
+            Ok(inner) => inner.transport.works(),
+            Err(TryLockError::WouldBlock) => true,
+            Err(TryLockError::Poisoned(_)) => panic!("no holder of a device's lock panics"),
+        }
+    }
+
     /// Tells the driver that the device's configuration is another now.
     pub fn config_changed(&self) {
         let mut inner = self.inner();
@@ -448,6 +467,9 @@ impl VirtioPci {
         saved.registers.put_into(&mut inner.transport)?;
         inner.transport.check(self.memory.mapped())?;
         self.follow_config(inner);
+        if let Some(vector) = inner.transport.config_missed() {
+            self.raise(inner, vector);
+        }
         if inner.transport.works() {
             for queue in 0..inner.transport.queues.len() {
                 if inner.transport.queues[queue].enabled {

@@ -105,6 +105,11 @@ impl Transport {
         Some(self.config_vector)
     }
 
+    /// The vector that tells of changes of the configuration, if the driver was ever told of one and may have missed it.
+    pub fn config_missed(&self) -> Option<u16> {
+        (self.works() && self.isr & ISR_CONFIG != 0).then_some(self.config_vector)
+    }
+
     /// The device cannot go on until it is reset. Returns the vector that tells a driver that is ready.
     pub fn break_down(&mut self) -> Option<u16> {
         let told = self.status & status::DRIVER_OK != 0 && self.status & status::NEEDS_RESET == 0;

@@ -92,6 +92,9 @@ impl Device for Rng {
             SavedDevice::Rng => Ok(()),
             SavedDevice::Blk(_) => Err("a disk stands where this VM has its random numbers".to_owned()),
             SavedDevice::Net(_) => Err("a NIC stands where this VM has its random numbers".to_owned()),
+            SavedDevice::Balloon(_) => {
+                Err("a balloon stands where this VM has its random numbers".to_owned())
+            }
         }
     }
 }
