@@ -228,6 +228,8 @@ pub enum VmCommand {
         #[command(flatten)]
         wait: WaitArgs,
     },
+    /// Change how much of its memory a VM's guest is to have, and wait until its VMM knows, if it runs
+    Set(SetArgs),
     /// Delete a VM, stopping it first, and wait until it is gone
     Delete(ActArgs),
     /// Show a VM's serial console and type into it; Ctrl-] leaves
@@ -391,6 +393,9 @@ pub struct CreateArgs {
     /// guest finds them
     #[arg(long = "nic", value_name = "NETWORK[:mac=…,ip=…]", value_parser = parse_nic)]
     pub nics: Vec<v1::VmNic>,
+    /// Whether its guest can be asked to give memory up, and says which is free; auto: if every host is of a version that knows it
+    #[arg(long, value_enum, default_value_t, num_args = 0..=1, require_equals = true, default_missing_value = "on", value_name = "WHEN")]
+    pub balloon: WithBalloon,
     /// Start on this host only [default: placement decides]
     #[arg(long, value_name = "HOST")]
     pub host: Option<String>,
@@ -413,6 +418,31 @@ pub enum Restart {
     Never,
     /// It starts again, on any host that fits
     OnFailure,
+}
+
+/// Whether a VM gets a balloon.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum WithBalloon {
+    /// If every host could take the VM then
+    #[default]
+    Auto,
+    /// Yes
+    On,
+    /// No
+    Off,
+}
+
+/// `ctl vm set …`
+#[derive(Debug, Args)]
+pub struct SetArgs {
+    /// The VM's name
+    pub vm: String,
+    /// Memory that its guest is to have, in MiB, or with a unit, as 1GiB: at most what the VM was created with
+    #[arg(long, value_parser = parse_mib, value_name = "SIZE")]
+    pub memory: u64,
+    /// How to wait
+    #[command(flatten)]
+    pub wait: WaitArgs,
 }
 
 /// `ctl vm start|stop|delete …`

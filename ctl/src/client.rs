@@ -283,6 +283,17 @@ impl Client {
             .await
     }
 
+    /// Changes how much of its memory a VM's guest is to have.
+    pub async fn set_vm_memory(&self, vm: &str, memory_mib: u64) -> Result<v1::Vm> {
+        let request = v1::SetVmMemoryRequest {
+            request_id: request_id()?,
+            vm: vm.to_owned(),
+            memory_mib,
+        };
+        self.plain(async |mut grpc| grpc.set_vm_memory(request.clone()).await)
+            .await
+    }
+
     /// Gives a VM a disk.
     pub async fn attach_disk(&self, vm: &str, disk: v1::VmDisk) -> Result<v1::Vm> {
         let request = v1::AttachDiskToVmRequest {

@@ -29,13 +29,13 @@
 
 mod devices;
 
-pub use devices::with_slots;
+pub use devices::{target_mib, with_slots};
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::v1::{
-    DetachDiskRequest, HostDesired, Migration, MigrationPhase, Reason, StartOutgoingRequest, VmDesired,
-    VmDevices, VmDisk, VmRole, VmState, VmmDevices, VmmState, Volume,
+    DetachDiskRequest, HostDesired, Migration, MigrationPhase, Reason, SetMemoryRequest,
+    StartOutgoingRequest, VmDesired, VmDevices, VmDisk, VmRole, VmState, VmmDevices, VmmState, Volume,
 };
 use drover_proto::{Code, Fault};
 
@@ -193,6 +193,13 @@ pub enum Action {
         key: Key,
         /// For which request.
         request: u64,
+    },
+    /// Ask a run's guest to have so much of its memory.
+    SetMemory {
+        /// The VMM.
+        key: Key,
+        /// How much.
+        request: SetMemoryRequest,
     },
     /// Report what a run's VMM has.
     ReportDevices {

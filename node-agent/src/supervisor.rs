@@ -461,6 +461,7 @@ fn key_of(action: &Action) -> Option<&Key> {
         | Action::Detach { key, .. }
         | Action::Resize { key, .. }
         | Action::Press { key, .. }
+        | Action::SetMemory { key, .. }
         | Action::ReportDevices { key, .. }
         | Action::Forget { key } => Some(key),
         Action::ReportGone { .. } | Action::Abort { .. } | Action::Confirm => None,
@@ -570,6 +571,12 @@ async fn carry_out(
         (Action::Press { key, request }, Some(link)) => {
             tracing::info!(vmm = %key, request, "the power button");
             bounded(link.client.clone().power_button(PowerButtonRequest { request })).await?;
+            Ok(Effect::Nothing)
+        }
+        (Action::SetMemory { key, request }, Some(link)) => {
+            let target_mib = request.target_mib;
+            tracing::info!(vmm = %key, target_mib, "the guest is to have so much memory");
+            bounded(link.client.clone().set_memory(request)).await?;
             Ok(Effect::Nothing)
         }
         (Action::ReportDevices { key, devices }, Some(link)) => {

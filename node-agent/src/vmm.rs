@@ -23,9 +23,10 @@ use std::time::Duration;
 
 use drover_proto::v1::vmm_client::VmmClient;
 use drover_proto::v1::{
-    AbortMigrationRequest, AttachDiskRequest, CommitHandoverRequest, CommitHandoverResponse, GrantRequest,
-    MigrationPhase, Progress, Reason, ReportMigrationRequest, ReportVmRequest, ResizeDiskRequest, VmDesired,
-    VmDevices, VmDisk, VmSpec, VmState, VmmBuild, VmmInfo, VmmState, Volume, WatchInfoRequest,
+    AbortMigrationRequest, AttachDiskRequest, Balloon, CommitHandoverRequest, CommitHandoverResponse,
+    GrantRequest, MigrationPhase, Progress, Reason, ReportMigrationRequest, ReportVmRequest,
+    ResizeDiskRequest, VmDesired, VmDevices, VmDisk, VmSpec, VmState, VmmBuild, VmmInfo, VmmState, Volume,
+    WatchInfoRequest,
 };
 use drover_proto::{Code, Fault};
 use hyper_util::rt::TokioIo;
@@ -38,7 +39,7 @@ use tower::service_fn;
 
 use crate::agent::Context;
 use crate::clock::boottime_ns;
-use crate::converge::with_slots;
+use crate::converge::{target_mib, with_slots};
 use crate::host::process::{self, Abandoned};
 use crate::host::store::{note_granted, was_granted, write_private};
 use crate::host::volumes;
@@ -73,6 +74,8 @@ const PROGRESS_PERIOD: Duration = Duration::from_millis(250);
 /// Progress that begins a blackout is held back for so long: mostly the VM runs by then, and until then the processors have better
 /// to do.
 const BLACKOUT_QUIET: Duration = Duration::from_millis(50);
+/// The slot of every VM's balloon: the last of its bus, which the cluster, counting from the first, comes to for nothing else.
+const BALLOON_SLOT: u32 = 31;
 /// What a disk's serial number takes of its volume's name; a name is ASCII.
 const SERIAL_CHARS_MAX: usize = 20;
 /// A report of progress that is not taken by then is out of date.
@@ -226,6 +229,9 @@ async fn start(context: &Arc<Context>, link: &Arc<Link>, desired: &VmDesired) ->
     if !nics.is_empty() {
         let nic = |nic: &Nic| serde_json::json!({"tap": nic.tap, "mac": nic.mac_text(), "mtu": nic.mtu});
         config["nics"] = nics.iter().map(nic).collect();
+    }
+    if let Some(balloon) = desired.spec.as_ref().and_then(balloon) {
+        config["balloon"] = balloon;
     }
     let (context, link) = (context.clone(), link.clone());
     let failed = |what: &str, error: &dyn std::fmt::Display| {
@@ -385,6 +391,15 @@ async fn disks(
         disks.push(told);
     }
     Ok(disks.into())
+}
+
+/// What the VMM's config.json says of the VM's balloon: nothing where it has none. Of a VM that is received the state has the last word.
+fn balloon(spec: &VmSpec) -> Option<serde_json::Value> {
+    (spec.balloon() == Balloon::On).then(|| {
+        serde_json::json!({
+            "slot": BALLOON_SLOT, "target_mib": target_mib(spec), "revision": spec.memory_revision,
+        })
+    })
 }
 
 /// Puts the NICs, in the specification's order, into the slots that were written down, if they were.
@@ -843,6 +858,25 @@ mod tests {
     use drover_proto::v1::VmNic;
 
     use super::*;
+
+    #[test]
+    fn a_balloon_has_the_last_slot_and_what_the_guest_is_to_have() {
+        let mut spec = VmSpec {
+            memory_mib: 64,
+            ..VmSpec::default()
+        };
+        assert_eq!(balloon(&spec), None, "an older VMM refuses the word");
+        spec.set_balloon(Balloon::On);
+        assert_eq!(
+            balloon(&spec),
+            Some(serde_json::json!({"slot": 31, "target_mib": 64, "revision": 0}))
+        );
+        (spec.memory_target_mib, spec.memory_revision) = (24, 7);
+        assert_eq!(
+            balloon(&spec),
+            Some(serde_json::json!({"slot": 31, "target_mib": 24, "revision": 7}))
+        );
+    }
 
     #[test]
     fn nics_stay_in_the_slots_that_were_written_down() {

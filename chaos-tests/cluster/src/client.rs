@@ -16,8 +16,8 @@ use drover_proto::v1::{
     DetachDiskFromVmRequest, GetClusterRequest, GetMigrationRequest, GetVmRequest, Host, ListEventsRequest,
     ListHostsRequest, ListMigrationsRequest, ListVolumesRequest, MigrateVmRequest, Migration,
     MigrationForecast, MigrationOptions, MigrationPhase, Network, PostcopyMigrationRequest,
-    ReadConsoleRequest, ReadConsoleResponse, StartVmRequest, StopVmRequest, Vm, VmDisk, VmSpec, VmState,
-    Volume, WatchMigrationRequest, WriteConsoleRequest,
+    ReadConsoleRequest, ReadConsoleResponse, SetVmMemoryRequest, StartVmRequest, StopVmRequest, Vm, VmDisk,
+    VmSpec, VmState, Volume, WatchMigrationRequest, WriteConsoleRequest,
 };
 use drover_proto::{Code, Fault};
 use tokio::runtime::Runtime;
@@ -208,6 +208,19 @@ impl Client {
         self.call(|mut client| {
             let request = request.clone();
             async move { client.attach_disk(request).await }
+        })
+    }
+
+    /// Changes how much of its memory a VM's guest is to have.
+    pub fn set_memory(&self, vm: &str, memory_mib: u64) -> Result<Vm, Fault> {
+        let request = SetVmMemoryRequest {
+            request_id: request_id(),
+            vm: vm.to_owned(),
+            memory_mib,
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.set_vm_memory(request).await }
         })
     }
 

@@ -16,9 +16,10 @@ use drover_proto::v1::{
     ListHostsResponse, ListMigrationsRequest, ListMigrationsResponse, ListNetworksRequest,
     ListNetworksResponse, ListVmsRequest, ListVmsResponse, ListVolumesRequest, ListVolumesResponse,
     MigrateVmRequest, Migration, MigrationForecast, Network, PlanMigration, PostcopyMigrationRequest,
-    ReadConsoleRequest, ReadConsoleResponse, Reason, ResizeVolume, ResizeVolumeRequest, ShutdownVm,
-    ShutdownVmRequest, StartVm, StartVmRequest, StopVm, StopVmRequest, Vm, Volume, WantPostCopy,
-    WatchMigrationRequest, WatchMigrationResponse, WriteConsoleRequest, WriteConsoleResponse,
+    ReadConsoleRequest, ReadConsoleResponse, Reason, ResizeVolume, ResizeVolumeRequest, SetVmMemory,
+    SetVmMemoryRequest, ShutdownVm, ShutdownVmRequest, StartVm, StartVmRequest, StopVm, StopVmRequest, Vm,
+    Volume, WantPostCopy, WatchMigrationRequest, WatchMigrationResponse, WriteConsoleRequest,
+    WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use drover_state::{State, Usage};
@@ -228,6 +229,24 @@ impl Controller for Api {
             |_, message| {
                 let shutdown = ShutdownVm { name: message.name };
                 (message.request_id, Kind::ShutdownVm(shutdown))
+            },
+            |_, response| response.vm,
+        )
+        .await
+    }
+
+    async fn set_vm_memory(&self, mut request: Request<SetVmMemoryRequest>) -> Answer<Vm> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/SetVmMemory",
+            request,
+            |_, message| {
+                let SetVmMemoryRequest {
+                    request_id,
+                    vm,
+                    memory_mib,
+                } = message;
+                (request_id, Kind::SetVmMemory(SetVmMemory { vm, memory_mib }))
             },
             |_, response| response.vm,
         )

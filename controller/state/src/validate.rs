@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use drover_proto::v1::{
-    Compression, HostSpec, MigrationOptions, RestartPolicy, Settings, VmSpec, VmmBuild, Volume,
+    Balloon, Compression, HostSpec, MigrationOptions, RestartPolicy, Settings, VmSpec, VmmBuild, Volume,
 };
 use drover_proto::{Code, Fault};
 
@@ -117,6 +117,10 @@ pub(crate) fn vm_spec(spec: Option<&VmSpec>) -> Result<VmSpec, Fault> {
             ));
         }
     }
+    if Balloon::try_from(spec.balloon).is_err() {
+        let message = format!("spec.balloon is {}; 1 (off) or 2 (on) are possible", spec.balloon);
+        return Err(invalid("spec.balloon", message));
+    }
     if !spec.host.is_empty() {
         name("spec.host", &spec.host)?;
     }
@@ -124,6 +128,7 @@ pub(crate) fn vm_spec(spec: Option<&VmSpec>) -> Result<VmSpec, Fault> {
     networks::check_nics(&mut spec)?;
     // The cluster's own to say.
     spec.devices_revision = 0;
+    (spec.memory_target_mib, spec.memory_revision) = (0, 0);
     for disk in &mut spec.disks {
         (disk.slot, disk.attach_revision, disk.detach_revision) = (0, 0, 0);
     }

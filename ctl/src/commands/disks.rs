@@ -36,14 +36,15 @@ pub async fn detach(session: &Session, name: &str, volume: &str, args: &WaitArgs
 }
 
 /// Why something is not yet so.
-enum Yet {
+pub(super) enum Yet {
     /// It may still be.
     Waits(String),
     /// It was refused, and is tried again.
     Refused(v1::Reason),
 }
 
-fn runs(vm: &v1::Vm) -> bool {
+/// Whether there is a VMM that runs the VM, or is about to.
+pub(super) fn runs(vm: &v1::Vm) -> bool {
     !matches!(
         vm.state(),
         v1::VmState::Stopped | v1::VmState::Failed | v1::VmState::Pending
@@ -78,7 +79,8 @@ fn lacks(vm: &v1::Vm, volume: &str) -> std::result::Result<(), Yet> {
     }))
 }
 
-async fn until(
+/// Waits until `done` says so.
+pub(super) async fn until(
     session: &Session,
     name: &str,
     timeout: Duration,

@@ -6,6 +6,7 @@ mod disks;
 mod dry_run;
 pub mod events;
 mod follow;
+mod memory;
 pub mod migrate;
 pub mod network;
 pub mod objects;

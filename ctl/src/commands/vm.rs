@@ -1,4 +1,4 @@
-//! `ctl vm create|list|show|start|stop|shutdown|delete`.
+//! `ctl vm create|list|show|set|start|stop|shutdown|delete`.
 //!
 //! An action is done when the cluster has accepted it; the wait after it only watches. So a wait that runs out
 //! (exit code 7) or is interrupted (130) changes nothing, and what was asked for still comes about.
@@ -35,6 +35,7 @@ pub async fn run(session: &Session, command: &VmCommand) -> Result<()> {
         VmCommand::Shutdown(args) => shutdown(session, args).await,
         VmCommand::AttachDisk { vm, disk, wait } => super::disks::attach(session, vm, disk, wait).await,
         VmCommand::DetachDisk { vm, volume, wait } => super::disks::detach(session, vm, volume, wait).await,
+        VmCommand::Set(args) => super::memory::set(session, args).await,
         VmCommand::Delete(args) => {
             let vm = session.client.delete_vm(&args.vm).await?;
             settle(session, args, vm, Goal::Gone).await
@@ -76,6 +77,7 @@ async fn create(session: &Session, args: &CreateArgs) -> Result<()> {
         Restart::Never => v1::RestartPolicy::Never,
         Restart::OnFailure => v1::RestartPolicy::OnFailure,
     };
+    let balloon = super::memory::balloon(session, args.balloon).await?;
     let spec = v1::VmSpec {
         name: args.name.clone(),
         vcpus: args.vcpus,
@@ -88,7 +90,8 @@ async fn create(session: &Session, args: &CreateArgs) -> Result<()> {
         host: args.host.clone().unwrap_or_default(),
         disks: args.disks.clone(),
         nics: args.nics.clone(),
-        devices_revision: 0,
+        balloon: balloon.into(),
+        ..v1::VmSpec::default()
     };
     let mut vm = session.client.create_vm(spec, args.start).await?;
     if args.wait {

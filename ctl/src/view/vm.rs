@@ -24,6 +24,8 @@ pub struct VmView {
     pub vmm: Option<VmmView>,
     /// Whether another VMM is installed on its host, for `ctl vm upgrade`; null: not known, or not looked at.
     pub upgrade_due: Option<bool>,
+    /// Its memory; null: it does not run, or not with a balloon.
+    pub memory: Option<MemoryView>,
     /// The migration under way.
     pub migration: Option<String>,
     /// The newest migration, under way or ended.
@@ -72,6 +74,31 @@ pub struct SpecView {
     pub disks: Vec<DiskView>,
     /// Its NICs, in the order of their slots.
     pub nics: Vec<NicView>,
+    /// Whether its guest can be asked to give memory up.
+    pub balloon: bool,
+    /// Of `memory_mib`, what its guest is to have, MiB.
+    pub memory_target_mib: u64,
+}
+
+/// Memory of a VM that runs with a balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct MemoryView {
+    /// What its guest was asked to have, MiB.
+    pub target_mib: u64,
+    /// What it has, it says.
+    pub actual_mib: u64,
+    /// Whether it has a driver that does as it is asked.
+    pub driver: bool,
+}
+
+impl From<v1::VmMemory> for MemoryView {
+    fn from(memory: v1::VmMemory) -> Self {
+        Self {
+            target_mib: memory.target_mib,
+            actual_mib: memory.actual_mib,
+            driver: memory.driver,
+        }
+    }
 }
 
 /// A NIC of a VM.
@@ -135,7 +162,9 @@ impl From<v1::Vm> for VmView {
     fn from(vm: v1::Vm) -> Self {
         let state = vm_state_word(vm.state());
         let runs = matches!(vm.state(), v1::VmState::Running | v1::VmState::Paused);
+        let memory = vm.devices.as_ref().and_then(|devices| devices.memory);
         let spec = vm.spec.unwrap_or_default();
+        let (balloon, all) = (spec.balloon() == v1::Balloon::On, spec.memory_mib);
         let placement = vm.placement.unwrap_or_default();
         let restart = match spec.restart() {
             v1::RestartPolicy::OnFailure => "on-failure",
@@ -152,6 +181,7 @@ impl From<v1::Vm> for VmView {
             reason: ReasonView::of(vm.reason),
             vmm: vm.vmm.filter(|_| runs).map(VmmView::from),
             upgrade_due: None,
+            memory: memory.filter(|_| runs).map(MemoryView::from),
             migration: some(vm.migration),
             last_migration: some(vm.last_migration),
             spec: SpecView {
@@ -165,6 +195,11 @@ impl From<v1::Vm> for VmView {
                 host: some(spec.host),
                 disks: spec.disks.into_iter().map(DiskView::from).collect(),
                 nics: spec.nics.into_iter().map(NicView::from).collect(),
+                balloon,
+                memory_target_mib: match spec.memory_target_mib {
+                    0 => all,
+                    target => target,
+                },
             },
             restarts: vm.restarts,
             deleting: vm.deleting,
@@ -183,6 +218,25 @@ impl VmView {
             .as_ref()
             .zip(installed)
             .map(|(runs, installed)| *runs != installed);
+    }
+
+    /// Its memory in a line: `256 MiB, of which the guest is to have 128 MiB and has 200 MiB`.
+    pub fn memory_line(&self) -> String {
+        let SpecView {
+            memory_mib,
+            memory_target_mib,
+            ..
+        } = self.spec;
+        let mut line = format!("{memory_mib} MiB");
+        if self.spec.balloon && (memory_target_mib != memory_mib || self.memory.is_some()) {
+            line += &format!(", of which the guest is to have {memory_target_mib} MiB");
+        }
+        match self.memory {
+            Some(memory) if memory.driver => line += &format!(" and has {} MiB", memory.actual_mib),
+            Some(_) => line += "; it has no driver that gives any up",
+            None => {}
+        }
+        line
     }
 
     /// Its disks in a line: `data, base (read-only)`.
@@ -281,7 +335,7 @@ impl Detailed for VmView {
                 if self.wanted_running { "running" } else { "stopped" }.to_owned(),
             ),
             ("vcpus", self.spec.vcpus.to_string()),
-            ("memory", format!("{} MiB", self.spec.memory_mib)),
+            ("memory", self.memory_line()),
             ("kernel", self.spec.kernel.clone()),
             ("initrd", dash(self.spec.initrd.as_deref())),
             ("cmdline", self.spec.cmdline.clone()),
@@ -338,6 +392,56 @@ mod tests {
         assert_eq!(json["migration"], json!(null));
         assert_eq!(json["spec"]["cpu_profile"], "baseline");
         assert_eq!(json["spec"]["restart"], "never");
+    }
+
+    #[test]
+    fn what_the_guest_is_to_have_of_its_memory_and_has_is_told() {
+        let shown = |balloon: v1::Balloon, target_mib: u64, memory: Option<v1::VmMemory>| {
+            let mut vm = running();
+            let spec = vm.spec.as_mut().unwrap();
+            spec.set_balloon(balloon);
+            spec.memory_target_mib = target_mib;
+            vm.devices = Some(v1::VmDevices {
+                memory,
+                ..Default::default()
+            });
+            VmView::from(vm)
+        };
+        let memory = v1::VmMemory {
+            target_mib: 128,
+            actual_mib: 200,
+            driver: true,
+            ..Default::default()
+        };
+        let deaf = v1::VmMemory {
+            driver: false,
+            ..memory
+        };
+        use v1::Balloon::{Off, On};
+        for (view, line) in [
+            (shown(Off, 0, None), "256 MiB"),
+            (shown(On, 0, None), "256 MiB"),
+            (
+                shown(On, 128, None),
+                "256 MiB, of which the guest is to have 128 MiB",
+            ),
+            (
+                shown(On, 128, Some(memory)),
+                "256 MiB, of which the guest is to have 128 MiB and has 200 MiB",
+            ),
+            (
+                shown(On, 128, Some(deaf)),
+                "256 MiB, of which the guest is to have 128 MiB; it has no driver that gives any up",
+            ),
+        ] {
+            assert_eq!(view.memory_line(), line);
+        }
+        let json = serde_json::to_value(shown(On, 128, Some(memory))).unwrap();
+        assert_eq!(
+            json["memory"],
+            json!({"target_mib": 128, "actual_mib": 200, "driver": true})
+        );
+        assert_eq!(json["spec"]["memory_target_mib"], 128);
     }
 
     #[test]

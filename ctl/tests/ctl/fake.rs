@@ -433,6 +433,20 @@ impl Controller for Service {
             .into())
     }
 
+    async fn set_vm_memory(&self, request: Request<v1::SetVmMemoryRequest>) -> Answer<v1::Vm> {
+        let request = request.into_inner();
+        let mut state = self.enter("set_vm_memory", &request.request_id)?;
+        let Some((vm, _)) = state.vms.get_mut(&request.vm) else {
+            let message = format!("no VM is named \"{}\"", request.vm);
+            return Err(Fault::new(Code::VmNotFound, message).field("vm").into());
+        };
+        let spec = vm.spec.get_or_insert_default();
+        spec.memory_target_mib = request.memory_mib;
+        spec.memory_revision += 1;
+        let vm = vm.clone();
+        answer(state, vm)
+    }
+
     async fn attach_disk(&self, request: Request<v1::AttachDiskToVmRequest>) -> Answer<v1::Vm> {
         let vm = request.into_inner().vm;
         Err(Fault::new(Code::VmNotFound, format!("no VM is named \"{vm}\""))

@@ -66,6 +66,43 @@ fn deleting_a_volume_tells_that_its_file_stays_and_a_refusal_has_its_exit_code()
 }
 
 #[test]
+fn a_vm_gets_a_balloon_where_every_host_knows_it_and_its_memory_is_set() {
+    let fake = Fake::start();
+    let host = |device_model: u32| v1::Host {
+        spec: Some(v1::HostSpec {
+            name: format!("host{device_model}"),
+            device_model,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let balloon = |name: &str| {
+        let state = fake.state();
+        state.vms[name].0.spec.as_ref().unwrap().balloon()
+    };
+    for (name, hosts, more, want) in [
+        ("vm1", vec![5, 6], "", v1::Balloon::On),
+        ("vm2", vec![5, 4], "", v1::Balloon::Off),
+        ("vm3", vec![5, 4], "--balloon", v1::Balloon::On),
+        ("vm4", vec![5], "--balloon=off", v1::Balloon::Off),
+    ] {
+        fake.state().hosts = hosts.into_iter().map(host).collect();
+        let ended = fake.run(&format!("vm create {name} --image probe {more}"));
+        assert_eq!((ended.code, balloon(name)), (Some(0), want), "{name}: {ended:?}");
+    }
+    let ended = fake.run("vm set vm1 --memory 128MiB");
+    assert_eq!(
+        (ended.code, ended.stdout.as_str()),
+        (
+            Some(0),
+            "vm1: memory 256 MiB, of which the guest is to have 128 MiB\n"
+        ),
+        "{ended:?}"
+    );
+    assert_eq!(fake.run("vm set vm9 --memory 128MiB").code, Some(3));
+}
+
+#[test]
 fn a_vm_is_created_with_its_disks_and_shows_them() {
     let fake = Fake::start();
     let ended = fake.run("vm create vm1 --image probe --disk data --disk base:ro");

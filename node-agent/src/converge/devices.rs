@@ -3,18 +3,19 @@
 //! ```text
 //!   the specification has, the VMM has not ──► attach        has it, smaller ──► grow
 //!   is to be given up, or is in no specification ──► detach  ──► (the guest gives it up)
+//!   less or more memory is wanted than the VMM was told ──► set it
 //!   what the VMM has, changed ──► report
 //! ```
 //!
 //! A volume is known by the folder that its file is in, not by the whole path: a pool may be mounted elsewhere by now, and no disk is to
-//! be taken from its guest for that. While a migration of the run is under way the VMM takes nothing, so nothing is asked of it.
+//! be taken from its guest for that. While a migration of the run is under way the VMM takes no disk, so nothing of the kind is asked of it.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
 use drover_proto::v1::{
-    DetachDiskRequest, MigrationPhase, VmDesired, VmDevice, VmDeviceState, VmDevices, VmDisk, VmSpec,
-    VmmDevice, VmmDeviceState, VmmDevices, VmmState,
+    DetachDiskRequest, MigrationPhase, SetMemoryRequest, VmDesired, VmDevice, VmDeviceState, VmDevices,
+    VmDisk, VmSpec, VmmDevice, VmmDeviceState, VmmDevices, VmmState,
 };
 
 use super::{Action, Alive, Observed, Seen};
@@ -78,6 +79,24 @@ fn report(seen: &Seen, has: &VmmDevices, wanted: &[VmDisk]) -> VmDevices {
         heeds_button: has.heeds_button,
         device_model: has.device_model,
         pressed: has.pressed,
+        memory: has.memory,
+    }
+}
+
+/// How much memory the VM's guest is to have: the VMM keeps the newest that it was told, also over a migration.
+fn memory(has: &VmmDevices, spec: &VmSpec) -> Option<SetMemoryRequest> {
+    let told = has.memory?.revision;
+    (told < spec.memory_revision).then(|| SetMemoryRequest {
+        revision: spec.memory_revision,
+        target_mib: target_mib(spec),
+    })
+}
+
+/// MiB of its memory that the VM's guest is to have.
+pub fn target_mib(spec: &VmSpec) -> u64 {
+    match spec.memory_target_mib {
+        0 => spec.memory_mib,
+        target => target.min(spec.memory_mib),
     }
 }
 
@@ -104,6 +123,9 @@ pub fn next(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired)
     if wanted.shutdown > has.pressed {
         let request = wanted.shutdown;
         return Some(Action::Press { key, request });
+    }
+    if let Some(request) = memory(has, spec) {
+        return Some(Action::SetMemory { key, request });
     }
     let disks = with_slots(spec);
     let devices = report(seen, has, &disks);
@@ -168,7 +190,7 @@ pub fn next(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired)
 
 #[cfg(test)]
 mod tests {
-    use drover_proto::v1::{Migration, Reason, Volume};
+    use drover_proto::v1::{Migration, Reason, VmMemory, Volume};
 
     use super::*;
     use crate::converge::{Attaching, Life};
@@ -274,6 +296,17 @@ mod tests {
 
     fn untouched(_: &mut VmDesired) {}
 
+    /// It is being moved away.
+    fn moving(wanted: &mut VmDesired) {
+        let mut migration = Migration {
+            from: "host1".into(),
+            epoch: 4,
+            ..Migration::default()
+        };
+        migration.set_phase(MigrationPhase::PreCopy);
+        wanted.migration = Some(migration);
+    }
+
     #[test]
     fn what_could_not_be_attached_holds_up_no_other() {
         let mut disks = [disk("a", 1), disk("b", 2), disk("c", 3)];
@@ -342,15 +375,6 @@ mod tests {
 
     #[test]
     fn a_run_that_is_moved_is_given_nothing_and_its_button_is_pressed_once() {
-        let moving = |wanted: &mut VmDesired| {
-            let mut migration = Migration {
-                from: "host1".into(),
-                epoch: 4,
-                ..Migration::default()
-            };
-            migration.set_phase(MigrationPhase::PreCopy);
-            wanted.migration = Some(migration);
-        };
         assert_eq!(step(&[disk("a", 1)], 1, has(0, &[]), moving), None);
         let asked = |wanted: &mut VmDesired| wanted.shutdown = 2;
         let pressed = |pressed| VmmDevices {
@@ -362,6 +386,40 @@ mod tests {
             Some(Action::Press { request: 2, .. })
         ));
         assert_eq!(step(&[], 0, pressed(2), asked), None);
+    }
+
+    #[test]
+    fn what_memory_the_guest_is_to_have_is_told_once_for_each_revision_also_of_a_run_that_is_moved() {
+        let told = |revision| VmmDevices {
+            memory: Some(VmMemory {
+                revision,
+                ..VmMemory::default()
+            }),
+            ..VmmDevices::default()
+        };
+        let wanted = |target: u64, is_moved: bool| {
+            move |wanted: &mut VmDesired| {
+                let spec = wanted.spec.get_or_insert_default();
+                (spec.memory_mib, spec.memory_target_mib, spec.memory_revision) = (64, target, 3);
+                if is_moved {
+                    moving(wanted);
+                }
+            }
+        };
+        for (target, is_moved, want) in [(32, false, 32), (0, true, 64)] {
+            match step(&[], 0, told(2), wanted(target, is_moved)) {
+                Some(Action::SetMemory { request, .. }) => {
+                    assert_eq!((request.revision, request.target_mib), (3, want));
+                }
+                other => panic!("{other:?}"),
+            }
+            assert_eq!(step(&[], 0, told(3), wanted(target, is_moved)), None);
+        }
+        assert_eq!(
+            step(&[], 0, has(0, &[]), wanted(32, false)),
+            None,
+            "a VMM without a balloon, of a version before it"
+        );
     }
 
     #[test]

@@ -42,6 +42,31 @@ struct Config {
     incoming: Option<Incoming>,
     #[serde(default)]
     disks: Vec<serde_json::Value>,
+    balloon: Option<Balloon>,
+}
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Balloon {
+    slot: u32,
+    target_mib: u64,
+    revision: u64,
+}
+
+impl Balloon {
+    /// What is told of it before its guest has done anything.
+    fn devices(&self, memory_mib: u64) -> VmmDevices {
+        assert_eq!(self.slot, 31);
+        VmmDevices {
+            memory: Some(VmMemory {
+                target_mib: self.target_mib,
+                revision: self.revision,
+                actual_mib: memory_mib,
+                driver: true,
+            }),
+            ..VmmDevices::default()
+        }
+    }
 }
 
 #[derive(serde::Deserialize)]
@@ -297,6 +322,18 @@ impl Vmm for Fake {
         Err(Status::unimplemented("snapshots"))
     }
 
+    async fn set_memory(&self, request: Request<SetMemoryRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.note(format!("memory {} {}", request.target_mib, request.revision));
+        Ok(Response::new(self.change(|info| {
+            if let Some(memory) = &mut info.devices.get_or_insert_default().memory {
+                (memory.target_mib, memory.revision) = (request.target_mib, request.revision);
+                // A guest that does as it is asked at once.
+                memory.actual_mib = request.target_mib;
+            }
+        })))
+    }
+
     async fn forecast(&self, request: Request<ForecastRequest>) -> Result<Response<Forecast>, Status> {
         let request = request.into_inner();
         self.note(format!("forecast {} {}", request.vm, request.epoch));
@@ -360,6 +397,10 @@ pub fn live() {
         }),
         build: Some(build()),
         migration,
+        devices: config
+            .balloon
+            .as_ref()
+            .map(|balloon| balloon.devices(config.memory_mib)),
         pid: std::process::id(),
         ..VmmInfo::default()
     };

@@ -1,11 +1,12 @@
 //! The one function that changes the state.
 //!
 //! Every command is checked in full before it changes anything: a refusal leaves the state as it was, but for the
-//! record of the answer when the request carried an id. Handlers stand by subject: `hosts`, `vms`, `devices`, `volumes`,
+//! record of the answer when the request carried an id. Handlers stand by subject: `hosts`, `vms`, `devices`, `memory`, `volumes`,
 //! `networks`, `migrations`.
 
 mod devices;
 mod hosts;
+mod memory;
 mod migrations;
 mod networks;
 mod vms;
@@ -178,6 +179,7 @@ impl Tx<'_> {
             Some(Kind::AttachDisk(attach)) => self.attach_disk(attach),
             Some(Kind::DetachDisk(detach)) => self.detach_disk(detach),
             Some(Kind::ShutdownVm(shutdown)) => self.shutdown_vm(&shutdown.name),
+            Some(Kind::SetVmMemory(set)) => self.set_vm_memory(set),
             // An entry of a newer build: every build of this version refuses it alike.
             None => Err(Fault::new(
                 Code::Internal,
