@@ -64,7 +64,7 @@ tests! {
     vm_tests::a_vmm_that_ignores_its_end_is_killed_also_by_the_next_agent,
     volume_tests::a_vm_gets_its_volumes_as_disks_and_their_files_are_made_once,
     volume_tests::a_volume_that_cannot_be_had_fails_the_start_with_its_code_and_starts_nothing,
-    memory_tests::what_the_guest_is_to_have_is_configured_told_once_and_what_it_has_is_reported,
+    memory_tests::what_the_guest_is_to_have_is_configured_and_told_and_what_it_has_is_reported,
     migration_tests::a_target_prepares_commits_and_runs_by_the_commits_lease,
     migration_tests::a_commit_is_asked_for_until_it_is_answered_also_by_the_next_agent,
     migration_tests::a_target_whose_commit_is_refused_ends_without_a_report,
