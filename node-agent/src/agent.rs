@@ -21,6 +21,7 @@ use crate::host::store::{Store, StoreError};
 use crate::key::Key;
 use crate::loops::{self, Grants};
 use crate::network::Networks;
+use crate::sandbox::Sandbox;
 use crate::supervisor::Supervisor;
 use crate::vmm::Link;
 use crate::{DEVICE_MODEL, inventory};
@@ -42,6 +43,8 @@ pub struct Context {
     pub settings: watch::Sender<Option<Settings>>,
     /// What VMs' NICs hang on.
     pub networks: Networks,
+    /// The VMMs' sandbox.
+    pub sandbox: Sandbox,
     /// The newest answered heartbeat.
     pub grants: watch::Sender<Grants>,
     /// Asks for a heartbeat out of turn.
@@ -132,6 +135,7 @@ impl Agent {
             heartbeat_now: Notify::new(),
             register_again: Notify::new(),
             boot_id: spec.boot_id.clone(),
+            sandbox: Sandbox::of(&config),
             config,
         });
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
@@ -193,5 +197,6 @@ fn host_spec(config: &Config, addr: SocketAddr) -> Result<HostSpec, AgentError> 
         networks: Vec::new(),
         vxlan: String::new(),
         networking: String::new(),
+        sandbox: String::new(),
     })
 }

@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use crate::key::is_name;
 use crate::network::config::NetworksConfig;
+use crate::sandbox::{self, Policy};
 
 /// Most controllers that are tried in turn.
 const CONTROLLERS_MAX: usize = 16;
@@ -59,6 +60,12 @@ pub struct Config {
     /// Which networks are offered to VMs' NICs.
     #[serde(default)]
     pub networks: NetworksConfig,
+    /// Whether VMMs cage themselves.
+    #[serde(default)]
+    pub sandbox: Policy,
+    /// The user that they become where the agent is root; `drover-vmm` when absent, or one without a name.
+    #[serde(default)]
+    pub vmm_user: Option<String>,
 }
 
 /// What a setting is by default that is to be switched off.
@@ -182,6 +189,13 @@ impl Config {
             let problem = format!("{name:?} is no name; want 1 to 63 characters of a-z, 0-9 and -");
             return Err(("pools", problem));
         }
+        let user = sandbox::user(self.vmm_user.as_deref());
+        user.map_err(|problem| {
+            (
+                "vmm_user",
+                format!("{problem}; want a user who is nobody else, as useradd --system makes one"),
+            )
+        })?;
         self.networks.check().map_err(|problem| ("networks", problem))
     }
 }
@@ -264,6 +278,7 @@ mod tests {
                 "vxlan.address: 0.0.0.0",
             ),
             ("listen", serde_json::json!("nowhere"), "invalid socket address"),
+            ("sandbox", serde_json::json!("strict"), "unknown variant `strict`"),
             ("colour", serde_json::json!("red"), "unknown field `colour`"),
         ];
         for (field, value, expected) in cases {

@@ -27,6 +27,7 @@ pub mod key;
 pub mod loops;
 pub mod network;
 pub mod reports;
+pub mod sandbox;
 pub mod supervisor;
 pub mod vmm;
 

@@ -214,7 +214,7 @@ async fn nudged(grants: &mut tokio::sync::watch::Receiver<Grants>, seen_revision
 /// Registers, and registers again when the images, the installed VMM or the offered networks change or the controllers do not know the host.
 pub async fn register(context: Arc<Context>, mut spec: HostSpec) {
     let mut images = Images::new(&context.config.images_dir);
-    let mut installed = Installed::new(&context.config.vmm);
+    let mut installed = Installed::new(&context.config.vmm, context.sandbox.question());
     let mut trouble = Trouble::new("register");
     let mut unreadable = Trouble::new("images folder");
     loop {
@@ -229,7 +229,9 @@ pub async fn register(context: Arc<Context>, mut spec: HostSpec) {
         unreadable.note(readable.as_ref().copied());
         spec.images = images.list();
         installed.look().await;
+        context.sandbox.answered(installed.sandbox());
         spec.vmm = installed.build();
+        spec.sandbox = context.sandbox.reported();
         let offer = context.networks.offer();
         spec.networks.clone_from(&offer.networks);
         spec.vxlan = offer.vxlan.map_or_else(String::new, |ip| ip.to_string());

@@ -30,6 +30,7 @@ use crate::converge::{Action, Alive, Attaching, Life, Observed, Seen, converge};
 use crate::host::process::{self, Abandoned};
 use crate::key::Key;
 use crate::pause_point;
+use crate::sandbox;
 use crate::vmm::{self, Link, News, VMM_CALL_MAX};
 
 /// Between two attempts of an action.
@@ -655,6 +656,7 @@ async fn start_outgoing(
     }
     tracing::info!(vmm = %link.key, migration = request.migration, to = request.target_addr, "migrates");
     pause_point("agent.before_outgoing").await;
+    sandbox::hand_way(&link.folder, &context.config.tls, &request).await?;
     bounded(link.client.clone().start_outgoing(request)).await?;
     Ok(())
 }

@@ -49,6 +49,7 @@ use crate::network::NICS_FILE;
 use crate::network::plan::Nic;
 use crate::pause_point;
 use crate::reports::{Report, Reported};
+use crate::sandbox;
 use crate::supervisor::Event;
 
 /// How long a VMM may hold a watch of its info, ms.
@@ -176,6 +177,7 @@ pub async fn tend(
             commit_when_ready(&context, &link, &tell),
             report(&context, &link),
             report_progress(&context, &link),
+            keep_tuns(&link),
         )
     };
     let (reason, lock) = tokio::select! {
@@ -183,6 +185,7 @@ pub async fn tend(
         _ = tend => unreachable!("the tending of a VMM ends only with it"),
     };
     tracing::info!(vmm = %link.key, "gone: {}", reason.message);
+    context.sandbox.gone(&link.key);
     context.networks.detach(&link.key);
     tell(News::Gone(reason, lock)).await;
 }
@@ -238,6 +241,9 @@ async fn start(context: &Arc<Context>, link: &Arc<Link>, desired: &VmDesired) ->
         Fault::new(Code::VmmStartFailed, format!("{what}: {error}"))
     };
     tell_nic_slots(&mut config, desired);
+    if let Some(cage) = context.sandbox.of_vmm().await? {
+        config["sandbox"] = cage;
+    }
     let begun = tokio::task::spawn_blocking({
         let (context, link) = (context.clone(), link.clone());
         move || {
@@ -260,7 +266,9 @@ async fn start(context: &Arc<Context>, link: &Arc<Link>, desired: &VmDesired) ->
         }
     });
     begun.await.map_err(|error| failed("marker", &error))??;
-    let child = process::spawn(&context.config.vmm, &link.folder)
+    let memory_mib = desired.spec.as_ref().map_or(0, |spec| spec.memory_mib);
+    let groups = context.sandbox.groups(&link.key, memory_mib)?;
+    let child = process::spawn(&context.config.vmm, &link.folder, groups)
         .map_err(|error| failed(&context.config.vmm.display().to_string(), &error))?;
     link.child.store(child.id().unwrap_or(0), Ordering::SeqCst);
     tracing::info!(vmm = %link.key, pid = child.id(), "started");
@@ -470,6 +478,7 @@ pub async fn attach(
         serial: serial_of(&disk),
     };
     tracing::info!(vmm = %link.key, slot = disk.slot, volume = disk.volume, "gets a disk");
+    sandbox::hand_file(&link.folder, &request.path, request.read_only).await?;
     let attached = patiently(link.client.clone().attach_disk(request)).await;
     pause_point("agent.after_attach").await;
     attached
@@ -555,6 +564,20 @@ async fn follow_info<F: Future<Output = ()>>(link: &Link, tell: &impl Fn(News) -
         }
         link.info.send_replace(Some(info));
         tell(News::Changed).await;
+    }
+}
+
+/// A VM that freezes gives its taps back, and its VMM, which can open nothing, uses up a descriptor for each when it runs again: they are
+/// replaced when it does.
+async fn keep_tuns(link: &Link) {
+    loop {
+        let info = until(link, |info| info.state() == VmmState::Running).await;
+        let devices = info.devices.unwrap_or_default().devices;
+        let nics = devices.iter().filter(|device| device.kind == "nic").count();
+        if let Err(fault) = sandbox::hand_tuns(&link.folder, nics).await {
+            tracing::warn!(vmm = %link.key, "{fault}");
+        }
+        until(link, |info| info.state() != VmmState::Running).await;
     }
 }
 

@@ -67,8 +67,8 @@ impl ClusterCa {
     /// Reads the CA that [`ClusterCa::save`] wrote into `dir`.
     pub fn load(dir: &Path) -> Result<Self, PkiError> {
         let (cert_path, key_path) = (dir.join("ca.pem"), dir.join("ca.key"));
-        let cert = files::read(&cert_path)?;
-        let key = files::read_private(&key_path)?;
+        let cert = files::read(&cert_path, &files::open(&cert_path)?)?;
+        let key = files::read_private(&key_path, &files::open(&key_path)?)?;
         let bad = |path: &Path, problem: String| PkiError::Pem {
             path: path.to_owned(),
             problem,

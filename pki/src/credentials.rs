@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fmt;
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,10 +54,24 @@ impl Credentials {
     /// Loads and checks: the key is its owner's alone and belongs to the certificate, the certificate was issued by the CA, is
     /// valid now and of the cluster `expected_cluster`.
     pub fn load(files: &TlsFiles, expected_cluster: &str) -> Result<Self, PkiError> {
+        let opened = [
+            files::open(&files.ca)?,
+            files::open(&files.cert)?,
+            files::open(&files.key)?,
+        ];
+        Self::read(files, &opened, expected_cluster)
+    }
+
+    /// [`Credentials::load`] of files that are open already: CA, certificate and key of `files`, which names them.
+    pub fn read(
+        files: &TlsFiles,
+        [ca, cert, key]: &[File; 3],
+        expected_cluster: &str,
+    ) -> Result<Self, PkiError> {
         install_provider();
-        let ca_pem = files::read(&files.ca)?;
-        let cert_pem = files::read(&files.cert)?;
-        let key_pem = files::read_private(&files.key)?;
+        let ca_pem = files::read(&files.ca, ca)?;
+        let cert_pem = files::read(&files.cert, cert)?;
+        let key_pem = files::read_private(&files.key, key)?;
         let roots = Arc::new(roots(&files.ca, &certificates(&files.ca, &ca_pem)?)?);
         let chain = certificates(&files.cert, &cert_pem)?;
         let key = PrivateKeyDer::from_pem_slice(&key_pem).map_err(|error| PkiError::Pem {

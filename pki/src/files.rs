@@ -1,8 +1,8 @@
 //! The three files of a party, and how secrets are written and read.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -37,38 +37,46 @@ impl TlsFiles {
     }
 }
 
-/// Reads a certificate file.
-pub(crate) fn read(path: &Path) -> Result<Vec<u8>, PkiError> {
-    let failed = |source| PkiError::File {
+/// Opens one of a party's files.
+pub(crate) fn open(path: &Path) -> Result<File, PkiError> {
+    File::open(path).map_err(|source| unread(path, source))
+}
+
+fn unread(path: &Path, source: io::Error) -> PkiError {
+    PkiError::File {
         path: path.to_owned(),
         action: "read",
         source,
-    };
-    let length = fs::metadata(path).map_err(failed)?.len();
+    }
+}
+
+/// Reads a certificate file, which was opened at `path`.
+pub(crate) fn read(path: &Path, file: &File) -> Result<Vec<u8>, PkiError> {
+    let length = file.metadata().map_err(|source| unread(path, source))?.len();
+    let mut bytes = vec![0; usize::try_from(length.min(PEM_BYTES_MAX)).unwrap_or(0)];
+    // By its place: others may read the same descriptor.
+    file.read_exact_at(&mut bytes, 0)
+        .map_err(|source| unread(path, source))?;
     if length > PEM_BYTES_MAX {
         return Err(PkiError::Pem {
             path: path.to_owned(),
             problem: format!("{length} bytes are too many for a PEM file; at most {PEM_BYTES_MAX}"),
         });
     }
-    fs::read(path).map_err(failed)
+    Ok(bytes)
 }
 
 /// Reads a private key, refusing one that others than its owner could read.
-pub(crate) fn read_private(path: &Path) -> Result<Vec<u8>, PkiError> {
-    let failed = |source| PkiError::File {
-        path: path.to_owned(),
-        action: "read",
-        source,
-    };
-    let mode = fs::metadata(path).map_err(failed)?.mode() & 0o7777;
+pub(crate) fn read_private(path: &Path, file: &File) -> Result<Vec<u8>, PkiError> {
+    let about = file.metadata().map_err(|source| unread(path, source))?;
+    let mode = about.mode() & 0o7777;
     if mode & OTHERS != 0 {
         return Err(PkiError::KeyMode {
             path: path.to_owned(),
             mode,
         });
     }
-    read(path)
+    read(path, file)
 }
 
 /// Writes a file whole or not at all, with exactly `mode` whatever stood there before.

@@ -2,6 +2,7 @@
 //! entries, and the stable error codes. The `.proto` files are append-only.
 
 pub mod codes;
+pub mod descriptors;
 
 /// The generated messages, clients and servers of package `drover.v1`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]

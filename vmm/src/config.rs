@@ -20,6 +20,7 @@ use crate::devices::virtio::blk::disk::Disk;
 use crate::devices::virtio::net::tap::{Early, NAME_BYTES_MAX, Tap};
 use crate::devices::virtio::net::{self, Mac};
 use crate::memory::PAGE;
+use crate::sandbox::SandboxConfig;
 
 /// Most vCPUs of a VM.
 pub const VCPUS_MAX: u32 = 32;
@@ -90,6 +91,9 @@ pub struct Config {
     /// Its balloon, if it has one. Without a slot it is in the one after all others.
     #[serde(default)]
     pub balloon: Option<BalloonConfig>,
+    /// How it cages itself; without it not at all, as the agents of before want it.
+    #[serde(default)]
+    pub sandbox: Option<SandboxConfig>,
 }
 
 /// The balloon of the VM: its guest gives memory up as it is asked, and says which is free.

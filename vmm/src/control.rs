@@ -1,12 +1,13 @@
 //! The control socket: the service `Vmm` for this VMM's agent.
 //!
-//! gRPC over a Unix socket; the kernel says who connects, and only this process's user and root are served. Calls that change
+//! gRPC over a Unix socket; the kernel says who connects, and only the user who started this process and root are served. Calls that change
 //! something run off the socket's one thread, since stopping vCPUs, or a test's pause point, may take a while; long polls wait
 //! there without one.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::os::unix::net;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use drover_proto::v1::{
 };
 use drover_proto::{Code, Fault};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::runtime::Runtime;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
@@ -228,7 +230,10 @@ fn socket_fault(path: &Path, error: impl std::fmt::Display) -> Fault {
 /// Binds the socket, in place of one that an earlier process left.
 ///
 /// A path too long for a socket address is reached through its folder's descriptor.
-fn bind(path: &Path) -> Result<UnixListener, Fault> {
+///
+/// # Errors
+/// `vmm_start_failed`
+pub fn bind(path: &Path) -> Result<net::UnixListener, Fault> {
     let name = path
         .file_name()
         .ok_or_else(|| socket_fault(path, "has no file name"))?;
@@ -247,17 +252,16 @@ fn bind(path: &Path) -> Result<UnixListener, Fault> {
     }
     let _ = std::fs::remove_file(path);
     if path.as_os_str().len() <= SOCKET_PATH_MAX {
-        return UnixListener::bind(path).map_err(|error| socket_fault(path, error));
+        return net::UnixListener::bind(path).map_err(|error| socket_fault(path, error));
     }
     let through = Path::new("/proc/self/fd")
         .join(dir.as_raw_fd().to_string())
         .join(name);
-    UnixListener::bind(through).map_err(|error| socket_fault(path, error))
+    net::UnixListener::bind(through).map_err(|error| socket_fault(path, error))
 }
 
-/// Whether the peer is this process's user or root.
-fn served(stream: &UnixStream) -> bool {
-    let own = nix::unistd::geteuid().as_raw();
+/// Whether the peer is of the user `own` or root.
+fn served(stream: &UnixStream, own: u32) -> bool {
     match stream.peer_cred() {
         Ok(peer) if peer.uid() == own || peer.uid() == 0 => true,
         Ok(peer) => {
@@ -274,36 +278,71 @@ fn served(stream: &UnixStream) -> bool {
     }
 }
 
-/// Serves the socket on the calling thread until the VM is destroyed.
-pub fn serve(machine: &Arc<Machine>) -> Result<(), Fault> {
-    let path = machine.config().socket.clone();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .thread_keep_alive(BLOCKING_THREAD_KEPT)
-        .build()
-        .map_err(|error| socket_fault(&path, error))?;
-    // The first grant of a VM that was received comes in its blackout: no thread is to be made then.
-    drop(runtime.spawn_blocking(|| {}));
-    runtime.block_on(async {
-        let listener = bind(&path)?;
-        info!(socket = %path.display(), "serving");
-        let incoming =
-            UnixListenerStream::new(listener).filter(|accepted| accepted.as_ref().map_or(true, served));
-        let service = VmmServer::new(Service(machine.clone()));
-        let (mut over, mut over_too) = (machine.over(), machine.over());
-        let ended = async move {
-            let _ = over.wait_for(|over| *over).await;
-        };
-        let lingered = async move {
-            let _ = over_too.wait_for(|over| *over).await;
-            tokio::time::sleep(LINGER).await;
-        };
-        let server = tonic::transport::Server::builder()
-            .add_service(service)
-            .serve_with_incoming_shutdown(incoming, ended);
-        tokio::select! {
-            served = server => served.map_err(|error| socket_fault(&path, error)),
-            () = lingered => Ok(()),
-        }
-    })
+/// The control socket, bound and not served yet, with what serves it: both are made before the process steps into its sandbox.
+pub struct Server {
+    path: PathBuf,
+    socket: net::UnixListener,
+    runtime: Runtime,
+    /// Who is served, beside root: the user who started this process, which may be another's by now.
+    own: u32,
+}
+
+impl Server {
+    /// Binds `path`. Callers wait until it is served.
+    ///
+    /// # Errors
+    /// `vmm_start_failed`
+    pub fn bind(path: &Path) -> Result<Self, Fault> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .thread_keep_alive(BLOCKING_THREAD_KEPT)
+            .build()
+            .map_err(|error| socket_fault(path, error))?;
+        Ok(Self {
+            path: path.to_owned(),
+            socket: bind(path)?,
+            runtime,
+            own: nix::unistd::geteuid().as_raw(),
+        })
+    }
+
+    /// Serves it on the calling thread until the VM is destroyed.
+    ///
+    /// # Errors
+    /// `vmm_start_failed`
+    pub fn serve(self, machine: &Arc<Machine>) -> Result<(), Fault> {
+        let Self {
+            path,
+            socket,
+            runtime,
+            own,
+        } = self;
+        // The first grant of a VM that was received comes in its blackout: no thread is to be made then.
+        drop(runtime.spawn_blocking(|| {}));
+        runtime.block_on(async {
+            let listener = socket
+                .set_nonblocking(true)
+                .and_then(|()| UnixListener::from_std(socket))
+                .map_err(|error| socket_fault(&path, error))?;
+            info!(socket = %path.display(), "serving");
+            let incoming = UnixListenerStream::new(listener)
+                .filter(move |accepted| accepted.as_ref().map_or(true, |peer| served(peer, own)));
+            let service = VmmServer::new(Service(machine.clone()));
+            let (mut over, mut over_too) = (machine.over(), machine.over());
+            let ended = async move {
+                let _ = over.wait_for(|over| *over).await;
+            };
+            let lingered = async move {
+                let _ = over_too.wait_for(|over| *over).await;
+                tokio::time::sleep(LINGER).await;
+            };
+            let server = tonic::transport::Server::builder()
+                .add_service(service)
+                .serve_with_incoming_shutdown(incoming, ended);
+            tokio::select! {
+                served = server => served.map_err(|error| socket_fault(&path, error)),
+                () = lingered => Ok(()),
+            }
+        })
+    }
 }

@@ -10,9 +10,9 @@ use std::time::Duration;
 use drover_migration::Control;
 use drover_migration::post_copy::{self, PostCopyVm};
 use drover_migration::target::{self, Admission, Params, Received};
-use drover_migration::transport::{LINK_TIMEOUT, Listener, LocalListener};
+use drover_migration::transport::{LINK_TIMEOUT, LocalListener};
 use drover_migration::vm::{Layout, PageSet, TargetVm};
-use drover_pki::{CertificateDer, Credentials, Role, identity_of};
+use drover_pki::{CertificateDer, Role, identity_of};
 use drover_proto::{Code, Fault, LOCAL_ADDR};
 use tracing::{error, info, warn};
 
@@ -20,6 +20,8 @@ use crate::DEVICE_MODEL;
 use crate::config::{Config, Incoming};
 use crate::machine::Machine;
 use crate::memory::{self, Memory, PAGE};
+use crate::opened::Waiting;
+use crate::sandbox::{self, Thread};
 use crate::uffd::Uffd;
 
 /// How long vCPUs that are kicked out for good are waited for. One that waits for a lost page, as a device may too, may need that page to be poisoned first.
@@ -131,8 +133,9 @@ impl PostCopyVm for Target<'_> {
 }
 
 /// Receives the VM; the body of the engine's thread.
-pub fn run(machine: &Arc<Machine>, incoming: &Incoming, control: &Control) {
-    match receive(machine, incoming, control) {
+pub fn run(machine: &Arc<Machine>, incoming: &Incoming, waiting: Result<Waiting, Fault>, control: &Control) {
+    sandbox::narrow(Thread::Migration);
+    match waiting.and_then(|waiting| receive(machine, incoming, waiting, control)) {
         Ok(()) => info!(
             migration = incoming.migration,
             "everything is verified and restored"
@@ -142,26 +145,29 @@ pub fn run(machine: &Arc<Machine>, incoming: &Incoming, control: &Control) {
     machine.engine_ended();
 }
 
-fn receive(machine: &Arc<Machine>, incoming: &Incoming, control: &Control) -> Result<(), Fault> {
-    if incoming.local {
-        return take_over(machine, incoming, control);
-    }
+fn receive(
+    machine: &Arc<Machine>,
+    incoming: &Incoming,
+    waiting: Waiting,
+    control: &Control,
+) -> Result<(), Fault> {
+    let (credentials, uffd, listener) = match waiting {
+        Waiting::Local(listener) => return take_over(machine, incoming, listener, control),
+        Waiting::Host {
+            credentials,
+            uffd,
+            listener,
+        } => (credentials, uffd, listener),
+    };
     let config = machine.config();
-    let credentials = Credentials::load(&config.tls, &config.cluster_id)
-        .map_err(|error| Fault::new(error.code(), error.to_string()))?;
     let vm = Target {
         machine,
         memory: Mutex::default(),
-        uffd: if incoming.post_copy {
-            Uffd::open()
-        } else {
-            Err(switched_off())
-        },
+        uffd,
     };
     if let Err(fault) = &vm.uffd {
         warn!(%fault, "this VM can be received by pre-copy only");
     }
-    let listener = Listener::bind(incoming.listen_ip)?;
     let addr = listener.addr()?.to_string();
     info!(
         migration = incoming.migration,
@@ -184,13 +190,6 @@ fn receive(machine: &Arc<Machine>, incoming: &Incoming, control: &Control) -> Re
     machine.received(received)
 }
 
-fn switched_off() -> Fault {
-    Fault::new(
-        Code::PostCopyUnavailable,
-        "it is switched off on this host (post_copy in its agent's configuration)",
-    )
-}
-
 fn params(config: &Config, incoming: &Incoming) -> Params {
     Params {
         migration: incoming.migration.clone(),
@@ -206,9 +205,13 @@ fn params(config: &Config, incoming: &Incoming) -> Params {
 }
 
 /// An upgrade: the VMM before this one, on this host, hands over the memory itself.
-fn take_over(machine: &Arc<Machine>, incoming: &Incoming, control: &Control) -> Result<(), Fault> {
+fn take_over(
+    machine: &Arc<Machine>,
+    incoming: &Incoming,
+    listener: LocalListener,
+    control: &Control,
+) -> Result<(), Fault> {
     let config = machine.config();
-    let listener = LocalListener::bind(&config.handover_socket())?;
     info!(
         migration = incoming.migration,
         "waiting for the VMM before this one"

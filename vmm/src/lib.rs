@@ -11,6 +11,8 @@
 //!                                                     └── devices (serial console, power ports, PCI with virtio)
 //! ```
 //!
+//! All of it in a [`sandbox`]: what it needs is opened before ([`opened`]), or handed in by the agent.
+//!
 //! Threads, not async: one a vCPU, one that watches the lease, one for a migration; the control socket alone is served by
 //! a small async runtime on its own thread. Whatever a guest can do is hostile input: it becomes a state with a reason,
 //! never the end of the process.
@@ -30,9 +32,11 @@ pub mod incoming;
 pub mod irqchip;
 pub mod machine;
 pub mod memory;
+pub mod opened;
 pub mod outgoing;
 pub mod reclaim;
 pub mod right;
+pub mod sandbox;
 pub mod save;
 pub mod sigbus;
 pub mod snapshot;

@@ -31,9 +31,12 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use crate::config::Config;
+use crate::devices::attached::Gear;
 use crate::devices::console::Console;
 use crate::forecast::Watch;
+use crate::opened::{Opened, Parts, Waiting};
 use crate::right::Right;
+use crate::sandbox::{self, Thread};
 use crate::time::{NS_PER_S, boottime_ns};
 use crate::vcpu::GuestEnd;
 use crate::vm::{Shape, Vm};
@@ -82,6 +85,8 @@ pub struct Machine {
     config: Config,
     /// Set from the start, or once the memory is there that it is built on.
     vm: OnceLock<Vm>,
+    /// What it will be built of then.
+    parts: Mutex<Option<Parts>>,
     console: Arc<Console>,
     core: Mutex<Core>,
     /// One device is attached at a time. Taken before the core's.
@@ -101,39 +106,44 @@ fn shape(config: &Config) -> Shape {
     }
 }
 
-/// The VM; none yet where it is to be built on memory that is handed over.
-fn build(config: &Config) -> Result<Option<Vm>, Fault> {
-    if config.incoming.as_ref().is_some_and(|incoming| incoming.local) {
-        return Ok(None);
-    }
-    let vm = Vm::build(shape(config))?;
-    vm.equip(config.equipment()?)?;
-    if let Some(restore) = &config.restore {
-        let files = snapshot::load::Files::open(&restore.folder)?;
-        snapshot::load::restore(&vm, config, &files)?;
-    } else if config.incoming.is_none() {
-        let entry = boot::load(vm.memory(), config)?;
+/// The VM, or its parts where it is to be built on memory that is handed over.
+fn build(config: &Config, parts: Parts) -> Result<(Option<Vm>, Option<Parts>), Fault> {
+    let Some(memory) = &parts.memory else {
+        return Ok((None, Some(parts)));
+    };
+    let vm = Vm::build_of(shape(config), &parts.kvm, memory)?;
+    vm.equip(parts.equipment)?;
+    if let Some(files) = &parts.snapshot {
+        snapshot::load::restore(&vm, config, files)?;
+    } else if let Some(images) = &parts.images {
+        let entry = boot::load(vm.memory(), images, config)?;
         vm.boot(config.cpu_profile, entry)?;
         vm.memory().forget_written();
     }
-    Ok(Some(vm))
+    Ok((Some(vm), None))
 }
 
 impl Machine {
     /// Builds what `config` says and starts watching it. A VM that cannot be built becomes a machine in the state FAILED,
     /// so that its agent learns the reason. Only a failing watch is an error.
     pub fn start(config: Config) -> Result<Arc<Self>, Fault> {
-        let built = build(&config);
+        let opened = Opened::of(&config);
+        Self::start_of(config, opened)
+    }
+
+    /// [`Machine::start`] of what was opened for `config`.
+    pub fn start_of(config: Config, opened: Opened) -> Result<Arc<Self>, Fault> {
+        let built = opened.parts.and_then(|parts| build(&config, parts));
         let mut right = match &config.incoming {
             Some(_) => Right::incoming(config.epoch),
             None => Right::cold(config.epoch),
         };
-        let (vm, reason) = match built {
-            Ok(vm) => (vm, None),
+        let (vm, parts, reason) = match built {
+            Ok((vm, parts)) => (vm, parts, None),
             Err(fault) => {
                 error!(%fault, "the VM cannot be built");
                 right.failed();
-                (None, Some(fault))
+                (None, None, Some(fault))
             }
         };
         let internal = |error| Fault::new(Code::VmmStartFailed, format!("the lease's timer: {error}"));
@@ -142,6 +152,7 @@ impl Machine {
         let machine = Arc::new(Self {
             console: vm.as_ref().map_or_else(Arc::default, |vm| vm.console().clone()),
             vm: vm.map_or_else(OnceLock::new, OnceLock::from),
+            parts: Mutex::new(parts),
             core: Mutex::new(Core {
                 right,
                 running: false,
@@ -169,8 +180,8 @@ impl Machine {
             spawn("watch", Arc::downgrade(&machine), watch_loop)?;
         }
         let failed = machine.core().reason.is_some();
-        if !failed {
-            machine.start_incoming()?;
+        if let Some(waiting) = opened.waiting.filter(|_| !failed) {
+            machine.start_incoming(waiting)?;
         }
         Ok(machine)
     }
@@ -560,7 +571,7 @@ impl Machine {
         Ok(self.info())
     }
 
-    fn start_incoming(self: &Arc<Self>) -> Result<(), Fault> {
+    fn start_incoming(self: &Arc<Self>, waiting: Result<Waiting, Fault>) -> Result<(), Fault> {
         let Some(incoming) = self.config.incoming.clone() else {
             return Ok(());
         };
@@ -574,7 +585,7 @@ impl Machine {
         let machine = self.clone();
         std::thread::Builder::new()
             .name("incoming".to_owned())
-            .spawn(move || incoming::run(&machine, &incoming, &control))
+            .spawn(move || incoming::run(&machine, &incoming, waiting, &control))
             .map(drop)
             .map_err(|error| Fault::new(Code::VmmStartFailed, format!("incoming thread: {error}")))
     }
@@ -709,8 +720,15 @@ impl Machine {
 
     /// Builds the VM on the memory that the VMM before this one has handed over.
     pub(crate) fn adopt(self: &Arc<Self>, memory: &File) -> Result<(), Fault> {
-        let vm = Vm::build_on(shape(&self.config), memory, self.console.clone())?;
-        vm.equip(self.config.equipment()?)?;
+        let parts = self.parts.lock().expect("no holder of this lock panics").take();
+        let parts = parts.ok_or_else(|| Fault::new(Code::Internal, "memory was handed over twice"))?;
+        let vm = Vm::build_on_of(shape(&self.config), &parts.kvm, memory, self.console.clone())?;
+        for (_, gear) in &parts.equipment {
+            if let Gear::Nic(nic) = gear {
+                nic.tap.open_if_free()?;
+            }
+        }
+        vm.equip(parts.equipment)?;
         if self.vm.set(vm).is_err() {
             return Err(Fault::new(Code::Internal, "memory was handed over twice"));
         }
@@ -826,6 +844,7 @@ fn spawn(name: &str, machine: Weak<Machine>, body: fn(&Weak<Machine>)) -> Result
 
 /// Waits for the deadline and for the guest's end, and lets the machine look.
 fn watch_loop(machine: &Weak<Machine>) {
+    sandbox::narrow(Thread::Watch);
     while let Some(machine) = machine.upgrade() {
         let vm = machine.built();
         let ended = vm.ended();

@@ -1,6 +1,6 @@
 //! `drover-vmm`: one virtual machine in one process.
 //!
-//! Reads its configuration, takes the lock of its folder, builds the VM and serves its agent until the VM is destroyed. A VM that cannot
+//! Reads its configuration, takes the lock of its folder, opens what it needs, steps into its sandbox, builds the VM and serves its agent until the VM is destroyed. A VM that cannot
 //! be built is served too, as FAILED with the reason; only what keeps the process from being heard ends it.
 
 use std::fs::File;
@@ -9,9 +9,12 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
+use drover_proto::descriptors;
 use drover_vmm::config::Config;
 use drover_vmm::control;
 use drover_vmm::machine::Machine;
+use drover_vmm::opened::Opened;
+use drover_vmm::sandbox::{self, SandboxConfig};
 use drover_vmm::sigbus;
 use drover_vmm::uffd::Uffd;
 use nix::fcntl::{Flock, FlockArg};
@@ -22,11 +25,14 @@ use tracing::{error, info};
 #[command(version = drover_vmm::version::text(), about = "Runs one Drover virtual machine; started by drover-agent")]
 struct Args {
     /// The VM's configuration, JSON
-    #[arg(long, value_name = "FILE", required_unless_present = "post_copy")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["post_copy", "sandbox"])]
     config: Option<PathBuf>,
     /// Say whether a VM can come here by post-copy, "ok" or why not, and end
     #[arg(long, conflicts_with = "config")]
     post_copy: bool,
+    /// Say whether a VMM started by this user has a whole sandbox, "ok" or what it lacks, and end; as this user and group, where root asks
+    #[arg(long, value_name = "UID:GID", conflicts_with_all = ["config", "post_copy"], num_args = 0..=1, default_missing_value = "")]
+    sandbox: Option<String>,
 }
 
 /// Locks the folder for the process's life: by it an agent knows that its VMM lives. A lock that another holds at this
@@ -55,7 +61,8 @@ fn abort_on_panic() {
 
 fn run(path: &Path) -> anyhow::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let _lock = lock(folder.unwrap_or(Path::new(".")))?;
+    let folder = folder.unwrap_or(Path::new("."));
+    let _lock = lock(folder)?;
     let config = Config::read(path)?;
     info!(
         vm = config.vm,
@@ -63,14 +70,52 @@ fn run(path: &Path) -> anyhow::Result<()> {
         incoming = config.incoming.is_some(),
         "starting"
     );
-    let machine = Machine::start(config)?;
-    control::serve(&machine)?;
+    // Read while this program's file is within reach.
+    let _ = drover_vmm::version::own();
+    let server = control::Server::bind(&config.socket)?;
+    let opened = Opened::of(&config);
+    if let Some(cage) = config.sandbox {
+        step_inside(&cage, &config, folder)?;
+    }
+    let machine = Machine::start_of(config, opened)?;
+    server.serve(&machine)?;
     info!("over");
     Ok(())
 }
 
+/// From here on this process opens nothing, and its agent can hand things in.
+fn step_inside(cage: &SandboxConfig, config: &Config, folder: &Path) -> anyhow::Result<()> {
+    let listener = control::bind(&config.socket.with_file_name(descriptors::SOCKET))?;
+    sandbox::enter(cage, folder, config.nics.len())?;
+    let offers = sandbox::offers().context("a sandbox takes what is handed in")?;
+    std::thread::Builder::new()
+        .name("offers".to_owned())
+        .spawn(move || offers.serve(&listener))
+        .context("no thread for what is handed in")?;
+    Ok(())
+}
+
+/// Steps inside, on trial, and says what became of it.
+fn try_sandbox(user: &str) -> String {
+    let id = |part: Option<&str>| part.and_then(|id| id.parse().ok());
+    let mut parts = user.split(':');
+    let cage = SandboxConfig {
+        uid: id(parts.next()),
+        gid: id(parts.next()),
+        required: false,
+    };
+    match sandbox::enter(&cage, Path::new("/tmp"), 0) {
+        Ok(report) => report.to_string(),
+        Err(fault) => fault.message,
+    }
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
+    if let Some(user) = args.sandbox {
+        println!("{}", try_sandbox(&user));
+        return ExitCode::SUCCESS;
+    }
     let Some(config) = args.config else {
         match Uffd::open() {
             Ok(_) => println!("ok"),

@@ -203,7 +203,8 @@ impl Memory {
             .file()
     }
 
-    fn of_file(file: &File, bytes: u64, huge_pages: bool) -> Result<Self, Fault> {
+    /// Maps `file`, which is `bytes` long.
+    pub fn of_file(file: &File, bytes: u64, huge_pages: bool) -> Result<Self, Fault> {
         let layout = layout(bytes);
         let pieces = cut(&layout, PIECE_BYTES_MAX);
         let mut ranges = Vec::with_capacity(pieces.len());

@@ -4,13 +4,14 @@
 //! [`Machine::outcome`], whatever happened to the link.
 
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use drover_migration::convergence::Costs;
 use drover_migration::source::{self, Outcome, Params, Way};
-use drover_migration::transport::{self, LINK_TIMEOUT, connect_local};
+use drover_migration::transport::{self, LINK_TIMEOUT, connect_local, offer};
 use drover_migration::vm::{Layout, PageSet, SourceVm};
 use drover_migration::{Control, vm};
 use drover_pki::{Credentials, host_dns};
@@ -19,6 +20,7 @@ use drover_proto::{Code, Fault, LOCAL_PREFIX};
 use tracing::{info, warn};
 
 use crate::machine::Machine;
+use crate::sandbox::{self, Thread};
 
 struct Source<'a> {
     machine: &'a Machine,
@@ -116,6 +118,7 @@ fn params(machine: &Machine, request: &StartOutgoingRequest) -> Params {
 
 /// Sends the VM away; the body of the engine's thread.
 pub fn run(machine: &Machine, request: &StartOutgoingRequest, control: &Control) {
+    sandbox::narrow(Thread::Migration);
     let id = &request.migration;
     info!(
         migration = id,
@@ -130,7 +133,7 @@ pub fn run(machine: &Machine, request: &StartOutgoingRequest, control: &Control)
     };
     let params = params(machine, request);
     if let Some(path) = request.target_addr.strip_prefix(LOCAL_PREFIX) {
-        let hand_over = |_| connect_local(Path::new(path), machine.built().memory().file().as_fd());
+        let hand_over = |_| hand_over(Path::new(path), machine.built().memory().file().as_fd());
         return ended(machine, id, source::run(&source, hand_over, &params, control));
     }
     let dial = |way| {
@@ -138,20 +141,38 @@ pub fn run(machine: &Machine, request: &StartOutgoingRequest, control: &Control)
             let message = format!("target_addr {:?} is no ip:port", request.target_addr);
             Fault::new(Code::InvalidArgument, message).field("target_addr")
         })?;
-        if way == (Way::Pages { plaintext: true }) {
+        let plaintext = way == (Way::Pages { plaintext: true });
+        let socket = sandbox::socket(id)?;
+        if let (true, None) = (plaintext, &socket) {
             return transport::connect_plain(addr);
         }
-        let config = machine.config();
-        let credentials = Credentials::load(&config.tls, &config.cluster_id)
-            .map_err(|error| Fault::new(error.code(), error.to_string()))?;
-        transport::connect(
-            addr,
-            &host_dns(&request.target_host),
-            credentials.rustls_client(),
-            control,
-        )
+        let dns = host_dns(&request.target_host);
+        let client = || Ok::<_, Fault>(credentials(machine, id)?.rustls_client());
+        match (socket, plaintext) {
+            (None, _) => transport::connect(addr, &dns, client()?, control),
+            (Some(socket), true) => transport::connect_on(socket, addr, None, control),
+            (Some(socket), false) => transport::connect_on(socket, addr, Some((&dns, client()?)), control),
+        }
     };
     ended(machine, id, source::run(&source, dial, &params, control));
+}
+
+/// This host's identity as it is now: certificates may have been renewed since this VMM began.
+fn credentials(machine: &Machine, migration: &str) -> Result<Credentials, Fault> {
+    let config = machine.config();
+    let read = match sandbox::tls(migration)? {
+        Some(files) => Credentials::read(&config.tls, &files, &config.cluster_id),
+        None => Credentials::load(&config.tls, &config.cluster_id),
+    };
+    read.map_err(|error| Fault::new(error.code(), error.to_string()))
+}
+
+/// Hands the memory to the VMM that waits at `path`.
+fn hand_over(path: &Path, memory: BorrowedFd<'_>) -> Result<UnixStream, Fault> {
+    match sandbox::peer(path)? {
+        Some((stream, owner)) => offer(stream, owner, path, memory),
+        None => connect_local(path, memory),
+    }
 }
 
 /// What becomes of the engine's verdict.

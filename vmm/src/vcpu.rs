@@ -36,6 +36,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::Devices;
 use crate::memory::Memory;
+use crate::sandbox::{self, Thread};
 use crate::throttle::{PERCENT_MAX, Pace, Turn};
 use crate::time::boottime_ns;
 
@@ -327,6 +328,7 @@ pub fn run(context: &Context) {
             return;
         }
     };
+    sandbox::narrow(Thread::Vcpu);
     while context.gate.enter(&context.cell, &mut timer) {
         let end = execute(context, &mut timer);
         context.gate.leave(end);

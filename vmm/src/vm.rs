@@ -26,6 +26,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use tracing::{debug, error};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::backing;
 use crate::boot::start::{self, Entry};
 use crate::caps::Caps;
 use crate::cpu::clock::BLACKOUT_NS_MAX;
@@ -40,6 +41,7 @@ use crate::devices::serial::{IRQ, SerialPort};
 use crate::dirty::{Bitmap, DirtyTracker};
 use crate::irqchip;
 use crate::memory::Memory;
+use crate::opened;
 use crate::save::{self, Saved, SavedClock, SavedVcpu, bad};
 use crate::vcpu::{self, Context, Gate, GuestEnd, VcpuCell};
 
@@ -102,15 +104,27 @@ fn start_failed(what: &str, error: impl std::fmt::Display) -> Fault {
 impl Vm {
     /// Builds a paused VM without a kernel: to be booted with [`Vm::boot`] or filled with [`Vm::restore`].
     pub fn build(shape: Shape) -> Result<Self, Fault> {
-        let memory = || Memory::new(shape.memory_bytes, shape.huge_pages);
-        Self::assemble(shape, memory, Arc::default())
+        let memory = backing::create(shape.memory_bytes, shape.huge_pages)?;
+        Self::build_of(shape, &opened::kvm()?, &memory)
+    }
+
+    /// [`Vm::build`] of what is open already; `memory` is a file of zeroes, as long as is due.
+    pub fn build_of(shape: Shape, kvm: &Kvm, memory: &File) -> Result<Self, Fault> {
+        let memory = || Memory::of_file(memory, shape.memory_bytes, shape.huge_pages);
+        Self::assemble(shape, kvm, memory, Arc::default())
     }
 
     /// Builds a paused VM on the memory of another VMM's, which that one may still be running: to be filled with [`Vm::restore`]. It does
     /// not write to the memory until [`Vm::open_memory`].
     pub fn build_on(shape: Shape, memory: &File, console: Arc<Console>) -> Result<Self, Fault> {
+        Self::build_on_of(shape, &opened::kvm()?, memory, console)
+    }
+
+    /// [`Vm::build_on`] with KVM open already.
+    pub fn build_on_of(shape: Shape, kvm: &Kvm, memory: &File, console: Arc<Console>) -> Result<Self, Fault> {
         let vm = Self::assemble(
             shape,
+            kvm,
             || Memory::adopt(memory, shape.memory_bytes, shape.huge_pages),
             console,
         )?;
@@ -120,12 +134,11 @@ impl Vm {
 
     fn assemble(
         shape: Shape,
+        kvm: &Kvm,
         memory: impl FnOnce() -> Result<Memory, Fault>,
         console: Arc<Console>,
     ) -> Result<Self, Fault> {
-        let kvm = Kvm::new()
-            .map_err(|error| Fault::new(Code::KvmUnusable, format!("/dev/kvm cannot be opened: {error}")))?;
-        let mut caps = Caps::ask(&kvm)?;
+        let mut caps = Caps::ask(kvm)?;
         let fd = kvm
             .create_vm()
             .map_err(|error| start_failed("KVM creates no VM", error))?;
@@ -155,8 +168,8 @@ impl Vm {
         ));
         let vm = Self {
             io,
-            msr_indices: state::msr_indices(&kvm)?,
-            supported_cpuid: supported_cpuid(&kvm)?,
+            msr_indices: state::msr_indices(kvm)?,
+            supported_cpuid: supported_cpuid(kvm)?,
             cells: cells(&fd, shape.vcpus)?,
             tracker: Mutex::new(Box::new(Bitmap::new(&caps))),
             gate: Arc::new(Gate::new(announce)),

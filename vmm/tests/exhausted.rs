@@ -9,35 +9,13 @@ mod running;
 use std::fs::File;
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Instant;
 
-use common::{PATIENCE, World, assert_intact, await_console, grant, has_seconds, seconds};
-use drover_proto::v1::vmm_client::VmmClient;
-use drover_proto::v1::{
-    GrantRequest, ReadConsoleRequest, StartOutgoingRequest, VmmInfo, VmmState, WatchInfoRequest,
-};
+use common::{World, assert_intact, await_console, grant, has_seconds, seconds};
+use drover_proto::v1::{GrantRequest, ReadConsoleRequest, StartOutgoingRequest, VmmState};
 use drover_vmm::machine::Machine;
 use drover_vmm::time::{NS_PER_S, boottime_ns};
-use running::Process;
+use running::{Process, watch};
 use tokio::runtime::Runtime;
-use tonic::transport::Channel;
-
-/// Waits until what the VMM tells of itself satisfies `done`.
-async fn watch(vmm: &mut VmmClient<Channel>, what: &str, done: impl Fn(&VmmInfo) -> bool) -> VmmInfo {
-    let (began, mut seen_seq) = (Instant::now(), 0);
-    loop {
-        let request = WatchInfoRequest {
-            seen_seq,
-            wait_ms: 10_000,
-        };
-        let info = vmm.watch_info(request).await.unwrap().into_inner();
-        if done(&info) {
-            return info;
-        }
-        assert!(began.elapsed() < PATIENCE, "no {what}: {info:?}");
-        seen_seq = info.seq;
-    }
-}
 
 /// A process on host2 that waits for `migration`, started with `change`, and its address.
 fn target(

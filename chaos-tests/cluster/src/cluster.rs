@@ -91,6 +91,8 @@ pub struct Setup {
     pub host_memory_mib: u64,
     /// Whether the witness looks. It asks every VMM many times a second, and that costs the VMMs time.
     pub watched: bool,
+    /// Whether VMMs are in their sandbox.
+    pub sandboxed: bool,
 }
 
 struct Party {
@@ -150,8 +152,26 @@ fn target_dir() -> Result<PathBuf> {
         .context("the test's program is not in a target folder")
 }
 
-/// Removes the folders of tests that were killed. Nothing else of them is left: see [`crate::process`].
+/// Removes the empty control groups of VMMs that ended with their agents; one that is in use stays.
+fn sweep_groups() {
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    for line in own.lines() {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(group)) = (parts.next(), parts.next()) else {
+            continue;
+        };
+        let mount = Path::new("/sys/fs/cgroup").join(controllers);
+        let all = mount.join(group.trim_start_matches('/')).join("drover");
+        for entry in fs::read_dir(&all).into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(entry.path());
+        }
+        let _ = fs::remove_dir(all);
+    }
+}
+
+/// Removes the folders and control groups of tests that were killed. Nothing else of them is left: see [`crate::process`].
 fn sweep() {
+    sweep_groups();
     let Ok(entries) = fs::read_dir(std::env::temp_dir()) else {
         return;
     };
@@ -200,6 +220,15 @@ pub fn obstacle(binaries: &Path, probe: &Path, made_by: &str) -> Option<String> 
 impl Cluster {
     /// A cluster whose hosts are all up, or `None` after a line `SKIPPED: why` if this machine cannot run one.
     pub fn or_skip(settings: &Settings) -> Option<Self> {
+        Self::of_or_skip(settings, false)
+    }
+
+    /// The same with VMMs in their sandbox.
+    pub fn sandboxed_or_skip(settings: &Settings) -> Option<Self> {
+        Self::of_or_skip(settings, true)
+    }
+
+    fn of_or_skip(settings: &Settings, sandboxed: bool) -> Option<Self> {
         let target = target_dir().expect("tests run from a target folder");
         let (binaries, probe) = (target.join("chaos-bin"), target.join("guest/probe"));
         if let Some(why) = obstacle(&binaries, &probe, "cargo xtask test cluster") {
@@ -212,6 +241,7 @@ impl Cluster {
             probe,
             host_memory_mib: 2048,
             watched: true,
+            sandboxed,
         };
         Some(Self::start(&setup).expect("the cluster starts"))
     }
@@ -669,6 +699,7 @@ fn agent_config(index: usize, tls: &TlsFiles, images: &Path, setup: &Setup) -> s
         "cluster_id": CLUSTER_ID, "name": host_name(index), "data_dir": "data", "listen": own, "advertise": own,
         "migration_ip": host_ip(index), "controllers": controller_addrs(), "images_dir": images,
         "vmm": VMM, "tls": tls, "memory_mib": setup.host_memory_mib, "cpus": 8, "pools": pools, "networks": networks,
+        "sandbox": if setup.sandboxed { "required" } else { "off" },
     })
 }
 

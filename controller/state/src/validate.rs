@@ -249,6 +249,7 @@ pub(crate) fn host_spec(spec: &HostSpec) -> Result<HostSpec, Fault> {
     networks::check_host(&mut spec)?;
     spec.vmm = spec.vmm.as_ref().map(vmm_build);
     spec.post_copy = spec.post_copy.chars().take(POST_COPY_CHARS_MAX).collect();
+    spec.sandbox = spec.sandbox.chars().take(POST_COPY_CHARS_MAX).collect();
     spec.cpu_features.sort_unstable();
     spec.cpu_features.dedup();
     spec.kvm_caps.sort_unstable();

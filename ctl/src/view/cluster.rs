@@ -184,6 +184,8 @@ pub struct HostView {
     pub vxlan: Option<String>,
     /// `ok`, or why it offers less than it is configured to; null: nothing is configured.
     pub networking: Option<String>,
+    /// `ok`, or what its VMMs' sandbox lacks; null: it did not say.
+    pub sandbox: Option<String>,
     /// What KVM offers.
     pub kvm_caps: Vec<String>,
     /// The CPU's features.
@@ -241,6 +243,7 @@ impl From<v1::Host> for HostView {
             networks: spec.networks,
             vxlan: some(spec.vxlan),
             networking: some(spec.networking),
+            sandbox: some(spec.sandbox),
             kvm_caps: spec.kvm_caps,
             cpu_features: spec.cpu_features,
             registered_ms: host.registered_ms,
@@ -315,6 +318,7 @@ impl Detailed for HostView {
             ("networks", dash(some(self.networks.join(", ")).as_deref())),
             ("vxlan", dash(self.vxlan.as_deref())),
             ("networking", dash(self.networking.as_deref())),
+            ("sandbox", dash(self.sandbox.as_deref())),
             ("kvm", self.kvm_caps.join(" ")),
             ("cpu", self.cpu_features.join(" ")),
             ("registered", instant(self.registered_ms)),

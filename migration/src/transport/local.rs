@@ -11,6 +11,9 @@
 //! The folder is of mode 0700, and the kernel says of either end which user it belongs to (`SO_PEERCRED`, unix(7)): nobody else is
 //! on this link, so it needs no TLS. Only then is the descriptor sent (`SCM_RIGHTS`), before the first frame and once. What it is
 //! good for is for the hello to say, and what it is for the VMM to look at; nothing is mapped here.
+//!
+//! A source in a sandbox can connect to nothing: its agent does, and hands it the connection ([`offer`]). Both VMMs may have become other users
+//! by then. What the kernel tells is who they were when they listened and connected, which is their agent's user.
 #![allow(
     unsafe_code,
     reason = "a descriptor that the kernel passed is taken into ownership"
@@ -33,8 +36,8 @@ use crate::control::Control;
 
 /// What goes with the descriptor: who is meant, the form's version, and what the descriptor is.
 const OFFER: [u8; 8] = *b"DRVL\x01mem";
-/// A caller of ours has its offer sent before it waits for anything.
-const OFFER_WAIT: Duration = Duration::from_secs(2);
+/// A caller of ours has its offer sent before it waits for anything; one that its agent connected for it, once it was told to.
+const OFFER_WAIT: Duration = Duration::from_secs(5);
 /// Room for more descriptors than are due, so that further ones are seen, and closed, instead of cut off.
 const DESCRIPTORS_SEEN: usize = 4;
 /// Longest path that a socket address holds (sockaddr_un's 108 bytes with the closing zero).
@@ -63,10 +66,14 @@ fn fitting<T>(path: &Path, with: impl FnOnce(&Path) -> io::Result<T>) -> io::Res
     )
 }
 
-/// The peer must be of this process's user.
-fn check_user(stream: &UnixStream) -> Result<(), Fault> {
+/// The user of this process.
+fn own_user() -> u32 {
+    nix::unistd::geteuid().as_raw()
+}
+
+/// The peer must be of the user `own`.
+fn check_user(stream: &UnixStream, own: u32) -> Result<(), Fault> {
     let denied = |what: String| Err(Fault::new(Code::Denied, what));
-    let own = nix::unistd::geteuid().as_raw();
     match getsockopt(stream, PeerCredentials) {
         Ok(peer) if peer.uid() == own => Ok(()),
         Ok(peer) => denied(format!(
@@ -86,7 +93,16 @@ fn check_user(stream: &UnixStream) -> Result<(), Fault> {
 pub fn connect_local(path: &Path, memory: BorrowedFd<'_>) -> Result<UnixStream, Fault> {
     let stream =
         fitting(path, |path| UnixStream::connect(path)).map_err(|error| broken("reach", path, error))?;
-    check_user(&stream)?;
+    offer(stream, own_user(), path, memory)
+}
+
+/// Hands the memory behind `memory` to the VMM at the other end of `stream`, which somebody else has connected to `path`. That VMM's socket must
+/// have been made by the user `own`: both may have become other users since, and different ones.
+///
+/// # Errors
+/// As [`connect_local`].
+pub fn offer(stream: UnixStream, own: u32, path: &Path, memory: BorrowedFd<'_>) -> Result<UnixStream, Fault> {
+    check_user(&stream, own)?;
     let descriptors = [memory.as_raw_fd()];
     let sent = sendmsg::<()>(
         stream.as_raw_fd(),
@@ -108,6 +124,8 @@ pub fn connect_local(path: &Path, memory: BorrowedFd<'_>) -> Result<UnixStream, 
 pub struct LocalListener {
     socket: UnixListener,
     path: PathBuf,
+    /// Who made it: the caller must be of this user, whoever this process is by then.
+    user: u32,
 }
 
 impl LocalListener {
@@ -129,6 +147,7 @@ impl LocalListener {
         Ok(Self {
             socket,
             path: path.to_owned(),
+            user: own_user(),
         })
     }
 
@@ -141,7 +160,7 @@ impl LocalListener {
             }
             wait(self.socket.as_fd(), SLICE)?;
             match self.socket.accept() {
-                Ok((stream, _)) => match meet(&stream) {
+                Ok((stream, _)) => match meet(&stream, self.user) {
                     Ok(memory) => return Ok((stream, memory)),
                     Err(fault) => tracing::warn!(%fault, "a caller on the upgrade's socket was turned away"),
                 },
@@ -169,13 +188,13 @@ fn wait(what: BorrowedFd<'_>, at_most: Duration) -> Result<bool, Fault> {
 }
 
 /// Looks who it is and takes the memory that it offers.
-fn meet(stream: &UnixStream) -> Result<OwnedFd, Fault> {
-    check_user(stream)?;
+fn meet(stream: &UnixStream, user: u32) -> Result<OwnedFd, Fault> {
+    check_user(stream, user)?;
     if !wait(stream.as_fd(), OFFER_WAIT)? {
         return Err(Fault::new(Code::LinkLost, "it offered nothing in time"));
     }
     let mut bytes = [0; OFFER.len()];
-    let (count, mut descriptors) = receive(stream, &mut bytes)
+    let (count, mut descriptors) = receive_descriptors::<DESCRIPTORS_SEEN>(stream, &mut bytes)
         .map_err(|error| Fault::new(Code::LinkLost, format!("its offer cannot be read: {error}")))?;
     if count != bytes.len() || bytes != OFFER || descriptors.len() != 1 {
         let message = format!(
@@ -192,9 +211,12 @@ fn meet(stream: &UnixStream) -> Result<OwnedFd, Fault> {
         .ok_or_else(|| Fault::new(Code::Internal, "a descriptor was counted that is not there"))
 }
 
-/// One message with its descriptors, all of which are owned from here on.
-fn receive(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    let mut space = nix::cmsg_space!([i32; DESCRIPTORS_SEEN]);
+/// One message with its descriptors, at most `MOST`, all of which are owned from here on. Does not wait for it.
+pub fn receive_descriptors<const MOST: usize>(
+    stream: &UnixStream,
+    bytes: &mut [u8],
+) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = nix::cmsg_space!([i32; MOST]);
     let mut parts = [IoSliceMut::new(bytes)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
     let message = recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), flags)?;

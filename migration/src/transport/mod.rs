@@ -24,8 +24,8 @@ use drover_proto::{Code, Fault};
 
 pub use link::{Link, Stop, Watch};
 pub use listener::Listener;
-pub use local::{LocalListener, connect_local};
-pub use tls::{HostStream, Socket, connect, connect_plain};
+pub use local::{LocalListener, connect_local, offer, receive_descriptors};
+pub use tls::{HostStream, Socket, connect, connect_on, connect_plain};
 
 /// A link that moves no byte for so long counts as lost.
 pub const LINK_TIMEOUT: Duration = Duration::from_secs(5);

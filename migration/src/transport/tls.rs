@@ -6,10 +6,14 @@
 
 use std::io::{self, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use drover_proto::{Code, Fault};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::SockaddrStorage;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::UnbufferedServerConnection;
 use rustls::{ClientConfig, ClientConnection, ServerConfig, StreamOwned};
@@ -186,11 +190,36 @@ pub fn connect(
     tls: Arc<ClientConfig>,
     control: &Control,
 ) -> Result<HostStream, Fault> {
+    encrypt(dial(addr, None, READ_BUFFER)?, addr, server_name, tls, control)
+}
+
+/// [`connect`], or [`connect_plain`] without `tls`, on a socket that is connected to nothing: for a process that can make none.
+pub fn connect_on(
+    socket: OwnedFd,
+    addr: SocketAddr,
+    tls: Option<(&str, Arc<ClientConfig>)>,
+    control: &Control,
+) -> Result<HostStream, Fault> {
+    match tls {
+        None => Ok(HostStream::Plain(dial(addr, Some(socket), READ_BUFFER_PLAIN)?)),
+        Some((server_name, tls)) => {
+            let sock = dial(addr, Some(socket), READ_BUFFER)?;
+            encrypt(sock, addr, server_name, tls, control)
+        }
+    }
+}
+
+fn encrypt(
+    sock: Socket,
+    addr: SocketAddr,
+    server_name: &str,
+    tls: Arc<ClientConfig>,
+    control: &Control,
+) -> Result<HostStream, Fault> {
     let doing = doing(addr);
     let name = ServerName::try_from(server_name.to_owned()).map_err(|_| {
         Fault::new(Code::InvalidArgument, format!("{server_name:?} is no DNS name")).field("target_host")
     })?;
-    let sock = dial(addr, READ_BUFFER)?;
     let conn = ClientConnection::new(tls, name).map_err(|error| unusable(&error))?;
     let mut stream = Box::new(StreamOwned::new(conn, sock));
     stream.conn.set_buffer_limit(Some(WRITE_BUFFER));
@@ -202,17 +231,46 @@ pub fn connect(
 
 /// Connects to a target VMM without TLS: for a stream that shows a token which came over an authenticated link.
 pub fn connect_plain(addr: SocketAddr) -> Result<HostStream, Fault> {
-    Ok(HostStream::Plain(dial(addr, READ_BUFFER_PLAIN)?))
+    Ok(HostStream::Plain(dial(addr, None, READ_BUFFER_PLAIN)?))
 }
 
 fn doing(addr: SocketAddr) -> String {
     format!("cannot reach the target VMM at {addr}")
 }
 
-fn dial(addr: SocketAddr, buffer: usize) -> Result<Socket, Fault> {
-    let tcp = TcpStream::connect_timeout(&addr, LINK_TIMEOUT);
+fn dial(addr: SocketAddr, socket: Option<OwnedFd>, buffer: usize) -> Result<Socket, Fault> {
+    let tcp = match socket {
+        None => TcpStream::connect_timeout(&addr, LINK_TIMEOUT),
+        Some(socket) => connect_given(socket, addr, LINK_TIMEOUT),
+    };
     tcp.and_then(|tcp| Socket::new(tcp, buffer))
         .map_err(|error| failure(&doing(addr), &error))
+}
+
+/// As `TcpStream::connect_timeout`, on a socket that is there.
+fn connect_given(socket: OwnedFd, addr: SocketAddr, at_most: Duration) -> io::Result<TcpStream> {
+    let tcp = TcpStream::from(socket);
+    tcp.set_nonblocking(true)?;
+    match nix::sys::socket::connect(tcp.as_raw_fd(), &SockaddrStorage::from(addr)) {
+        Ok(()) => return Ok(tcp),
+        Err(Errno::EINPROGRESS | Errno::EINTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let until = Instant::now() + at_most;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(tcp.as_fd(), PollFlags::POLLOUT)], left) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => break,
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    match tcp.take_error()? {
+        Some(error) => Err(error),
+        None => Ok(tcp),
+    }
 }
 
 fn unusable(error: &rustls::Error) -> Fault {

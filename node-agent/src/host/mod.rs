@@ -1,6 +1,7 @@
 //! What stands on this host for its VMMs: their folders with the durable markers ([`store`]), their processes
-//! ([`process`]), and their volumes' files, which other hosts share ([`volumes`]).
+//! ([`process`]) and what these may take ([`cgroup`]), and their volumes' files, which other hosts share ([`volumes`]).
 
+pub mod cgroup;
 pub mod process;
 pub mod store;
 pub mod volumes;

@@ -12,7 +12,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
@@ -22,6 +22,8 @@ use nix::unistd::Pid;
 use tokio::net::UnixStream;
 use tokio::process::Child;
 use tokio::sync::oneshot;
+
+use super::cgroup::Entrances;
 
 /// Longest path of a Unix socket: `sun_path` holds 108 bytes with the closing zero (unix(7)).
 const SOCKET_PATH_MAX: usize = 107;
@@ -35,8 +37,8 @@ const LOG_ERROR_MAX: usize = 400;
 /// The lock of a VMM that is gone; held so that it cannot come back.
 pub struct Abandoned(#[allow(dead_code, reason = "held, not read")] Flock<File>);
 
-/// Starts `program --config <folder>/config.json` in a session of its own, its output in `<folder>/vmm.log`.
-pub fn spawn(program: &Path, folder: &Path) -> io::Result<Child> {
+/// Starts `program --config <folder>/config.json` in a session of its own, its output in `<folder>/vmm.log`, in control groups of its own.
+pub fn spawn(program: &Path, folder: &Path, mut groups: Entrances) -> io::Result<Child> {
     let log = OpenOptions::new()
         .create(true)
         .append(true)
@@ -50,9 +52,10 @@ pub fn spawn(program: &Path, folder: &Path) -> io::Result<Child> {
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
-    // SAFETY: between fork and exec the closure makes two system calls, which are async-signal-safe (signal-safety(7)).
+    // SAFETY: between fork and exec the closure makes a few system calls, which are async-signal-safe (signal-safety(7)).
     unsafe {
-        command.pre_exec(|| {
+        command.pre_exec(move || {
+            groups.join()?;
             // What the agent may do to the host's networks is not for its VMMs (PR_CAP_AMBIENT(2const)).
             if libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0 {
                 return Err(io::Error::last_os_error());
@@ -65,12 +68,19 @@ pub fn spawn(program: &Path, folder: &Path) -> io::Result<Child> {
 
 /// Connects to the VMM of `folder`; a path too long for a socket's address is reached through its folder's descriptor.
 pub async fn connect(folder: &Path) -> io::Result<UnixStream> {
-    let path = folder.join(SOCKET);
+    let (path, _through) = fitting(folder, SOCKET)?;
+    UnixStream::connect(path).await
+}
+
+/// A path of the socket `name` in `folder` that fits its address, for as long as what comes with it is open.
+pub fn fitting(folder: &Path, name: &str) -> io::Result<(PathBuf, Option<File>)> {
+    let path = folder.join(name);
     if path.as_os_str().len() <= SOCKET_PATH_MAX {
-        return UnixStream::connect(path).await;
+        return Ok((path, None));
     }
     let folder = File::open(folder)?;
-    UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", folder.as_raw_fd())).await
+    let path = format!("/proc/self/fd/{}/{name}", folder.as_raw_fd());
+    Ok((path.into(), Some(folder)))
 }
 
 /// Whether the VMM of `folder`, which this agent did not start, is gone: then its lock is ours.

@@ -2,7 +2,8 @@
 //!
 //! It is run for that, with `--version`, so that what is reported is known to run here at all: a program that is cut off, of another
 //! architecture or lacks a library answers nothing, and an upgrade to it is refused beforehand.
-//! Whether it can take a VM by post-copy it is asked as well, with `--post-copy`: that depends on what this user may do on this kernel.
+//! Whether it can take a VM by post-copy it is asked as well, with `--post-copy`: that depends on what this user may do on this kernel. So does what
+//! its sandbox is made of (`--sandbox`).
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -31,22 +32,32 @@ pub struct Installed {
     asked: Option<(Option<Stamp>, Instant)>,
     build: Option<VmmBuild>,
     post_copy: String,
+    /// How it is asked for its sandbox.
+    sandbox_question: String,
+    sandbox: Result<String, String>,
 }
 
 impl Installed {
     /// Nothing is asked yet.
-    pub fn new(program: &Path) -> Self {
+    pub fn new(program: &Path, sandbox_question: String) -> Self {
         Self {
             program: program.to_owned(),
             asked: None,
             build: None,
             post_copy: String::new(),
+            sandbox_question,
+            sandbox: Err("it was not asked".to_owned()),
         }
     }
 
     /// `ok`, or why it cannot take a VM by post-copy; empty as long as it was not asked.
     pub fn post_copy(&self) -> &str {
         &self.post_copy
+    }
+
+    /// What it says of its sandbox, `ok` or what that lacks here; the error: it knows none.
+    pub fn sandbox(&self) -> &Result<String, String> {
+        &self.sandbox
     }
 
     /// What the program said of itself last; `None` when it could not be asked.
@@ -64,7 +75,11 @@ impl Installed {
             }
         }
         self.asked = Some((stamp, Instant::now()));
-        let (build, post_copy) = tokio::join!(ask(&self.program), ask_post_copy(&self.program));
+        let (build, post_copy, sandbox) = tokio::join!(
+            ask(&self.program),
+            ask_post_copy(&self.program),
+            ask_sandbox(&self.program, &self.sandbox_question)
+        );
         let build = match build {
             Ok(build) => Some(build),
             Err(why) => {
@@ -75,7 +90,8 @@ impl Installed {
                 None
             }
         };
-        let changed = build != self.build || post_copy != self.post_copy;
+        let changed = build != self.build || post_copy != self.post_copy || sandbox != self.sandbox;
+        self.sandbox = sandbox;
         if post_copy != self.post_copy {
             tracing::info!("post-copy to this host: {post_copy}");
         }
@@ -88,12 +104,21 @@ impl Installed {
     }
 }
 
+fn first_line(text: &str) -> String {
+    let line = text.lines().next().unwrap_or_default().trim();
+    line.chars().take(WHY_MAX).collect()
+}
+
+async fn ask_sandbox(program: &Path, question: &str) -> Result<String, String> {
+    let told = answer(program, question).await;
+    // One of before sandboxes does not know the question.
+    let told = told.map_err(|why| format!("the installed VMM cannot say what it has: {why}"))?;
+    Ok(first_line(&told))
+}
+
 async fn ask_post_copy(program: &Path) -> String {
     match answer(program, "--post-copy").await {
-        Ok(text) => {
-            let line = text.lines().next().unwrap_or_default().trim();
-            line.chars().take(WHY_MAX).collect()
-        }
+        Ok(text) => first_line(&text),
         // One of before post-copy does not know the question.
         Err(why) => format!("the installed VMM cannot say whether it can: {why}"),
     }
@@ -185,7 +210,7 @@ mod tests {
     async fn another_program_in_its_place_is_noticed_and_one_that_does_not_run_is_none() {
         let dir = tempfile::tempdir().unwrap();
         let program = dir.path().join("drover-vmm");
-        let mut installed = Installed::new(&program);
+        let mut installed = Installed::new(&program, "--sandbox".to_owned());
         installed.look().await;
         assert!(installed.build().is_none());
         install(&program, "#!/bin/sh\necho drover-vmm 0.1.0 build 01\n");

@@ -28,17 +28,19 @@ pub struct Kernel {
     handle: Handle,
     /// What reads the kernel's answers; it ends with this.
     _reader: JoinSet<()>,
+    tap_owner: u32,
 }
 
 impl Kernel {
-    /// Connects.
-    pub fn connect() -> io::Result<Self> {
+    /// Connects; TAPs that are made belong to `tap_owner`.
+    pub fn connect(tap_owner: u32) -> io::Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
         let mut reader = JoinSet::new();
         reader.spawn(connection);
         Ok(Self {
             handle,
             _reader: reader,
+            tap_owner,
         })
     }
 
@@ -142,7 +144,8 @@ impl Kernel {
 
     async fn make_tap(&self, name: &str, wanted: &Tap) -> io::Result<()> {
         let tap = name.to_owned();
-        spawn_blocking(move || tap::make(&tap)).await?;
+        let owner = self.tap_owner;
+        spawn_blocking(move || tap::make(&tap, owner)).await?;
         self.silence(name).await?;
         let message = LinkUnspec::new_with_name(name)
             .address(wanted.mac.to_vec())

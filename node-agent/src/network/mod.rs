@@ -32,6 +32,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::config::Config;
 use crate::key::Key;
+use crate::sandbox;
 use config::NetworksConfig;
 use links::Kernel;
 use plan::{Link, Names, Nic};
@@ -73,6 +74,8 @@ pub struct Networks {
 
 /// What things are changed with.
 struct Hands {
+    /// Whose TAPs are.
+    tap_owner: u32,
     kernel: Option<Kernel>,
     /// The rules that stand, and since when.
     rules: Option<(String, Instant)>,
@@ -89,6 +92,7 @@ impl Networks {
             offer: watch::Sender::default(),
             again: Notify::new(),
             kernel: tokio::sync::Mutex::new(Hands {
+                tap_owner: sandbox::tap_owner(config),
                 kernel: None,
                 rules: None,
             }),
@@ -297,7 +301,7 @@ impl Networks {
 impl Hands {
     fn kernel(&mut self) -> io::Result<&Kernel> {
         if self.kernel.is_none() {
-            self.kernel = Some(Kernel::connect()?);
+            self.kernel = Some(Kernel::connect(self.tap_owner)?);
         }
         self.kernel
             .as_ref()

@@ -5,22 +5,18 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 
-use nix::unistd::geteuid;
-
 /// Where TAPs are made and opened.
 const TUN: &str = "/dev/net/tun";
 /// Ethernet frames, each after the header of a virtio-net device, and nothing else before it.
 const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
-/// Makes the TAP, down; it stays when this returns. Its owner is this process's user, so that a VMM of the same user may open it without
-/// any privilege.
+/// Makes the TAP, down; it stays when this returns. Its owner is the VMMs' user, so that a VMM may open it without any privilege.
 ///
 /// # Errors
 /// What the kernel says, EBUSY for one that is open.
-pub fn make(name: &str) -> io::Result<()> {
+pub fn make(name: &str, owner: u32) -> io::Result<()> {
     let tap = open(name)?;
-    let owner = libc::c_ulong::from(geteuid().as_raw());
-    set(&tap, libc::TUNSETOWNER, owner)?;
+    set(&tap, libc::TUNSETOWNER, owner.into())?;
     set(&tap, libc::TUNSETPERSIST, 1)
 }
 

@@ -66,6 +66,8 @@ impl World {
             post_copy: true,
             networks: NetworksConfig::default(),
             pools: [("default".to_owned(), dir.path().join("pool"))].into(),
+            sandbox: Default::default(),
+            vmm_user: None,
         };
         Self {
             dir,

@@ -27,8 +27,9 @@ pub mod mptable;
 pub mod params;
 pub mod start;
 
-use std::io::Read;
-use std::path::Path;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 
 use drover_migration::vm::Layout;
 use drover_proto::{Code, Fault};
@@ -69,20 +70,59 @@ pub(crate) fn invalid(message: impl Into<String>) -> Fault {
     Fault::new(Code::KernelInvalid, message).field("kernel")
 }
 
-/// Reads a whole file of at most `max` bytes.
-fn read_bounded(path: &Path, field: &str, max: u64) -> Result<Vec<u8>, Fault> {
-    let fault = |what: String| {
-        Fault::new(Code::KernelInvalid, format!("{field} {}: {what}", path.display())).field(field)
-    };
-    let file = std::fs::File::open(path).map_err(|error| fault(error.to_string()))?;
-    let mut bytes = Vec::new();
-    file.take(max + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|error| fault(error.to_string()))?;
-    if bytes.len() as u64 > max {
-        return Err(fault(format!("larger than {max} bytes")));
+/// A file of an image, opened and not looked into.
+#[derive(Debug)]
+struct Image {
+    file: File,
+    path: PathBuf,
+    field: &'static str,
+}
+
+impl Image {
+    fn open(path: &Path, field: &'static str) -> Result<Self, Fault> {
+        let fault = |error: io::Error| unreadable(path, field, &error.to_string());
+        Ok(Self {
+            file: File::open(path).map_err(fault)?,
+            path: path.to_owned(),
+            field,
+        })
     }
-    Ok(bytes)
+
+    /// Reads it whole, at most `max` bytes.
+    fn read_bounded(&self, max: u64) -> Result<Vec<u8>, Fault> {
+        let fault = |what: &str| unreadable(&self.path, self.field, what);
+        let mut bytes = Vec::new();
+        (&self.file)
+            .take(max + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|error| fault(&error.to_string()))?;
+        if bytes.len() as u64 > max {
+            return Err(fault(&format!("larger than {max} bytes")));
+        }
+        Ok(bytes)
+    }
+}
+
+fn unreadable(path: &Path, field: &str, what: &str) -> Fault {
+    Fault::new(Code::KernelInvalid, format!("{field} {}: {what}", path.display())).field(field)
+}
+
+/// What a VM boots.
+#[derive(Debug)]
+pub struct Images {
+    kernel: Image,
+    initrd: Option<Image>,
+}
+
+impl Images {
+    /// Opens what `config` names.
+    pub fn open(config: &Config) -> Result<Self, Fault> {
+        let initrd = config.initrd.as_deref().map(|path| Image::open(path, "initrd"));
+        Ok(Self {
+            kernel: Image::open(&config.kernel, "kernel")?,
+            initrd: initrd.transpose()?,
+        })
+    }
 }
 
 /// A copy of `bytes` that is to stand at a guest address.
@@ -91,13 +131,13 @@ struct Placed<'a> {
     bytes: &'a [u8],
 }
 
-/// Loads what `config` names into `memory`; returns how the first vCPU starts.
-pub fn load(memory: &Memory, config: &Config) -> Result<Entry, Fault> {
-    let kernel = read_bounded(&config.kernel, "kernel", KERNEL_BYTES_MAX)?;
-    let initrd = config
+/// Loads `images` into `memory`, with what else `config` says; returns how the first vCPU starts.
+pub fn load(memory: &Memory, images: &Images, config: &Config) -> Result<Entry, Fault> {
+    let kernel = images.kernel.read_bounded(KERNEL_BYTES_MAX)?;
+    let initrd = images
         .initrd
-        .as_deref()
-        .map(|path| read_bounded(path, "initrd", INITRD_BYTES_MAX))
+        .as_ref()
+        .map(|initrd| initrd.read_bounded(INITRD_BYTES_MAX))
         .transpose()?;
     load_bytes(memory, &kernel, initrd.as_deref(), &config.cmdline, config.vcpus)
 }

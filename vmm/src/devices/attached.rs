@@ -33,6 +33,7 @@ use super::virtio::rng::Rng;
 use super::virtio::{Device, worker};
 use super::wires::Router;
 use crate::memory::Memory;
+use crate::sandbox::{self, Thread};
 
 /// One thing that a VM is given beside its memory and its vCPUs.
 #[derive(Debug)]
@@ -424,6 +425,7 @@ impl Attached {
         let (table, gate) = (self.table.clone(), self.gate.clone());
         let news = self.news.try_clone();
         let end = move || {
+            sandbox::narrow(Thread::Device);
             there.end(slot, &gate);
             lock(&table).remove(&slot);
             info!(slot, "the device is gone");

@@ -12,6 +12,7 @@ use drover_proto::{Code, Fault};
 use tracing::info;
 
 use super::{Core, Machine};
+use crate::sandbox;
 use crate::snapshot::pipe::Pipe;
 use crate::snapshot::stage::{Amounts, Began, Snapshots};
 use crate::snapshot::{self, Task};
@@ -56,6 +57,10 @@ impl Machine {
             // Refuses while a migration or another snapshot is under way, or the VM does not run.
             self.changeable(&core)?
         };
+        if sandbox::entered() {
+            let message = "a VMM in its sandbox makes no files, so it takes no snapshot: sandbox in its agent's configuration";
+            return Err(Fault::new(Code::VmState, message));
+        }
         // Without the lock: storage may hang, and grants must not wait for it.
         let task = Task::new(vm, request)?;
         self.begin_snapshot(&mut self.core(), request, task)?;

@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use drover_proto::v1::vmm_client::VmmClient;
+use drover_proto::v1::{VmmInfo, WatchInfoRequest};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
@@ -56,5 +57,22 @@ impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Waits until what the VMM tells of itself satisfies `done`.
+pub async fn watch(vmm: &mut VmmClient<Channel>, what: &str, done: impl Fn(&VmmInfo) -> bool) -> VmmInfo {
+    let (began, mut seen_seq) = (Instant::now(), 0);
+    loop {
+        let request = WatchInfoRequest {
+            seen_seq,
+            wait_ms: 10_000,
+        };
+        let info = vmm.watch_info(request).await.unwrap().into_inner();
+        if done(&info) {
+            return info;
+        }
+        assert!(began.elapsed() < super::common::PATIENCE, "no {what}: {info:?}");
+        seen_seq = info.seq;
     }
 }

@@ -16,6 +16,7 @@ mod migration_port;
 mod networks;
 mod post_copy;
 mod restarts;
+mod sandbox;
 mod soak;
 mod switchover;
 mod tour;

@@ -43,6 +43,7 @@ pub fn host_spec(name: &str) -> HostSpec {
             name.len() + usize::from(name.as_bytes()[name.len() - 1])
         ),
         networking: "ok".into(),
+        sandbox: "ok".into(),
         ..HostSpec::default()
     }
 }

@@ -7,6 +7,7 @@ use drover_proto::{Code, Fault};
 use tracing::error;
 
 use super::pci::{VirtioPci, Work};
+use crate::sandbox::{self, Thread};
 
 /// Starts the worker of `device`, which ends when the gate says so, or when the device leaves.
 pub fn start(device: Arc<VirtioPci>, slot: usize) -> Result<JoinHandle<()>, Fault> {
@@ -17,6 +18,7 @@ pub fn start(device: Arc<VirtioPci>, slot: usize) -> Result<JoinHandle<()>, Faul
 }
 
 fn run(device: &VirtioPci) {
+    sandbox::narrow(Thread::Device);
     while !device.gate().quits() && !device.leaves() {
         let left = loop {
             match device.work() {

@@ -22,6 +22,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::SECTOR;
 use crate::devices::gate::Held;
+use crate::sandbox;
 
 /// A process that was killed gives its files back one after the other: its folder's lock, by which its agent knows that it is gone, before its
 /// disks'. So long is waited for the rest.
@@ -60,7 +61,7 @@ impl Disk {
     /// Opens `path`, whose size must be whole sectors.
     pub fn open(path: &Path, read_only: bool, serial: &str) -> Result<Self, Fault> {
         let fault = |what: String| unusable(path, &what);
-        let file = File::options().read(true).write(!read_only).open(path);
+        let file = sandbox::open_file(path, read_only);
         let mut file = file.map_err(|error| fault(error.to_string()))?;
         let kind = file
             .metadata()

@@ -14,6 +14,7 @@ use super::{F_GUEST_ANNOUNCE, Mac, Net};
 use crate::devices::complaints::complain;
 use crate::devices::gate::IoGate;
 use crate::devices::virtio::pci::VirtioPci;
+use crate::sandbox::{self, Thread};
 
 /// Before each time, ms.
 const WAITS_MS: [u64; 6] = [0, 50, 100, 250, 600, 1500];
@@ -51,6 +52,7 @@ pub fn start(nics: Vec<Place>, gate: Arc<IoGate>) -> Result<JoinHandle<()>, Faul
 }
 
 fn run(nics: &[Place], gate: &IoGate) {
+    sandbox::narrow(Thread::Device);
     let mut asked = false;
     for wait in WAITS_MS {
         if gate.rest(Duration::from_millis(wait)) {

@@ -9,7 +9,6 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -21,6 +20,7 @@ use super::header::HEADER_BYTES;
 use super::{FRAME_BYTES_MAX, Link};
 use crate::devices::gate::Held;
 use crate::fd;
+use crate::sandbox;
 
 const DEVICE: &str = "/dev/net/tun";
 /// Longest name of an interface, bytes.
@@ -42,7 +42,7 @@ struct State {
 pub enum Early {
     /// It is not.
     No,
-    /// If nobody has it: the VMM before this one on its host may, and hands it over.
+    /// If nobody has it when the VM is built: the VMM before this one on its host may, and hands it over.
     IfFree,
     /// It must be possible.
     Yes,
@@ -51,6 +51,7 @@ pub enum Early {
 /// A tap.
 pub struct Tap {
     name: String,
+    early: Early,
     state: Mutex<State>,
     /// Of the tap, while it is open: a worker may wait for this one while the tap is closed.
     readable: Epoll,
@@ -74,28 +75,37 @@ impl Tap {
     /// The tap `name`, which must be there.
     pub fn find(name: &str, early: Early) -> Result<Self, Fault> {
         let fault = |what: &str| unusable(name, what);
-        let there = if_nametoindex(name);
-        there.map_err(|_| {
-            fault(&format!(
+        // From inside there is no network to look into: a tap that is not there cannot be opened, and none is made.
+        if !sandbox::entered() && if_nametoindex(name).is_err() {
+            return Err(fault(&format!(
                 "is not there: make it with `ip tuntap add {name} mode tap vnet_hdr`"
-            ))
-        })?;
+            )));
+        }
         let readable = Epoll::new().map_err(|error| fault(&format!("cannot be waited for: {error}")))?;
         let tap = Self {
+            early,
             name: name.to_owned(),
             state: Mutex::default(),
             readable,
         };
-        match early {
-            Early::No => {}
-            Early::Yes => tap.take()?,
-            Early::IfFree => match tap.open(0) {
-                Ok(file) => tap.state().file = Some(file),
-                Err(error) if is_busy(&error) => {}
-                Err(error) => return Err(tap.refused(&error)),
-            },
+        if early == Early::Yes {
+            tap.take()?;
         }
         Ok(tap)
+    }
+
+    /// Opens a tap that is to be open early if nobody has it.
+    pub fn open_if_free(&self) -> Result<(), Fault> {
+        if self.early != Early::IfFree {
+            return Ok(());
+        }
+        let mut state = self.state();
+        match self.open(state.offloads) {
+            Ok(file) => state.file = Some(file),
+            Err(error) if is_busy(&error) => {}
+            Err(error) => return Err(self.refused(&error)),
+        }
+        Ok(())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -103,12 +113,11 @@ impl Tap {
     }
 
     fn open(&self, offloads: u32) -> io::Result<File> {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(DEVICE)?;
-        raw::attach(&file, &self.name)?;
+        let file = sandbox::tun()?;
+        if let Err(error) = raw::attach(&file, &self.name) {
+            sandbox::return_tun(file);
+            return Err(error);
+        }
         raw::set_header(&file, HEADER_BYTES)?;
         raw::set_offloads(&file, offloads)?;
         let event = EpollEvent::new(EventSet::IN, 0);
