@@ -198,5 +198,6 @@ fn host_spec(config: &Config, addr: SocketAddr) -> Result<HostSpec, AgentError> 
         vxlan: String::new(),
         networking: String::new(),
         sandbox: String::new(),
+        snapshots: true,
     })
 }

@@ -10,7 +10,8 @@
 //!                                else report it FAILED       aborted when the log says so, until its info
 //!   RUN, arrived by a migration  report it FAILED            names that migration no more; its end is
 //!                                                            reported, then it is destroyed; what it has is made
-//!                                                            what is desired, and reported (see `devices`)
+//!                                                            what is desired, and reported (see `devices`), so is its
+//!                                                            snapshot, and its beginning as one (see `snapshots`)
 //!   INCOMING                     start it in PREPARING,      wait for the source; abort when it ended
 //!                                once; else abort. Of an
 //!                                upgrade beside the source
@@ -28,14 +29,17 @@
 //! a desired state be wrong about it, the store still refuses the second VMM of an epoch (see [`crate::host::store`]).
 
 mod devices;
+mod snapshots;
 
 pub use devices::{target_mib, with_slots};
+pub use snapshots::{name_of as name_of_removal, progress as progress_of};
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::v1::{
-    DetachDiskRequest, HostDesired, Migration, MigrationPhase, Reason, SetMemoryRequest,
-    StartOutgoingRequest, VmDesired, VmDevices, VmDisk, VmRole, VmState, VmmDevices, VmmState, Volume,
+    DetachDiskRequest, HostDesired, Migration, MigrationPhase, Reason, Removal, ReportSnapshotRequest,
+    SetMemoryRequest, Snapshot, StartOutgoingRequest, VmDesired, VmDevices, VmDisk, VmRole, VmState,
+    VmmDevices, VmmSnapshot, VmmState, Volume,
 };
 use drover_proto::{Code, Fault};
 
@@ -54,7 +58,7 @@ pub struct Observed {
     pub highest: BTreeMap<String, u64>,
     /// Whether the desired state was confirmed by a leader with a quorum after it was received.
     pub confirmed: bool,
-    /// `(vm, epoch)` without a VMM whose end was reported under this desired state.
+    /// `(vm, epoch)` without a VMM whose end was reported under this desired state; and, with 0, what was reported as removed.
     pub told: BTreeSet<(String, u64)>,
 }
 
@@ -88,6 +92,10 @@ pub struct Seen {
     pub end_reported: bool,
     /// Its devices.
     pub attaching: Attaching,
+    /// The snapshot that the VMM was told to take.
+    pub snapshot_taken: Option<String>,
+    /// The snapshot whose end a controller was told.
+    pub snapshot_told: Option<String>,
 }
 
 /// How a VMM stands.
@@ -114,6 +122,8 @@ pub struct Alive {
     pub outgoing: Option<String>,
     /// What it has, if it is of a version that says so.
     pub devices: Option<VmmDevices>,
+    /// The newest snapshot that was taken of it, under way or ended.
+    pub snapshot: Option<VmmSnapshot>,
 }
 
 /// One thing to do.
@@ -208,6 +218,41 @@ pub enum Action {
         /// What it has.
         devices: VmDevices,
     },
+    /// Have a snapshot of a run begun.
+    TakeSnapshot {
+        /// The VMM.
+        key: Key,
+        /// The snapshot.
+        snapshot: Box<Snapshot>,
+        /// The slots of the disks that are to be in it.
+        disks: Vec<u32>,
+    },
+    /// End a snapshot that nobody waits for.
+    CancelSnapshot {
+        /// The VMM.
+        key: Key,
+        /// The snapshot's id.
+        id: String,
+    },
+    /// Report the end of a snapshot.
+    ReportSnapshot {
+        /// The VMM.
+        key: Key,
+        /// What became of it.
+        report: Box<ReportSnapshotRequest>,
+    },
+    /// Ask whether a restored run may begin.
+    BeginRestore {
+        /// The VMM.
+        key: Key,
+        /// The restore's number.
+        restore: u64,
+    },
+    /// Remove something from a pool.
+    Remove {
+        /// What.
+        removal: Removal,
+    },
     /// The log holds the hand-over to this VMM: grants are for it.
     Committed {
         /// The target's VMM.
@@ -271,6 +316,7 @@ pub fn converge(desired: &HostDesired, observed: &Observed) -> Vec<Action> {
             .iter()
             .filter_map(|wanted| for_wanted(observed, wanted)),
     );
+    actions.extend(snapshots::removals(desired, observed));
     for stopping in &desired.stopping {
         let here = observed
             .vmms
@@ -454,7 +500,9 @@ fn end_of(alive: &Alive) -> (VmState, Reason) {
 }
 
 fn for_running(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired) -> Option<Action> {
-    for_its_run(observed, seen, alive, wanted).or_else(|| devices::next(observed, seen, alive, wanted))
+    for_its_run(observed, seen, alive, wanted)
+        .or_else(|| devices::next(observed, seen, alive, wanted))
+        .or_else(|| snapshots::next(observed, seen, alive, wanted))
 }
 
 fn for_its_run(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired) -> Option<Action> {
@@ -467,7 +515,12 @@ fn for_its_run(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesir
         });
     }
     if !seen.had_right {
-        return Some(Action::Committed { key });
+        let Some(restore) = &wanted.restore else {
+            return Some(Action::Committed { key });
+        };
+        // All of it is verified then, and nothing has run.
+        let restore = restore.number;
+        return (alive.state == VmmState::Waiting).then_some(Action::BeginRestore { key, restore });
     }
     let migration = wanted.migration.as_ref();
     let migration =

@@ -28,6 +28,7 @@ pub mod loops;
 pub mod network;
 pub mod reports;
 pub mod sandbox;
+pub mod snapshots;
 pub mod supervisor;
 pub mod vmm;
 

@@ -26,11 +26,12 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::{Response, Status};
 
 use crate::agent::Context;
-use crate::converge::{Action, Alive, Attaching, Life, Observed, Seen, converge};
+use crate::converge::{Action, Alive, Attaching, Life, Observed, Seen, converge, name_of_removal};
 use crate::host::process::{self, Abandoned};
 use crate::key::Key;
 use crate::pause_point;
 use crate::sandbox;
+use crate::snapshots;
 use crate::vmm::{self, Link, News, VMM_CALL_MAX};
 
 /// Between two attempts of an action.
@@ -83,7 +84,11 @@ pub enum Effect {
     Attached(Key, String, Option<Reason>),
     /// What the VMM has is reported.
     DevicesReported(Key, VmDevices),
-    /// The end of a run without a VMM is reported.
+    /// The VMM has begun a snapshot.
+    SnapshotTaken(Key, String),
+    /// The end of a snapshot is reported.
+    SnapshotTold(Key, String),
+    /// The end of a run without a VMM, or a removal (with 0), is reported.
     Told(String, u64),
 }
 
@@ -98,6 +103,8 @@ struct Known {
     commit_taken: bool,
     end_reported: bool,
     attaching: Attaching,
+    snapshot_taken: Option<String>,
+    snapshot_told: Option<String>,
     destroying_since: Option<Instant>,
     _lock: Option<Abandoned>,
 }
@@ -187,6 +194,8 @@ impl Supervisor {
             commit_taken: false,
             end_reported: false,
             attaching: Attaching::default(),
+            snapshot_taken: None,
+            snapshot_told: None,
             destroying_since: None,
             _lock: None,
         })
@@ -285,6 +294,12 @@ impl Supervisor {
             }),
             Effect::DevicesReported(key, devices) => known(&mut self.vmms, &key, &|known| {
                 known.attaching.reported = Some(devices.clone());
+            }),
+            Effect::SnapshotTaken(key, id) => known(&mut self.vmms, &key, &|known| {
+                known.snapshot_taken = Some(id.clone());
+            }),
+            Effect::SnapshotTold(key, id) => known(&mut self.vmms, &key, &|known| {
+                known.snapshot_told = Some(id.clone());
             }),
             Effect::Told(vm, epoch) => {
                 // Under another desired state it may have to be told again.
@@ -390,7 +405,10 @@ impl Supervisor {
             };
             let again = matches!(
                 action,
-                Action::Destroy { .. } | Action::Abort { .. } | Action::Outcome { .. }
+                Action::Destroy { .. }
+                    | Action::Abort { .. }
+                    | Action::Outcome { .. }
+                    | Action::CancelSnapshot { .. }
             ) || matches!(&effect, Some(Effect::Attached(_, _, Some(_))));
             if effect.is_none() || again {
                 sleep(RETRY).await;
@@ -425,6 +443,8 @@ impl Known {
             commit_taken: self.commit_taken,
             end_reported: self.end_reported,
             attaching: self.attaching.clone(),
+            snapshot_taken: self.snapshot_taken.clone(),
+            snapshot_told: self.snapshot_told.clone(),
         }
     }
 }
@@ -436,6 +456,7 @@ fn alive(info: &VmmInfo) -> Alive {
         reason: info.reason.clone(),
         outgoing: outgoing.map(|migration| migration.id.clone()),
         devices: info.devices.clone(),
+        snapshot: info.snapshot.clone(),
     }
 }
 
@@ -464,8 +485,12 @@ fn key_of(action: &Action) -> Option<&Key> {
         | Action::Press { key, .. }
         | Action::SetMemory { key, .. }
         | Action::ReportDevices { key, .. }
+        | Action::TakeSnapshot { key, .. }
+        | Action::CancelSnapshot { key, .. }
+        | Action::ReportSnapshot { key, .. }
+        | Action::BeginRestore { key, .. }
         | Action::Forget { key } => Some(key),
-        Action::ReportGone { .. } | Action::Abort { .. } | Action::Confirm => None,
+        Action::ReportGone { .. } | Action::Abort { .. } | Action::Remove { .. } | Action::Confirm => None,
     }
 }
 
@@ -474,6 +499,7 @@ fn slot_of(action: &Action) -> String {
     match action {
         Action::ReportGone { vm, epoch, .. } => format!("gone {vm} {epoch}"),
         Action::Abort { migration, .. } => format!("abort {migration}"),
+        Action::Remove { removal } => format!("remove {}", name_of_removal(removal)),
         // Paced by itself, so that the report of the end does not wait for its turn.
         Action::Destroy { key, .. } => format!("destroy {key}"),
         Action::Outcome { key, .. } => format!("outcome {key}"),
@@ -584,6 +610,37 @@ async fn carry_out(
             let _turn = link.reporting.lock().await;
             vmm::report_devices(context, link, devices.clone()).await?;
             Ok(Effect::DevicesReported(key, devices))
+        }
+        (Action::TakeSnapshot { key, snapshot, disks }, Some(link)) => {
+            let told = snapshots::take(context, link, &snapshot, &disks).await?;
+            Ok(match told {
+                true => Effect::SnapshotTold(key, snapshot.id),
+                false => Effect::SnapshotTaken(key, snapshot.id),
+            })
+        }
+        (Action::CancelSnapshot { id, .. }, Some(link)) => {
+            snapshots::cancel(link, id).await?;
+            Ok(Effect::Nothing)
+        }
+        (Action::ReportSnapshot { key, report }, Some(link)) => {
+            tracing::info!(vmm = %link.key, snapshot = report.snapshot, news = report.news().as_str_name(), "reported");
+            let id = report.snapshot.clone();
+            snapshots::report(context, *report, vmm::REPORT_ATTEMPT).await?;
+            Ok(Effect::SnapshotTold(key, id))
+        }
+        (Action::BeginRestore { restore, .. }, Some(link)) => {
+            if !snapshots::begin(context, link, restore).await? {
+                let message = format!("restore {restore} may not begin yet");
+                return Err(Fault::new(Code::NoLeader, message));
+            }
+            link.had_right.send_replace(true);
+            // It is granted from now on.
+            context.heartbeat_now.notify_one();
+            Ok(Effect::Nothing)
+        }
+        (Action::Remove { removal }, _) => {
+            snapshots::remove(context, &removal).await?;
+            Ok(Effect::Told(name_of_removal(&removal), 0))
         }
         (Action::ReportEnd { key, state, reason }, Some(link)) => {
             let _turn = link.reporting.lock().await;

@@ -41,7 +41,7 @@ use crate::agent::Context;
 use crate::clock::boottime_ns;
 use crate::converge::{target_mib, with_slots};
 use crate::host::process::{self, Abandoned};
-use crate::host::store::{note_granted, was_granted, write_private};
+use crate::host::store::{is_restored, note_granted, note_restored, was_granted, write_private};
 use crate::host::volumes;
 use crate::key::Key;
 use crate::loops::deadline_ns;
@@ -50,6 +50,7 @@ use crate::network::plan::Nic;
 use crate::pause_point;
 use crate::reports::{Report, Reported};
 use crate::sandbox;
+use crate::snapshots;
 use crate::supervisor::Event;
 
 /// How long a VMM may hold a watch of its info, ms.
@@ -112,7 +113,8 @@ impl Link {
         });
         // The address is never resolved: the connector knows where to go.
         let channel = Endpoint::from_static("http://vmm.drover").connect_with_connector_lazy(connect);
-        let had_right = key.migration().is_none() || was_granted(&folder);
+        let needs_word = key.migration().is_some() || is_restored(&folder);
+        let had_right = !needs_word || was_granted(&folder);
         Arc::new(Self {
             client: VmmClient::new(channel),
             info: watch::Sender::new(None),
@@ -178,6 +180,7 @@ pub async fn tend(
             report(&context, &link),
             report_progress(&context, &link),
             keep_tuns(&link),
+            snapshots::report_progress(&context, &link),
         )
     };
     let (reason, lock) = tokio::select! {
@@ -224,6 +227,11 @@ async fn start(context: &Arc<Context>, link: &Arc<Link>, desired: &VmDesired) ->
         pause_point("agent.before_prepare").await;
     }
     let mut config = vmm_config(context, &link.key, desired, &link.folder)?;
+    if let Some(restore) = &desired.restore {
+        link.had_right.send_replace(false);
+        config["restore"] = serde_json::json!({"folder": snapshots::folder(context, restore)?});
+        snapshots::install(context, link, desired, restore).await?;
+    }
     if let Some(spec) = desired.spec.as_ref().filter(|spec| !spec.disks.is_empty()) {
         config["disks"] = disks(context, &link.key, spec, &desired.volumes).await?;
     }
@@ -257,6 +265,9 @@ async fn start(context: &Arc<Context>, link: &Arc<Link>, desired: &VmDesired) ->
             let folder = store
                 .begin(&link.key)
                 .map_err(|error| failed("no marker", &error))?;
+            if config.get("restore").is_some() {
+                note_restored(&folder).map_err(|error| failed("restored", &error))?;
+            }
             if !nics.is_empty() {
                 let text = serde_json::to_vec(&nics).map_err(|error| failed(NICS_FILE, &error))?;
                 write_private(&folder.join(NICS_FILE), &text).map_err(|error| failed(NICS_FILE, &error))?;
@@ -503,7 +514,7 @@ pub async fn resize(
 }
 
 /// A call in which the VMM may wait for its storage.
-async fn patiently<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> Result<(), Fault> {
+pub async fn patiently<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> Result<(), Fault> {
     match timeout(DISK_CALL_MAX, call).await {
         Ok(Ok(_)) => Ok(()),
         Ok(Err(status)) => Err(Fault::from(&status)),
@@ -614,7 +625,8 @@ async fn hand_on_grants(context: &Context, link: &Link) {
 }
 
 async fn grant(link: &Link, deadline_boottime_ns: u64) -> Result<(), Fault> {
-    if link.key.migration().is_some() && !was_granted(&link.folder) {
+    let needs_word = link.key.migration().is_some() || is_restored(&link.folder);
+    if needs_word && !was_granted(&link.folder) {
         note_granted(&link.folder)
             .map_err(|error| Fault::new(Code::Internal, format!("the grant cannot be noted: {error}")))?;
     }
@@ -630,7 +642,7 @@ async fn grant(link: &Link, deadline_boottime_ns: u64) -> Result<(), Fault> {
 }
 
 /// Resolves when the info fulfils `what`.
-async fn until(link: &Link, what: impl Fn(&VmmInfo) -> bool) -> VmmInfo {
+pub async fn until(link: &Link, what: impl Fn(&VmmInfo) -> bool) -> VmmInfo {
     let mut info = link.info.subscribe();
     let found = info
         .wait_for(|info| info.as_ref().is_some_and(&what))

@@ -63,6 +63,18 @@ impl Fleet for WhoAreYou {
     ) -> Result<Response<AbortMigrationResponse>, Status> {
         Err(Status::unimplemented(""))
     }
+    async fn report_snapshot(
+        &self,
+        _: Request<ReportSnapshotRequest>,
+    ) -> Result<Response<ReportSnapshotResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+    async fn begin_restore(
+        &self,
+        _: Request<BeginRestoreRequest>,
+    ) -> Result<Response<BeginRestoreResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
 }
 
 fn party(ca: &ClusterCa, role: Role, name: &str) -> (TempDir, Credentials) {

@@ -153,6 +153,18 @@ codes! {
     PostCopyNotAllowed = "postcopy_not_allowed", FailedPrecondition;
     /// The slot, or the device in it, is taken or is being given up.
     DeviceBusy = "device_busy", FailedPrecondition;
+    /// No such snapshot.
+    SnapshotNotFound = "snapshot_not_found", NotFound;
+    /// A snapshot of this name exists of the VM.
+    SnapshotExists = "snapshot_exists", AlreadyExists;
+    /// The snapshot is not complete: it is being taken, has failed, or is being deleted.
+    SnapshotNotReady = "snapshot_not_ready", FailedPrecondition;
+    /// A VM is to be restored from the snapshot: it cannot be deleted yet.
+    SnapshotInUse = "snapshot_in_use", FailedPrecondition;
+    /// The VM is to be restored from a snapshot, and has not begun to run as it.
+    RestoreActive = "restore_active", FailedPrecondition;
+    /// A volume that the VM only reads, which its snapshots do not hold, was written to since.
+    VolumeChanged = "volume_changed", FailedPrecondition;
     /// A snapshot of the VM is under way.
     SnapshotActive = "snapshot_active", FailedPrecondition;
     /// A snapshot cannot be taken on this host: its kernel lacks what it takes to write memory behind a running guest.

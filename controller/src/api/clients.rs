@@ -9,17 +9,18 @@ use drover_proto::v1::command::Kind;
 use drover_proto::v1::controller_server::Controller;
 use drover_proto::v1::{
     AbortMigrationRequest, AttachDisk, AttachDiskToVmRequest, CancelMigrationRequest, Cluster,
-    CommandResponse, CreateNetwork, CreateNetworkRequest, CreateVm, CreateVmRequest, CreateVolume,
-    CreateVolumeRequest, DeleteNetwork, DeleteNetworkRequest, DeleteVm, DeleteVmRequest, DeleteVolume,
-    DeleteVolumeRequest, DetachDisk, DetachDiskFromVmRequest, GetClusterRequest, GetHostRequest,
-    GetMigrationRequest, GetVmRequest, Host, ListEventsRequest, ListEventsResponse, ListHostsRequest,
-    ListHostsResponse, ListMigrationsRequest, ListMigrationsResponse, ListNetworksRequest,
-    ListNetworksResponse, ListVmsRequest, ListVmsResponse, ListVolumesRequest, ListVolumesResponse,
-    MigrateVmRequest, Migration, MigrationForecast, Network, PlanMigration, PostcopyMigrationRequest,
-    ReadConsoleRequest, ReadConsoleResponse, Reason, ResizeVolume, ResizeVolumeRequest, SetVmMemory,
-    SetVmMemoryRequest, ShutdownVm, ShutdownVmRequest, StartVm, StartVmRequest, StopVm, StopVmRequest, Vm,
-    Volume, WantPostCopy, WatchMigrationRequest, WatchMigrationResponse, WriteConsoleRequest,
-    WriteConsoleResponse,
+    CommandResponse, CreateNetwork, CreateNetworkRequest, CreateSnapshot, CreateSnapshotRequest, CreateVm,
+    CreateVmRequest, CreateVolume, CreateVolumeRequest, DeleteNetwork, DeleteNetworkRequest, DeleteSnapshot,
+    DeleteSnapshotRequest, DeleteVm, DeleteVmRequest, DeleteVolume, DeleteVolumeRequest, DetachDisk,
+    DetachDiskFromVmRequest, GetClusterRequest, GetHostRequest, GetMigrationRequest, GetSnapshotRequest,
+    GetVmRequest, Host, ListEventsRequest, ListEventsResponse, ListHostsRequest, ListHostsResponse,
+    ListMigrationsRequest, ListMigrationsResponse, ListNetworksRequest, ListNetworksResponse,
+    ListSnapshotsRequest, ListSnapshotsResponse, ListVmsRequest, ListVmsResponse, ListVolumesRequest,
+    ListVolumesResponse, MigrateVmRequest, Migration, MigrationForecast, Network, PlanMigration,
+    PostcopyMigrationRequest, ReadConsoleRequest, ReadConsoleResponse, Reason, ResizeVolume,
+    ResizeVolumeRequest, RestoreVm, RestoreVmRequest, SetVmMemory, SetVmMemoryRequest, ShutdownVm,
+    ShutdownVmRequest, Snapshot, StartVm, StartVmRequest, StopVm, StopVmRequest, Vm, Volume, WantPostCopy,
+    WatchMigrationRequest, WatchMigrationResponse, WriteConsoleRequest, WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use drover_state::{State, Usage};
@@ -29,7 +30,7 @@ use tonic::{Request, Response, Status};
 
 use super::caller::{Caller, Service};
 use super::on_leader::Call;
-use super::{Api, Shared, console, forecast, reach, wait_of};
+use super::{Api, Shared, console, forecast, reach, snapshots, wait_of};
 
 /// Events in one answer when the request names no number, and at most.
 const EVENTS_DEFAULT: usize = 500;
@@ -178,6 +179,7 @@ impl Controller for Api {
         let stale = request.get_ref().allow_stale;
         self.read("/drover.v1.Controller/GetVm", request, stale, |api, message| {
             let vm = api.consensus.read(|state| state.vm(&message.name).cloned());
+            let vm = vm.map(|vm| api.memory.snapshots.merge_vm(vm));
             vm.ok_or_else(|| not_found(Code::VmNotFound, "name", &message.name, "no VM has this name"))
         })
         .await
@@ -333,6 +335,62 @@ impl Controller for Api {
                 (message.request_id, Kind::DeleteVolume(delete))
             },
             |_, response| response.volume,
+        )
+        .await
+    }
+
+    async fn create_snapshot(&self, mut request: Request<CreateSnapshotRequest>) -> Answer<Snapshot> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/CreateSnapshot",
+            request,
+            |_, CreateSnapshotRequest { request_id, vm, name }| {
+                (request_id, Kind::CreateSnapshot(CreateSnapshot { vm, name }))
+            },
+            |_, response| response.snapshot,
+        )
+        .await
+    }
+
+    async fn list_snapshots(&self, request: Request<ListSnapshotsRequest>) -> Answer<ListSnapshotsResponse> {
+        let stale = request.get_ref().allow_stale;
+        let path = "/drover.v1.Controller/ListSnapshots";
+        self.read(path, request, stale, snapshots::list).await
+    }
+
+    async fn get_snapshot(&self, request: Request<GetSnapshotRequest>) -> Answer<Snapshot> {
+        let stale = request.get_ref().allow_stale;
+        let path = "/drover.v1.Controller/GetSnapshot";
+        self.read(path, request, stale, snapshots::get).await
+    }
+
+    async fn delete_snapshot(&self, mut request: Request<DeleteSnapshotRequest>) -> Answer<Snapshot> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/DeleteSnapshot",
+            request,
+            |_, DeleteSnapshotRequest { request_id, vm, name }| {
+                (request_id, Kind::DeleteSnapshot(DeleteSnapshot { vm, name }))
+            },
+            |_, response| response.snapshot,
+        )
+        .await
+    }
+
+    async fn restore_vm(&self, mut request: Request<RestoreVmRequest>) -> Answer<Vm> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/RestoreVm",
+            request,
+            |_, message| {
+                let restore = RestoreVm {
+                    vm: message.vm,
+                    snapshot: message.snapshot,
+                    clone: message.clone,
+                };
+                (message.request_id, Kind::RestoreVm(restore))
+            },
+            |_, response| response.vm,
         )
         .await
     }

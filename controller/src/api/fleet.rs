@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::fleet_server::Fleet;
 use drover_proto::v1::{
-    AbortMigrationRequest, AbortMigrationResponse, AdvanceMigration, CommitHandoverRequest,
-    CommitHandoverResponse, FinishMigration, HeartbeatRequest, HeartbeatResponse, HostDesired, HostState,
-    HostUp, Migration, MigrationPhase, RegisterHostRequest, RegisterHostResponse, ReportMigrationRequest,
-    ReportMigrationResponse, ReportVmRequest, ReportVmResponse, VmRef, WatchDesiredRequest,
+    AbortMigrationRequest, AbortMigrationResponse, AdvanceMigration, BeginRestoreRequest,
+    BeginRestoreResponse, CommitHandoverRequest, CommitHandoverResponse, FinishMigration, HeartbeatRequest,
+    HeartbeatResponse, HostDesired, HostState, HostUp, Migration, MigrationPhase, RegisterHostRequest,
+    RegisterHostResponse, ReportMigrationRequest, ReportMigrationResponse, ReportSnapshotRequest,
+    ReportSnapshotResponse, ReportVmRequest, ReportVmResponse, VmRef, WatchDesiredRequest,
 };
 use drover_proto::{Code, Fault};
 use prost::Message;
@@ -21,7 +22,7 @@ use tonic::{Request, Response, Status};
 use super::caller::Service;
 use super::on_leader::Call;
 use super::progress::Side;
-use super::{Api, reach, wait_of};
+use super::{Api, reach, snapshots, wait_of};
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -110,6 +111,21 @@ impl Fleet for Api {
             abort_migration,
         )
         .await
+    }
+
+    async fn report_snapshot(
+        &self,
+        request: Request<ReportSnapshotRequest>,
+    ) -> Answer<ReportSnapshotResponse> {
+        let path = "/drover.v1.Fleet/ReportSnapshot";
+        self.agent_call(path, request, Duration::ZERO, snapshots::report)
+            .await
+    }
+
+    async fn begin_restore(&self, request: Request<BeginRestoreRequest>) -> Answer<BeginRestoreResponse> {
+        let path = "/drover.v1.Fleet/BeginRestore";
+        self.agent_call(path, request, Duration::ZERO, snapshots::begin)
+            .await
     }
 }
 

@@ -9,6 +9,7 @@
 //! | `console` | its console calls, which go on to an agent |
 //! | `fleet` | the service `Fleet` |
 //! | `forecast` | dry runs of migrations, which go on to an agent as well |
+//! | `snapshots` | snapshots and restores, and how far they are |
 //! | `leases`, `progress` | what only the leader's memory holds; the reconcilers read both |
 //!
 //! Handlers are thin: the form and the meaning of a request are checked by `apply`, which every replica runs. What a
@@ -23,6 +24,7 @@ pub mod forecast;
 pub mod leases;
 mod on_leader;
 pub mod progress;
+pub mod snapshots;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,6 +38,7 @@ use self::channels::Channels;
 use self::forecast::Forecasts;
 use self::leases::Leases;
 use self::progress::ProgressTable;
+use self::snapshots::SnapshotTable;
 use crate::consensus::Consensus;
 use crate::metrics::Finished;
 
@@ -53,6 +56,8 @@ pub struct LeaderMemory {
     pub leases: Leases,
     /// How far each migration has come.
     pub progress: ProgressTable,
+    /// How far each snapshot and restore has come.
+    pub snapshots: SnapshotTable,
     /// What dry runs expected lately.
     pub forecasts: Forecasts,
     /// How many migrations ended, and how, while this controller led.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::{PlaceVm, Vm, VmPending, VmState};
 use drover_state::State;
-use drover_state::placement::{Purpose, choose};
+use drover_state::placement::choose;
 
 use super::{Now, Reconciler};
 
@@ -25,7 +25,7 @@ impl Reconciler for Placement {
         let mut pending = Vec::new();
         for vm in state.vms().filter(waits) {
             let Some(spec) = vm.spec.as_ref() else { continue };
-            match choose(state, spec, Purpose::Start) {
+            match choose(state, spec, drover_state::purpose_of_start(state, vm)) {
                 Ok(host) => {
                     let expected_epoch = drover_state::epoch_of(vm);
                     return vec![Kind::PlaceVm(PlaceVm {

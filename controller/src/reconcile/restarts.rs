@@ -1,7 +1,7 @@
 //! Tries a failed VM again when its policy says so: it waits for a host like any other, and `placement` finds it one.
 //!
 //! Bounded by `RESTARTS_MAX` since the last `start`, so that a guest that dies at once does not burn the cluster. A kernel
-//! that cannot be loaded is not tried again: it will not get better.
+//! that cannot be loaded, or a snapshot that is damaged, is not tried again: it will not get better.
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ impl Reconciler for Restarts {
         {
             let Some(spec) = vm.spec.as_ref() else { continue };
             let why = vm.reason.clone().unwrap_or_default();
-            if why.code == Code::KernelInvalid.as_str() {
+            if hopeless(&why) {
                 continue;
             }
             let message = format!("restart {} of {RESTARTS_MAX}: {}", vm.restarts + 1, why.message);
@@ -42,6 +42,12 @@ impl Reconciler for Restarts {
         }
         commands
     }
+}
+
+/// What will not get better by itself.
+fn hopeless(why: &Reason) -> bool {
+    let codes = [Code::KernelInvalid, Code::SnapshotDamaged];
+    codes.iter().any(|code| code.as_str() == why.code)
 }
 
 #[cfg(test)]

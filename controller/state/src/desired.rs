@@ -1,7 +1,7 @@
 //! What a host shall hold, and what may run on it. Both are read from the state alone.
 //!
 //! [`desired`] is the target of an agent's work: the VMMs that shall exist. [`grants`] is the right to execute, and the
-//! narrower of the two: an incoming VMM is desired but never granted before its epoch is committed. A VM that is being
+//! narrower of the two: an incoming VMM is desired but never granted before its epoch is committed, a restored one not before it may begin. A VM that is being
 //! stopped or that failed is in neither, so its VMM is destroyed; if nobody does that, its lease ends it. One that is
 //! being stopped stays in `stopping` until its agent has reported it gone.
 
@@ -12,6 +12,7 @@ use drover_proto::v1::{
 };
 use prost::Message;
 
+use crate::snapshots;
 use crate::state::{State, epoch_of, host_of, is_committed, is_ended, spec_of};
 
 /// The VMMs that shall exist on the host, those whose end is awaited, by VM name, and their networks' peers. `revision` is a digest
@@ -30,6 +31,8 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 volumes: volumes_of(state, vm),
                 networks: networks_of(state, vm),
                 shutdown: vm.shutdown,
+                snapshot: state.taken_of(vm).cloned(),
+                restore: snapshots::told(state, vm),
             });
         }
         if let Some(migration) = incoming(state, vm, host) {
@@ -42,7 +45,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 arrived_by: String::new(),
                 volumes: volumes_of(state, vm),
                 networks: networks_of(state, vm),
-                shutdown: 0,
+                ..VmDesired::default()
             });
         }
         if let Some(migration) = serving(state, vm, host) {
@@ -55,7 +58,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
                 arrived_by: String::new(),
                 volumes: volumes_of(state, vm),
                 networks: networks_of(state, vm),
-                shutdown: 0,
+                ..VmDesired::default()
             });
         }
     }
@@ -76,6 +79,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
         peers: state.network_peers(&networks, host),
         vms,
         stopping,
+        removals: state.removals_of(host),
     };
     desired.revision = digest(&desired.encode_to_vec()).max(1);
     desired
@@ -86,7 +90,8 @@ pub fn grants(state: &State, host: &str) -> Vec<VmRef> {
     if !state.host_is_up(host) {
         return Vec::new();
     }
-    let granted = |vm: &&Vm| host_of(vm) == host && has_run(vm);
+    // A run that is to begin as a snapshot has it may not before the log says so.
+    let granted = |vm: &&Vm| host_of(vm) == host && has_run(vm) && vm.restore.is_none();
     state
         .vms
         .iter()
@@ -111,7 +116,7 @@ fn volumes_of(state: &State, vm: &Vm) -> Vec<Volume> {
     let disks = &spec_of(vm).disks;
     disks
         .iter()
-        .filter_map(|disk| state.volume(&disk.volume).cloned())
+        .filter_map(|disk| snapshots::volume_of_run(state, vm, &disk.volume))
         .collect()
 }
 

@@ -22,6 +22,7 @@ mod networks;
 pub mod placement;
 pub mod preflight;
 mod snapshot;
+mod snapshots;
 mod state;
 mod validate;
 mod volumes;
@@ -29,6 +30,7 @@ mod volumes;
 pub use apply::{Effect, apply, into_result, may_restart, refusal};
 pub use desired::{desired, grants};
 pub use snapshot::DecodeError;
+pub use snapshots::{purpose_of_start, snapshot_number};
 pub use state::{
     State, Usage, commit_us, default_settings, epoch_of, host_of, is_committed, is_ended, migration_number,
     occupies, pause_us, state_us,

@@ -80,6 +80,13 @@ pub const MTU_MAX: u32 = 9_000;
 /// Lengths of a subnet's prefix, bits: from as many addresses as a cluster never has VMs, to two.
 pub const SUBNET_PREFIXES: std::ops::RangeInclusive<u32> = 8..=30;
 
+/// Snapshots of one VM: a day's, hourly, and a month's, daily.
+pub const SNAPSHOTS_OF_VM_MAX: usize = 64;
+/// Snapshots in the cluster; each holds a copy of its VM's specification.
+pub const SNAPSHOTS_MAX: usize = 10_000;
+/// Contents of volumes that are still to be removed; beyond it one is left where it lies.
+pub const REMOVALS_MAX: usize = 10_000;
+
 /// vCPUs placed on a host for each of its CPUs: beyond it guests starve each other.
 pub const VCPUS_PER_CPU_MAX: u32 = 8;
 /// Hosts named with their reason when none fits; the rest is counted.

@@ -295,7 +295,7 @@ pub(crate) fn address(state: &State, spec: &mut VmSpec) -> Result<(), Fault> {
     }
     let mut macs: BTreeMap<&str, &str> = BTreeMap::new();
     let mut ips: BTreeSet<(&str, Ipv4Addr)> = BTreeSet::new();
-    for (vm, nic) in state.nics() {
+    for (vm, nic) in state.nics().filter(|(vm, _)| **vm != spec.name) {
         macs.insert(&nic.mac, vm);
         ips.extend(nic.ip.parse().ok().map(|ip| (nic.network.as_str(), ip)));
     }

@@ -11,6 +11,7 @@ use drover_proto::{Code, Fault};
 
 use crate::limits::{REFUSALS_SHOWN_MAX, VCPUS_PER_CPU_MAX};
 use crate::networks;
+use crate::snapshots;
 use crate::state::{State, Usage};
 use crate::validate::quoted;
 use crate::volumes;
@@ -24,6 +25,17 @@ pub enum Purpose<'a> {
     Migrate {
         /// The source.
         from: &'a str,
+    },
+    /// A start, as [`Purpose::Start`], that begins as a snapshot has it: the host must offer what its guest saw, as a migration's target.
+    Restore {
+        /// Its id.
+        snapshot: &'a str,
+        /// Where it is.
+        pool: &'a str,
+        /// What its host had.
+        cpu_features: &'a [String],
+        /// The least that reads its save-state.
+        device_model: u32,
     },
 }
 
@@ -69,13 +81,27 @@ pub fn fits(state: &State, spec: &VmSpec, purpose: Purpose<'_>, host: &str) -> R
 
 /// Whether any host could take the VM were everything else gone and every host up: a VM that fails this can never start
 /// on the hosts as they are.
-pub(crate) fn could_ever_fit(state: &State, spec: &VmSpec) -> Result<(), Fault> {
+/// `more` is what else is asked of a host.
+pub(crate) fn could_ever_fit(
+    state: &State,
+    spec: &VmSpec,
+    purpose: Purpose<'_>,
+    more: impl Fn(&Host) -> Result<(), Fault>,
+) -> Result<(), Fault> {
     let mut refusals = Vec::new();
     for host in state.hosts() {
         let may = capacity(spec, host, Usage::default())
-            .and_then(|_| pin(spec, Purpose::Start, host))
+            .and_then(|_| pin(spec, purpose, host))
             .and_then(|()| volumes::reaches(state, spec, host))
-            .and_then(|()| networks::reaches(state, spec, host));
+            .and_then(|()| networks::reaches(state, spec, host))
+            .and_then(|()| snapshots::restores(purpose, host))
+            .and_then(|()| match purpose {
+                Purpose::Restore { .. } => cpu(state, spec, purpose, host)
+                    .and_then(|()| device_model(state, &spec.name, purpose, host)),
+                // What a guest that boots sees is its host's to choose.
+                _ => Ok(()),
+            })
+            .and_then(|()| more(host));
         match may {
             Ok(()) => return Ok(()),
             Err(fault) => refusals.push((host_name(host), fault)),
@@ -131,12 +157,13 @@ fn check(
     networks::reaches(state, spec, host)?;
     cpu(state, spec, purpose, host)?;
     device_model(state, &spec.name, purpose, host)?;
+    snapshots::restores(purpose, host)?;
     Ok(score)
 }
 
 /// A pin holds for starts only.
 fn pin(spec: &VmSpec, purpose: Purpose<'_>, host: &Host) -> Result<(), Fault> {
-    if purpose == Purpose::Start && !spec.host.is_empty() && spec.host != host_name(host) {
+    if !matches!(purpose, Purpose::Migrate { .. }) && !spec.host.is_empty() && spec.host != host_name(host) {
         return Err(Fault::new(
             Code::NoHostFits,
             format!("is not {}, to which it is pinned", spec.host),
@@ -359,6 +386,16 @@ fn names_feature(features: &[String], names: &[&str]) -> bool {
         .any(|name| features.iter().any(|feature| feature == name))
 }
 
+/// What of a host's features a guest with this profile may have seen there, beyond what every host that it starts on has.
+pub(crate) fn seen_there(profile: &str, features: &[String]) -> Vec<String> {
+    let of_level = |feature: &&String| LEVEL_V2.iter().any(|names| names.contains(&feature.as_str()));
+    match profile {
+        "host" => features.to_vec(),
+        "baseline" => features.iter().filter(of_level).cloned().collect(),
+        _ => Vec::new(),
+    }
+}
+
 /// The guest must never see a feature that the host lacks. A level is a fixed list (System V ABI, AMD64 supplement, table
 /// 3.1). What a guest sees with "baseline" (level v2, less what its host lacks) and with "host" (all of its host) depends on
 /// the host where it started: a start fits anywhere, a target must have as much of it as the source. A guest that came
@@ -369,29 +406,33 @@ fn cpu(state: &State, spec: &VmSpec, purpose: Purpose<'_>, host: &Host) -> Resul
         .as_ref()
         .map(|spec| spec.cpu_features.as_slice())
         .unwrap_or_default();
-    let source = |from| {
-        let spec = state.host(from).and_then(|host| host.spec.as_ref());
-        spec.map(|spec| spec.cpu_features.as_slice()).unwrap_or_default()
+    // What its guest may have seen so far; nothing of one that boots.
+    let seen: &[String] = match purpose {
+        Purpose::Start => &[],
+        Purpose::Restore { cpu_features, .. } => cpu_features,
+        Purpose::Migrate { from } => {
+            let spec = state.host(from).and_then(|host| host.spec.as_ref());
+            spec.map(|spec| spec.cpu_features.as_slice()).unwrap_or_default()
+        }
     };
     let lacks = |names: &&[&str]| !names_feature(has, names);
     let mut missing: Vec<&str> = Vec::new();
-    match (spec.cpu_profile.as_str(), purpose) {
-        ("x86-64-v2", _) => missing.extend(LEVEL_V2.iter().copied().filter(lacks).map(|names| names[0])),
-        ("x86-64-v3", _) => {
+    match spec.cpu_profile.as_str() {
+        "x86-64-v2" => missing.extend(LEVEL_V2.iter().copied().filter(lacks).map(|names| names[0])),
+        "x86-64-v3" => {
             let level = LEVEL_V2.iter().chain(LEVEL_V3_MORE).copied();
             missing.extend(level.filter(lacks).map(|names| names[0]));
         }
-        ("baseline", Purpose::Migrate { from }) => {
+        "baseline" => {
             let seen = LEVEL_V2
                 .iter()
                 .copied()
-                .filter(|names| names_feature(source(from), names));
+                .filter(|names| names_feature(seen, names));
             missing.extend(seen.filter(lacks).map(|names| names[0]));
         }
-        ("host", Purpose::Migrate { from }) => {
+        "host" => {
             missing.extend(
-                source(from)
-                    .iter()
+                seen.iter()
                     .map(String::as_str)
                     .filter(|name| lacks(&[*name].as_slice())),
             );
@@ -417,8 +458,23 @@ fn device_model(state: &State, vm: &str, purpose: Purpose<'_>, host: &Host) -> R
         host.and_then(|host| host.spec.as_ref())
             .map_or(0, |spec| spec.device_model)
     };
-    let Purpose::Migrate { from } = purpose else {
-        return Ok(());
+    let from = match purpose {
+        Purpose::Start => return Ok(()),
+        Purpose::Migrate { from } => from,
+        Purpose::Restore {
+            snapshot,
+            device_model: writes,
+            ..
+        } => {
+            let reads = version(Some(host));
+            if writes <= reads {
+                return Ok(());
+            }
+            let message = format!(
+                "reads save-state up to version {reads}, snapshot {snapshot} is of version {writes}: upgrade it first"
+            );
+            return Err(Fault::new(Code::NoHostFits, message));
+        }
     };
     // What the VM itself needs, where its VMM says so; else what its host's VMMs write.
     let needs = state.vm(vm).and_then(|vm| vm.devices.as_ref());

@@ -7,7 +7,7 @@
 use drover_proto::v1::{Host, MigrationOptions, PlanMigration, Vm, VmState};
 use drover_proto::{Code, Fault};
 
-use crate::apply::unfit;
+use crate::apply::{not_taken, unfit};
 use crate::placement::{self, Purpose};
 use crate::state::{State, commit_us, host_of, pause_us, spec_of, state_us};
 use crate::validate::{self, quoted};
@@ -19,7 +19,7 @@ const POST_COPY: &str = "post_copy";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
     /// Its stable name: `options`, `migration`, `state`, `target`, `other_host`, `host_up`, `memory`, `vcpus`, `images`,
-    /// `cpu`, `device_model`, `post_copy`, `pools` of a VM with disks, `networks` of one with NICs; of an upgrade besides: `installed`, `running`.
+    /// `cpu`, `device_model`, `post_copy`, `pools` of a VM with disks, `networks` of one with NICs, `snapshot` of one of which one is being taken; of an upgrade besides: `installed`, `running`.
     pub check: &'static str,
     /// What was found, for people, or what refuses the migration.
     pub outcome: Result<String, Fault>,
@@ -98,6 +98,9 @@ pub fn preflight(state: &State, plan: &PlanMigration) -> Result<Preflight, Fault
     let within = "are within their bounds".to_owned();
     found.note("options", options.map(|_| within));
     found.note("migration", not_moving(vm, &plan.vm));
+    if let Err(taken) = not_taken("vm", vm) {
+        found.note("snapshot", Err(taken));
+    }
     found.note("state", running(vm, &plan.vm));
     if plan.upgrade {
         upgrade(state, vm, &plan.vm, &mut found);

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use drover_proto::v1::{StateSnapshot, VmRef};
+use drover_proto::v1::{Removal, StateSnapshot, VmRef};
 use prost::Message;
 
 use crate::limits::{
-    EVENTS_MAX, HOSTS_MAX, NETWORKS_MAX, REQUESTS_MAX, RETIRED_MAX, SNAPSHOT_BYTES_MAX, VMS_MAX, VOLUMES_MAX,
+    EVENTS_MAX, HOSTS_MAX, NETWORKS_MAX, REMOVALS_MAX, REQUESTS_MAX, RETIRED_MAX, SNAPSHOT_BYTES_MAX,
+    SNAPSHOTS_MAX, VMS_MAX, VOLUMES_MAX,
 };
+use crate::snapshots::{Removals, snapshot_number};
 use crate::state::{Requests, State, migration_number};
 
 /// Why bytes are not a snapshot.
@@ -31,6 +33,12 @@ impl State {
             vm: vm.clone(),
             epoch: *epoch,
         });
+        let removals = self.removals.iter().map(|((volume, content), pool)| Removal {
+            pool: pool.clone(),
+            volume: volume.clone(),
+            content: *content,
+            ..Removal::default()
+        });
         let requests = self
             .requests
             .order
@@ -51,6 +59,9 @@ impl State {
             epoch_floor: self.epoch_floor,
             volumes: self.volumes.values().cloned().collect(),
             networks: self.networks.values().cloned().collect(),
+            snapshots: self.snapshots.values().cloned().collect(),
+            next_snapshot: self.next_snapshot,
+            removals: removals.collect(),
         }
         .encode_to_vec()
     }
@@ -96,6 +107,17 @@ impl State {
         {
             return Err(DecodeError::List("migrations"));
         }
+        // One that was written before there were any.
+        let next_snapshot = snapshot.next_snapshot.max(1);
+        let snapshots = keyed(snapshot.snapshots, SNAPSHOTS_MAX, "snapshots", |snapshot| {
+            snapshot.spec.as_ref().and(snapshot_number(&snapshot.id))
+        })?;
+        if snapshots
+            .last_key_value()
+            .is_some_and(|(number, _)| *number >= next_snapshot)
+        {
+            return Err(DecodeError::List("snapshots"));
+        }
         let retired = keyed(snapshot.retired, RETIRED_MAX, "retired", |vm| Some(vm.vm.clone()))?;
         Ok(Self {
             cluster_id: snapshot.cluster_id,
@@ -108,6 +130,9 @@ impl State {
             networks: keyed(snapshot.networks, NETWORKS_MAX, "networks", |network| {
                 Some(network.name.clone())
             })?,
+            snapshots,
+            removals: removals_of(snapshot.removals)?,
+            next_snapshot,
             migrations,
             events: snapshot.events.into(),
             requests,
@@ -117,6 +142,18 @@ impl State {
             next_event: snapshot.next_event,
         })
     }
+}
+
+fn removals_of(list: Vec<Removal>) -> Result<Removals, DecodeError> {
+    let key = |removal: &Removal| {
+        let of_volume = removal.snapshot.is_empty();
+        of_volume.then(|| (removal.volume.clone(), removal.content))
+    };
+    let removals = keyed(list, REMOVALS_MAX, "removals", key)?;
+    Ok(removals
+        .into_iter()
+        .map(|(key, removal)| (key, removal.pool))
+        .collect())
 }
 
 /// A list that must be strictly rising by its key, as a map.

@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use drover_proto::v1::{
-    Blackout, Event, Host, HostState, Migration, MigrationPhase, Network, RequestRecord, Settings, Vm,
-    VmSpec, VmState, Volume,
+    Blackout, Event, Host, HostState, Migration, MigrationPhase, Network, RequestRecord, Settings, Snapshot,
+    Vm, VmSpec, VmState, Volume,
 };
+
+use crate::snapshots::Removals;
 
 /// The replicated state of one cluster. Equal logs give equal states, byte for byte once encoded.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,6 +18,8 @@ pub struct State {
     pub(crate) vms: BTreeMap<String, Vm>,
     pub(crate) volumes: BTreeMap<String, Volume>,
     pub(crate) networks: BTreeMap<String, Network>,
+    pub(crate) snapshots: BTreeMap<u64, Snapshot>,
+    pub(crate) removals: Removals,
     pub(crate) migrations: BTreeMap<u64, Migration>,
     pub(crate) events: VecDeque<Event>,
     pub(crate) requests: Requests,
@@ -23,6 +27,7 @@ pub struct State {
     pub(crate) epoch_floor: u64,
     pub(crate) next_migration: u64,
     pub(crate) next_event: u64,
+    pub(crate) next_snapshot: u64,
 }
 
 /// The newest answers by request id, oldest first.
@@ -52,6 +57,8 @@ impl Default for State {
             vms: BTreeMap::new(),
             volumes: BTreeMap::new(),
             networks: BTreeMap::new(),
+            snapshots: BTreeMap::new(),
+            removals: Removals::new(),
             migrations: BTreeMap::new(),
             events: VecDeque::new(),
             requests: Requests::default(),
@@ -59,6 +66,7 @@ impl Default for State {
             epoch_floor: 0,
             next_migration: 1,
             next_event: 1,
+            next_snapshot: 1,
         }
     }
 }

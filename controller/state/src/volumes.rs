@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use drover_proto::v1::{Host, Vm, VmSpec, Volume};
 use drover_proto::{Code, Fault};
 
+use crate::snapshots::{knows_snapshots, too_old};
 use crate::state::{State, spec_of};
 use crate::validate::quoted;
 
@@ -33,16 +34,17 @@ impl State {
         self.volumes.values().map(with_users).collect()
     }
 
-    /// The first VM that has the volume, and whether it may write to it.
-    pub(crate) fn user_of(&self, volume: &str, counts: impl Fn(bool) -> bool) -> Option<&Vm> {
-        self.vms.values().find(|vm| {
+    /// The first VM, but for the one that is named, that has the volume and for which `counts` says so, told whether it may write to it.
+    pub(crate) fn user_of(&self, volume: &str, except: &str, counts: impl Fn(bool) -> bool) -> Option<&Vm> {
+        let others = self.vms.iter().filter(|(name, _)| *name != except);
+        others.map(|(_, vm)| vm).find(|vm| {
             let mut disks = spec_of(vm).disks.iter();
             disks.any(|disk| disk.volume == volume && counts(!disk.read_only))
         })
     }
 }
 
-/// Whether a new VM of this spec may have its disks.
+/// Whether the VM of this spec, new or as it is to become, may have its disks.
 ///
 /// # Errors
 /// `volume_not_found`, `volume_in_use`.
@@ -58,7 +60,7 @@ pub(crate) fn may_have(state: &State, spec: &VmSpec) -> Result<(), Fault> {
             return Err(Fault::new(Code::VolumeNotFound, message).field(FIELD));
         }
         // A reader is in the way of a writer only, a writer of everybody.
-        if let Some(other) = state.user_of(volume, |writes| writes || !disk.read_only) {
+        if let Some(other) = state.user_of(volume, &spec.name, |writes| writes || !disk.read_only) {
             let message = format!(
                 "{FIELD} is {volume}, which VM {} has; a volume that is written to belongs to one VM, only readers may share one",
                 spec_of(other).name
@@ -72,7 +74,7 @@ pub(crate) fn may_have(state: &State, spec: &VmSpec) -> Result<(), Fault> {
 /// Whether the host has the pools of the spec's volumes. The message goes on after the host's name.
 ///
 /// # Errors
-/// `pool_not_found`.
+/// `pool_not_found`; `snapshot_unavailable` where one was restored and the host would not find its content.
 pub(crate) fn reaches(state: &State, spec: &VmSpec, host: &Host) -> Result<(), Fault> {
     for volume in spec.disks.iter().filter_map(|disk| state.volume(&disk.volume)) {
         if !has_pool(host, &volume.pool) {
@@ -82,6 +84,9 @@ pub(crate) fn reaches(state: &State, spec: &VmSpec, host: &Host) -> Result<(), F
                 volume.name
             );
             return Err(Fault::new(Code::PoolNotFound, message));
+        }
+        if volume.content > 0 && !knows_snapshots(host) {
+            return Err(too_old());
         }
     }
     Ok(())

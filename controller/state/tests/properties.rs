@@ -10,7 +10,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use common::*;
 use drover_proto::Code;
 use drover_proto::v1::command::Kind;
-use drover_proto::v1::{Command, MigrationPhase, RestartPolicy, VmNic, VmState};
+use drover_proto::v1::{
+    Command, MigrationPhase, ReportSnapshotRequest, RestartPolicy, Snapshot, SnapshotNews, SnapshotPhase,
+    VmNic, VmState,
+};
 use drover_state::{State, apply, desired, epoch_of, grants, host_of, into_result, is_committed};
 use proptest::prelude::*;
 
@@ -22,6 +25,8 @@ const NETWORKS: [(&str, u32, &str); 3] = [
     ("net", 5, ""),
     ("wide", 6, "10.2.0.0/16"),
 ];
+/// How far back a step's snapshot may lie.
+const SNAPSHOTS: usize = 4;
 const VMS: [&str; 4] = ["vm1", "vm2", "vm3", "vm4"];
 
 /// One step, its numbers still relative: epochs to the VM's, migrations to the newest.
@@ -46,6 +51,12 @@ enum Step {
     Finish(u64),
     Down(usize),
     Up(usize, bool),
+    Take(usize),
+    Told(usize, i64, bool),
+    Drop(usize),
+    Restore(usize, Option<usize>),
+    Begin(usize, i64),
+    Removed(usize),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -89,6 +100,13 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (back.clone(), skew).prop_map(|(b, s)| Step::Commit(b, s)),
         1 => (back.clone(), any::<bool>()).prop_map(|(b, c)| Step::Abort(b, c)),
         2 => back.prop_map(Step::Finish),
+        4 => (0..VMS.len()).prop_map(Step::Take),
+        3 => (0..SNAPSHOTS, prop_oneof![8 => Just(0_i64), 1 => Just(-1), 1 => Just(1)], prop::bool::weighted(0.8))
+            .prop_map(|(s, e, done)| Step::Told(s, e, done)),
+        1 => (0..SNAPSHOTS).prop_map(Step::Drop),
+        4 => (0..SNAPSHOTS, prop::option::weighted(0.4, 0..VMS.len())).prop_map(|(s, v)| Step::Restore(s, v)),
+        5 => (0..VMS.len(), prop_oneof![8 => Just(0_i64), 1 => Just(-1), 1 => Just(1)]).prop_map(|(v, e)| Step::Begin(v, e)),
+        2 => host.clone().prop_map(Step::Removed),
         1 => host.clone().prop_map(Step::Down),
         2 => (host, prop::bool::weighted(0.1)).prop_map(|(h, r)| Step::Up(h, r)),
     ]
@@ -96,6 +114,16 @@ fn step() -> impl Strategy<Value = Step> {
 
 fn skewed(value: u64, skew: i64) -> u64 {
     value.saturating_add_signed(skew)
+}
+
+/// The newest snapshot but `back`.
+fn recent(state: &State, back: usize) -> Snapshot {
+    let all: Vec<&Snapshot> = state.snapshots().collect();
+    all.iter()
+        .rev()
+        .nth(back)
+        .map(|snapshot| (*snapshot).clone())
+        .unwrap_or_default()
 }
 
 /// The command that a step means in this state.
@@ -181,6 +209,42 @@ fn resolve(state: &State, step: &Step) -> Kind {
             if cancel { Code::Cancelled } else { Code::LinkLost },
         ),
         Step::Finish(back) => finish(&newest(back).id, 1),
+        Step::Take(vm) => take(VMS[vm], ""),
+        Step::Told(back, skew, done) => {
+            let of = recent(state, back);
+            let said = if done {
+                SnapshotNews::Done
+            } else {
+                SnapshotNews::Failed
+            };
+            news(&of.host, &of.id, skewed(of.epoch, skew), said)
+        }
+        Step::Drop(back) => drop_snapshot(&recent(state, back).vm, &recent(state, back).id),
+        Step::Restore(back, clone) => {
+            let of = recent(state, back);
+            restore(&of.vm, &of.id, clone.map_or("", |vm| VMS[vm]))
+        }
+        Step::Begin(vm, skew) => {
+            let known = state.vm(VMS[vm]);
+            let number = known
+                .and_then(|vm| vm.restore.as_ref())
+                .map_or(0, |restore| restore.number);
+            begin(
+                known.map_or("", host_of),
+                VMS[vm],
+                skewed(epoch(vm), skew),
+                number,
+            )
+        }
+        Step::Removed(host) => {
+            let due = desired(state, HOSTS[host]).removals;
+            Kind::ReportSnapshot(ReportSnapshotRequest {
+                host: HOSTS[host].into(),
+                news: SnapshotNews::Removed.into(),
+                removal: due.into_iter().next(),
+                ..ReportSnapshotRequest::default()
+            })
+        }
         Step::Down(host) => host_down(HOSTS[host]),
         Step::Up(host, reboot) => host_up(HOSTS[host], if reboot { "boot-2" } else { "" }),
     }
@@ -337,6 +401,75 @@ fn nics_have_networks_and_addresses_of_their_own(state: &State) {
     }
 }
 
+/// One snapshot at a time is taken of a run, of that run and no other, and nothing moves it meanwhile; what a VM waits to begin as stays, and
+/// it begins nothing else.
+fn snapshots_are_of_a_run_that_nothing_moves(state: &State) {
+    for snapshot in state.snapshots() {
+        let vm = state.vm(&snapshot.vm);
+        let taken = vm.is_some_and(|vm| vm.snapshot == snapshot.id);
+        let creating = snapshot.phase() == SnapshotPhase::Creating;
+        assert_eq!(
+            taken,
+            creating,
+            "{} is {:?}; its VM says otherwise",
+            snapshot.id,
+            snapshot.phase()
+        );
+        if let Some(vm) = vm.filter(|_| creating) {
+            assert_eq!(
+                (host_of(vm), epoch_of(vm)),
+                (snapshot.host.as_str(), snapshot.epoch)
+            );
+            assert!(
+                vm.migration.is_empty(),
+                "{} is moved while {} is taken",
+                snapshot.vm,
+                snapshot.id
+            );
+        }
+    }
+    for vm in state.vms().filter(|vm| vm.restore.is_some()) {
+        let restore = vm.restore.as_ref().unwrap();
+        let source = state
+            .snapshot(&restore.snapshot)
+            .expect("what is to be restored stays");
+        assert_eq!(source.phase(), SnapshotPhase::Ready);
+        assert!(vm.migration.is_empty() && vm.snapshot.is_empty());
+    }
+}
+
+/// Which content a volume has changes only when a restored run begins, to a number that no volume had before but the others of that run; what
+/// a run is told to use, nobody is told to remove.
+fn contents_change_only_when_a_restored_run_begins(before: &State, after: &State, step: &Step) {
+    let mut changed = Vec::new();
+    for vm in after.vms() {
+        for disk in &vm.spec.as_ref().unwrap().disks {
+            let was = before.volume(&disk.volume).map(|volume| volume.content);
+            let now = after.volume(&disk.volume).map(|volume| volume.content);
+            if was.is_some() && was != now {
+                changed.push((was, now));
+                assert!(now > was && !disk.read_only, "{} went back", disk.volume);
+                assert!(vm.restored == now.unwrap() && vm.restore.is_none());
+            }
+        }
+    }
+    assert!(
+        changed.is_empty() || matches!(step, Step::Begin(..)),
+        "{step:?}: {changed:?}"
+    );
+    let all: Vec<_> = HOSTS.iter().map(|host| desired(after, host)).collect();
+    for used in all
+        .iter()
+        .flat_map(|desired| &desired.vms)
+        .flat_map(|vm| &vm.volumes)
+    {
+        let mut removals = all.iter().flat_map(|desired| &desired.removals);
+        let removed =
+            removals.find(|removal| (&removal.volume, removal.content) == (&used.name, used.content));
+        assert!(removed.is_none(), "{removed:?} is used");
+    }
+}
+
 fn migrations_go_forward(before: &State, after: &State) {
     for migration in after.migrations() {
         let under_way = after
@@ -392,6 +525,8 @@ proptest! {
             migrations_go_forward(&before, &state);
             volumes_have_one_writer_or_only_readers(&state);
             nics_have_networks_and_addresses_of_their_own(&state);
+            snapshots_are_of_a_run_that_nothing_moves(&state);
+            contents_change_only_when_a_restored_run_begins(&before, &state, step);
         }
     }
 

@@ -35,8 +35,10 @@ pub async fn run(session: &Session, command: &VolumeCommand) -> Result<()> {
         VolumeCommand::Delete { volume } => {
             let view = VolumeView::from(session.client.delete_volume(volume).await?);
             let sentence = format!(
-                "{0} is deleted; its file {0}/data.raw, if it was ever used, stays in pool {1}",
-                view.name, view.pool
+                "{} is deleted; its file {}, if it was ever used, stays in pool {}",
+                view.name,
+                view.file(),
+                view.pool
             );
             session.out.done(&view, &sentence)
         }

@@ -17,6 +17,8 @@ pub struct VolumeView {
     pub size_bytes: u64,
     /// Whether a VM with it has run: its file is there.
     pub used: bool,
+    /// The number of the restore that its content comes from, which names its file.
+    pub restored: Option<u64>,
     /// The VMs that have it.
     pub vms: Vec<String>,
     /// Unix milliseconds.
@@ -33,12 +35,15 @@ impl From<v1::Volume> for VolumeView {
             used,
             vms,
             initial_bytes: _,
+            content,
+            writers: _,
         } = volume;
         Self {
             name,
             pool,
             size_bytes,
             used,
+            restored: Some(content).filter(|content| *content > 0),
             vms,
             created_ms,
         }
@@ -46,6 +51,14 @@ impl From<v1::Volume> for VolumeView {
 }
 
 impl VolumeView {
+    /// Its file, within the pool's folder.
+    pub fn file(&self) -> String {
+        match self.restored {
+            Some(number) => format!("{}/data-{number}.raw", self.name),
+            None => format!("{}/data.raw", self.name),
+        }
+    }
+
     /// Its size for people.
     pub fn size(&self) -> String {
         units::bytes(self.size_bytes)

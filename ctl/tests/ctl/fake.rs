@@ -31,6 +31,10 @@ pub struct State {
     pub networks: Vec<v1::Network>,
     /// Volumes.
     pub volumes: Vec<v1::Volume>,
+    /// Snapshots, each with the ones that the next reads show; one that is being deleted is gone with the next read.
+    pub snapshots: Vec<(v1::Snapshot, Vec<v1::Snapshot>)>,
+    /// What was asked to be restored.
+    pub restored: Vec<v1::RestoreVmRequest>,
     /// Hosts.
     pub hosts: Vec<v1::Host>,
     /// What the next reads of a migration show; the last one stays.
@@ -261,6 +265,20 @@ fn answer<T>(mut state: MutexGuard<'_, State>, value: T) -> Answer<T> {
     Ok(Response::new(value))
 }
 
+fn no_snapshot(name: &str) -> Status {
+    Fault::new(Code::SnapshotNotFound, format!("no snapshot is named \"{name}\""))
+        .field("name")
+        .into()
+}
+
+fn find_snapshot(state: &State, vm: &str, name: &str) -> Result<usize, Status> {
+    let is_it = |snapshot: &v1::Snapshot| {
+        snapshot.vm == vm && [&snapshot.name, &snapshot.id].iter().any(|has| *has == name)
+    };
+    let found = state.snapshots.iter().position(|(snapshot, _)| is_it(snapshot));
+    found.ok_or_else(|| no_snapshot(name))
+}
+
 fn no_vm(name: &str) -> Status {
     Fault::new(Code::VmNotFound, format!("no VM is named \"{name}\""))
         .field("name")
@@ -487,6 +505,79 @@ impl Controller for Service {
         }
         let volume = state.volumes.remove(at);
         answer(state, volume)
+    }
+
+    async fn create_snapshot(&self, request: Request<v1::CreateSnapshotRequest>) -> Answer<v1::Snapshot> {
+        let request = request.into_inner();
+        let mut state = self.enter("create_snapshot", &request.request_id)?;
+        let Some(at) = state
+            .snapshots
+            .iter()
+            .position(|(snapshot, _)| snapshot.vm == request.vm)
+        else {
+            return Err(no_vm(&request.vm));
+        };
+        if !request.name.is_empty() {
+            let (snapshot, next) = &mut state.snapshots[at];
+            next.iter_mut()
+                .chain([snapshot])
+                .for_each(|snapshot| snapshot.name.clone_from(&request.name));
+        }
+        let begun = state.snapshots[at].0.clone();
+        answer(state, begun)
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<v1::ListSnapshotsRequest>,
+    ) -> Answer<v1::ListSnapshotsResponse> {
+        let vm = request.into_inner().vm;
+        let state = self.enter("list_snapshots", "")?;
+        let snapshots = state.snapshots.iter().map(|(snapshot, _)| snapshot);
+        let asked = snapshots.filter(|snapshot| vm.is_empty() || snapshot.vm == vm);
+        let snapshots = asked.cloned().collect();
+        Ok(Response::new(v1::ListSnapshotsResponse { snapshots }))
+    }
+
+    async fn get_snapshot(&self, request: Request<v1::GetSnapshotRequest>) -> Answer<v1::Snapshot> {
+        let request = request.into_inner();
+        let mut state = self.enter("get_snapshot", "")?;
+        let at = find_snapshot(&state, &request.vm, &request.name)?;
+        let (snapshot, next) = &mut state.snapshots[at];
+        if snapshot.phase() == v1::SnapshotPhase::Deleting {
+            state.snapshots.remove(at);
+            return Err(no_snapshot(&request.name));
+        }
+        if !next.is_empty() {
+            *snapshot = next.remove(0);
+        }
+        Ok(Response::new(snapshot.clone()))
+    }
+
+    async fn delete_snapshot(&self, request: Request<v1::DeleteSnapshotRequest>) -> Answer<v1::Snapshot> {
+        let request = request.into_inner();
+        let mut state = self.enter("delete_snapshot", &request.request_id)?;
+        let at = find_snapshot(&state, &request.vm, &request.name)?;
+        state.snapshots[at].0.set_phase(v1::SnapshotPhase::Deleting);
+        let deleted = state.snapshots[at].0.clone();
+        answer(state, deleted)
+    }
+
+    async fn restore_vm(&self, request: Request<v1::RestoreVmRequest>) -> Answer<v1::Vm> {
+        let request = request.into_inner();
+        let mut state = self.enter("restore_vm", &request.request_id)?;
+        let name = if request.clone.is_empty() {
+            &request.vm
+        } else {
+            &request.clone
+        };
+        let Some((vm, _)) = state.vms.get_mut(name) else {
+            return Err(no_vm(name));
+        };
+        vm.wanted_running = true;
+        let vm = vm.clone();
+        state.restored.push(request);
+        answer(state, vm)
     }
 
     async fn read_console(&self, _: Request<v1::ReadConsoleRequest>) -> Answer<v1::ReadConsoleResponse> {

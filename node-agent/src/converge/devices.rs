@@ -256,6 +256,7 @@ mod tests {
             reason: None,
             outgoing: None,
             devices: Some(has.clone()),
+            snapshot: None,
         };
         let mut seen = Seen {
             key: Key::start("vm1", 3),
@@ -266,6 +267,8 @@ mod tests {
             switch_taken: None,
             commit_taken: false,
             end_reported: false,
+            snapshot_taken: None,
+            snapshot_told: None,
             attaching: Attaching {
                 failed: failed
                     .iter()
@@ -441,6 +444,8 @@ mod tests {
             switch_taken: None,
             commit_taken: false,
             end_reported: false,
+            snapshot_taken: None,
+            snapshot_told: None,
             attaching,
         };
         let reported = report(&seen, &VmmDevices::default(), &[disk("a", 4)]);

@@ -31,7 +31,7 @@ fn wanted(role: VmRole, epoch: u64, migration: Option<Migration>) -> VmDesired {
         arrived_by: String::new(),
         volumes: Vec::new(),
         networks: Vec::new(),
-        shutdown: 0,
+        ..VmDesired::default()
     }
 }
 
@@ -71,6 +71,8 @@ fn seen(key: Key, life: Life) -> Seen {
         commit_taken: false,
         end_reported: false,
         attaching: Attaching::default(),
+        snapshot_taken: None,
+        snapshot_told: None,
     }
 }
 
@@ -80,6 +82,7 @@ fn alive(state: VmmState) -> Life {
         reason: None,
         outgoing: None,
         devices: None,
+        snapshot: None,
     })
 }
 
@@ -89,6 +92,7 @@ fn handed_over(id: &str) -> Life {
         reason: None,
         outgoing: Some(id.into()),
         devices: None,
+        snapshot: None,
     })
 }
 
@@ -369,6 +373,7 @@ fn a_source_connects_in_pre_copy_once() {
         reason: None,
         outgoing: Some("m1".into()),
         devices: None,
+        snapshot: None,
     });
     assert_eq!(
         converge(
@@ -422,6 +427,7 @@ fn a_paused_source_waits_until_the_log_decides() {
             reason: None,
             outgoing: outgoing.map(str::to_owned),
             devices: None,
+            snapshot: None,
         });
         observed(vec![Seen {
             outgoing_taken: Some("m1".into()),
@@ -720,6 +726,7 @@ fn life() -> impl Strategy<Value = Life> {
             reason: None,
             outgoing,
             devices: None,
+            snapshot: None,
         })
     });
     prop_oneof![4 => alive, 1 => Just(Life::Starting), 1 => Just(Life::Silent), 1 => Just(gone())]
@@ -746,7 +753,7 @@ prop_compose! {
             key, life, commit_refused, end_reported,
             outgoing_taken: ids[0].map(|_| "m1".into()),
             switch_taken: None,
-            commit_taken: ids[1] == Some(true), attaching: Attaching::default(), }
+            commit_taken: ids[1] == Some(true), attaching: Attaching::default(), snapshot_taken: None, snapshot_told: None, }
     }
 }
 
@@ -773,7 +780,7 @@ prop_compose! {
     ) -> HostDesired {
         let vms = vms.into_iter().map(|(vm, epoch, run, migration, by)| VmDesired {
             vm, epoch, spec: None, role: if run { VmRole::Run } else { VmRole::Incoming }.into(), migration,
-            arrived_by: if run { by } else { String::new() }, volumes: Vec::new(), networks: Vec::new(), shutdown: 0, }).collect();
+            arrived_by: if run { by } else { String::new() }, volumes: Vec::new(), networks: Vec::new(), ..VmDesired::default() }).collect();
         let stopping = stopping.into_iter().map(|(vm, epoch)| VmRef { vm, epoch }).collect();
         HostDesired { revision: 1, vms, stopping, ..HostDesired::default() }
     }
@@ -928,6 +935,7 @@ fn a_source_that_serves_is_told_the_commit_and_left_alone_until_it_is_not_needed
             reason: None,
             outgoing: Some("m3".into()),
             devices: None,
+            snapshot: None,
         })
     };
     let serve = Action::Serve {

@@ -2,6 +2,8 @@
 //! ([`process`]) and what these may take ([`cgroup`]), and their volumes' files, which other hosts share ([`volumes`]).
 
 pub mod cgroup;
+pub mod copy;
 pub mod process;
+pub mod snapshots;
 pub mod store;
 pub mod volumes;

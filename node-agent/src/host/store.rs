@@ -7,7 +7,8 @@
 //!      started                        durable before the VMM is executed: this one was used
 //!      config.json  vmm.sock  vmm.log
 //!      lock                           held by the VMM for its life
-//!      granted                        an incoming VMM was handed a lease, or is about to be: the epoch is its own
+//!      restored                       it begins as a snapshot has it: no lease before the log says that it has begun
+//!      granted                        an incoming or restored VMM was handed a lease, or is about to be: the epoch is its own
 //!      over                           its end was reported; only marker and log are left
 //! ```
 //!
@@ -35,8 +36,10 @@ use crate::key::Key;
 const ENDED_KEPT: usize = 4;
 /// Files of an ended VMM that are kept.
 const KEPT: [&str; 4] = ["started", GRANTED, "vmm.log", "over"];
-/// The file that says that an incoming VMM may run.
+/// The file that says that a VMM which did not boot may run.
 const GRANTED: &str = "granted";
+/// The file that says that a VMM begins as a snapshot has it, and may not run before that is in the log.
+const RESTORED: &str = "restored";
 
 /// Why the store cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -304,7 +307,17 @@ fn clear(folder: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Notes, before its first lease is handed on, that the incoming VMM of `folder` may run.
+/// Notes, before it is started, that the VMM of `folder` waits for the word that it may begin.
+pub fn note_restored(folder: &Path) -> io::Result<()> {
+    write_private(&folder.join(RESTORED), b"")
+}
+
+/// Whether the VMM of `folder`, which does not boot or does as a snapshot has it, needs that word.
+pub fn is_restored(folder: &Path) -> bool {
+    folder.join(RESTORED).exists()
+}
+
+/// Notes, before its first lease is handed on, that the VMM of `folder`, which did not boot, may run.
 pub fn note_granted(folder: &Path) -> io::Result<()> {
     OpenOptions::new()
         .write(true)
@@ -315,7 +328,7 @@ pub fn note_granted(folder: &Path) -> io::Result<()> {
         .map(drop)
 }
 
-/// Whether a lease of the incoming VMM of `folder` was noted.
+/// Whether a lease of the VMM of `folder` was noted.
 pub fn was_granted(folder: &Path) -> bool {
     folder.join(GRANTED).exists()
 }

@@ -6,7 +6,9 @@
 //! volume was seen running, nobody makes its file any more: a host that does not find it lacks the storage, and an empty disk
 //! would look to the guest as if all was lost.
 //!
-//! Nothing here removes a file.
+//! What comes from a snapshot is a file of its own beside the other, `data-<content>.raw`, put there in the same way: whole or not at all, and
+//! never over anything. Which of them is the volume's content its record says (`Volume.content`), so that a copy that is cut short, or an
+//! agent that comes too late with its own, harms nothing. A file is removed only where the controllers order it by volume and content.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -16,14 +18,102 @@ use std::path::{Path, PathBuf};
 use drover_proto::v1::Volume;
 use drover_proto::{Code, Fault};
 
+use super::copy;
 use crate::key::{Key, is_name};
 
-/// A volume's content, in its folder.
-const DATA: &str = "data.raw";
+/// A volume's content, in its folder: the one that it began with, or was given by the restore of this number.
+fn data(content: u64) -> String {
+    match content {
+        0 => "data.raw".to_owned(),
+        number => format!("data-{number}.raw"),
+    }
+}
 
 /// The volume's file in the pool's folder.
-pub fn path(pool: &Path, volume: &str) -> PathBuf {
-    pool.join(volume).join(DATA)
+pub fn path(pool: &Path, volume: &Volume) -> PathBuf {
+    pool.join(&volume.name).join(data(volume.content))
+}
+
+/// Where a file is made before it is linked into its place.
+fn staged(volume: &Volume, host: &str, maker: &Key) -> String {
+    format!(".{}.{host}.{}.{}", data(volume.content), maker.vm, maker.epoch)
+}
+
+fn unusable(volume: &Volume, path: &Path, what: &str) -> Fault {
+    let message = format!("volume {}: {}: {what}", volume.name, path.display());
+    Fault::new(Code::DiskUnusable, message).field("disks")
+}
+
+/// Makes sure that the volume's restored content is there, a copy of `source`; blocks on the storage. `goes_on` is told how many bytes
+/// there are by now, and says whether to go on.
+///
+/// # Errors
+/// `snapshot_damaged` where the source is not as large as the volume; `vm_stopped` when it is not to go on; `disk_unusable`.
+pub fn install(
+    pool: &Path,
+    volume: &Volume,
+    source: &Path,
+    (host, maker): (&str, &Key),
+    goes_on: &dyn Fn(u64) -> bool,
+) -> Result<PathBuf, Fault> {
+    let path = path(pool, volume);
+    let failed = |error: io::Error| unusable(volume, &path, &error.to_string());
+    if !is_name(&volume.name) || volume.content == 0 {
+        return Err(unusable(volume, &path, "no volume with a restored content"));
+    }
+    match look(&path).map_err(failed)? {
+        // It was linked there whole, and nothing has run with it yet.
+        Some(Found::File(bytes)) if bytes == volume.size_bytes => return Ok(path),
+        Some(_) => {
+            return Err(unusable(
+                volume,
+                &path,
+                "something else is there: nothing was changed",
+            ));
+        }
+        None => {}
+    }
+    let damaged = |what: String| {
+        let message = format!("{}: {what}", source.display());
+        Fault::new(Code::SnapshotDamaged, message).field("disks")
+    };
+    let from = File::open(source).map_err(|error| damaged(error.to_string()))?;
+    let bytes = from.metadata().map_err(|error| damaged(error.to_string()))?.len();
+    if bytes != volume.size_bytes {
+        let message = format!(
+            "it has {bytes} bytes, volume {} had {}",
+            volume.name, volume.size_bytes
+        );
+        return Err(damaged(message));
+    }
+    let stopped = std::cell::Cell::new(false);
+    let fill = |file: &File| {
+        let more = |done| {
+            stopped.set(stopped.get() || !goes_on(done));
+            !stopped.get()
+        };
+        copy::copy(&from, file, &more)
+    };
+    make(pool, volume, &path, &staged(volume, host, maker), fill).map_err(|error| match stopped.get() {
+        true => Fault::new(Code::VmStopped, "it is no longer desired on this host"),
+        false => failed(error),
+    })?;
+    Ok(path)
+}
+
+/// Removes a content of a volume, which the controllers have ordered; what is not there is removed.
+pub fn remove_content(pool: &Path, volume: &str, content: u64) -> io::Result<()> {
+    if !is_name(volume) {
+        return Err(io::Error::other("no name of a volume"));
+    }
+    fs::metadata(pool)?; // Where the pool's storage is missing nothing was removed.
+    let folder = pool.join(volume);
+    remove(&folder.join(data(content)))?;
+    match File::open(&folder) {
+        Ok(folder) => folder.sync_all(),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Makes sure that the volume's file is there and is of its size; blocks on the storage. `maker`: the VMM that needs it, of the
@@ -32,23 +122,20 @@ pub fn path(pool: &Path, volume: &str) -> PathBuf {
 /// # Errors
 /// `disk_unusable`, with what is wrong.
 pub fn ensure(pool: &Path, volume: &Volume, host: &str, maker: &Key) -> Result<PathBuf, Fault> {
-    let path = path(pool, &volume.name);
-    let unusable = |what: String| {
-        let message = format!("volume {}: {}: {what}", volume.name, path.display());
-        Fault::new(Code::DiskUnusable, message).field("disks")
-    };
+    let path = path(pool, volume);
+    let unusable = |what: String| unusable(volume, &path, &what);
     let failed = |error: io::Error| unusable(error.to_string());
     if !is_name(&volume.name) {
         return Err(unusable("no name of a volume".to_owned()));
     }
     let mut found = look(&path).map_err(failed)?;
     if found.is_none() {
-        if volume.used || maker.migration().is_some() {
+        if volume.used || volume.content > 0 || maker.migration().is_some() {
             let why = "it is not there, but was used before: is the pool's storage mounted on this host?";
             return Err(unusable(why.to_owned()));
         }
-        let staged = format!(".{DATA}.{host}.{}.{}", maker.vm, maker.epoch);
-        make(pool, volume, &path, &staged).map_err(failed)?;
+        let staged = staged(volume, host, maker);
+        make(pool, volume, &path, &staged, |_| Ok(())).map_err(failed)?;
         found = look(&path).map_err(failed)?;
     }
     if let Some(Found::File(bytes)) = found
@@ -94,8 +181,14 @@ fn look(path: &Path) -> io::Result<Option<Found>> {
     }
 }
 
-/// Puts a file of the volume's size in its place, unless something is there by then.
-fn make(pool: &Path, volume: &Volume, path: &Path, staged: &str) -> io::Result<()> {
+/// Puts a file of the volume's size, its content as `fill` makes it, in its place, unless something is there by then.
+fn make(
+    pool: &Path,
+    volume: &Volume,
+    path: &Path,
+    staged: &str,
+    fill: impl FnOnce(&File) -> io::Result<()>,
+) -> io::Result<()> {
     let folder = pool.join(&volume.name);
     // The pool's own folder is never made: where it is missing its storage is.
     match fs::DirBuilder::new().mode(0o700).create(&folder) {
@@ -109,8 +202,11 @@ fn make(pool: &Path, volume: &Volume, path: &Path, staged: &str) -> io::Result<(
         .create_new(true)
         .mode(0o600)
         .open(&staged)?;
-    file.set_len(volume.size_bytes)?;
-    file.sync_all()?;
+    let filled = file.set_len(volume.size_bytes).and_then(|()| fill(&file));
+    if let Err(error) = filled.and_then(|()| file.sync_all()) {
+        remove(&staged)?;
+        return Err(error);
+    }
     match fs::hard_link(&staged, path) {
         // Another host was quicker: its file is as good.
         Err(error) if error.kind() != ErrorKind::AlreadyExists => {
@@ -222,8 +318,88 @@ mod tests {
         // The other host looked before this file was there, and comes to its link only now.
         let file = OpenOptions::new().write(true).open(&path).unwrap();
         file.write_all_at(b"kept", 0).unwrap();
-        make(pool.path(), &volume(false), &path, ".data.raw.host2.vm2.1").unwrap();
+        make(
+            pool.path(),
+            &volume(false),
+            &path,
+            ".data.raw.host2.vm2.1",
+            |_| Ok(()),
+        )
+        .unwrap();
         assert_eq!(&fs::read(&path).unwrap()[..4], b"kept");
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
+    }
+
+    fn restored(content: u64) -> Volume {
+        Volume {
+            content,
+            size_bytes: 4 * MIB,
+            ..volume(true)
+        }
+    }
+
+    /// A source of 4 MiB with something at its beginning and its end, and a hole between.
+    fn source(dir: &Path, bytes: u64) -> PathBuf {
+        let path = dir.join("disk-1.raw");
+        let file = File::create(&path).unwrap();
+        file.set_len(bytes).unwrap();
+        file.write_all_at(b"first", 0).unwrap();
+        file.write_all_at(b"last", bytes - 4).unwrap();
+        path
+    }
+
+    #[test]
+    fn a_restored_content_is_a_file_of_its_own_and_never_put_over_another() {
+        let pool = tempfile::tempdir().unwrap();
+        let before = ensure(pool.path(), &volume(false), "host1", &start(1)).unwrap();
+        let from = source(pool.path(), 4 * MIB);
+        let by = ("host1", &start(2));
+        let path = install(pool.path(), &restored(7), &from, by, &|_| true).unwrap();
+        assert_eq!(path, pool.path().join("data/data-7.raw"));
+        assert!(before.exists(), "what was there before stays");
+        assert_eq!(fs::read(&path).unwrap(), fs::read(&from).unwrap());
+        assert!(
+            fs::metadata(&path).unwrap().blocks() * 512 < MIB,
+            "holes stay holes"
+        );
+        assert_eq!(
+            ensure(pool.path(), &restored(7), "host1", &start(2)).unwrap(),
+            path
+        );
+        // It runs, and writes; an agent that was cut off comes with its own copy only now.
+        OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .write_all_at(b"later", 0)
+            .unwrap();
+        install(pool.path(), &restored(7), &from, ("host2", &start(1)), &|_| true).unwrap();
+        make(pool.path(), &restored(7), &path, ".late", |_| Ok(())).unwrap();
+        assert_eq!(&fs::read(&path).unwrap()[..5], b"later");
+        remove_content(pool.path(), "data", 0).unwrap();
+        assert!(!before.exists() && path.exists());
+        remove_content(pool.path(), "data", 0).unwrap();
+        remove_content(&pool.path().join("not-mounted"), "data", 0).unwrap_err();
+        remove_content(pool.path(), "../data", 7).unwrap_err();
+    }
+
+    #[test]
+    fn a_copy_that_is_cut_short_leaves_no_content() {
+        let pool = tempfile::tempdir().unwrap();
+        let from = source(pool.path(), 4 * MIB);
+        let by = ("host1", &start(2));
+        let fault = install(pool.path(), &restored(7), &from, by, &|_| false).unwrap_err();
+        assert_eq!(fault.code, Code::VmStopped, "{fault}");
+        let short = source(pool.path(), 2 * MIB);
+        let fault = install(pool.path(), &restored(7), &short, by, &|_| true).unwrap_err();
+        assert_eq!(fault.code, Code::SnapshotDamaged, "{fault}");
+        assert_eq!(fs::read_dir(pool.path().join("data")).unwrap().count(), 0);
+        refused(pool.path(), &restored(7), &start(3));
+        // A crash came in the middle of the copy: what it left is made anew.
+        fs::write(pool.path().join("data/.data-7.raw.host1.vm1.2"), b"half").unwrap();
+        let from = source(pool.path(), 4 * MIB);
+        let path = install(pool.path(), &restored(7), &from, by, &|_| true).unwrap();
+        assert_eq!(fs::read(path).unwrap(), fs::read(from).unwrap());
+        assert_eq!(fs::read_dir(pool.path().join("data")).unwrap().count(), 1);
     }
 }

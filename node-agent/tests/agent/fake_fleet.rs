@@ -31,6 +31,8 @@ pub struct Script {
     pub mute: bool,
     /// The log's outcome of any hand-over; none: there is no leader.
     pub commit: Option<bool>,
+    /// Whether a restored run may begin; none: there is no leader.
+    pub begin: Option<bool>,
     /// Heartbeats are answered with "no such host" until it registers.
     pub unknown_host: bool,
     /// Heartbeats answered since the script was changed.
@@ -45,6 +47,8 @@ pub enum Call {
     Migration(ReportMigrationRequest),
     Commit(CommitHandoverRequest),
     Abort(AbortMigrationRequest),
+    Snapshot(ReportSnapshotRequest),
+    Begin(BeginRestoreRequest),
 }
 
 /// Shared by the server and the test.
@@ -269,5 +273,22 @@ impl Fleet for FakeFleet {
     ) -> Result<Response<AbortMigrationResponse>, Status> {
         self.note(Call::Abort(request.into_inner()))?;
         Ok(Response::new(AbortMigrationResponse { aborted: true }))
+    }
+
+    async fn report_snapshot(
+        &self,
+        request: Request<ReportSnapshotRequest>,
+    ) -> Result<Response<ReportSnapshotResponse>, Status> {
+        self.note(Call::Snapshot(request.into_inner()))?;
+        Ok(Response::new(ReportSnapshotResponse { current: true }))
+    }
+
+    async fn begin_restore(
+        &self,
+        request: Request<BeginRestoreRequest>,
+    ) -> Result<Response<BeginRestoreResponse>, Status> {
+        self.note(Call::Begin(request.into_inner()))?;
+        let begun = self.script.borrow().begin.ok_or_else(no_leader)?;
+        Ok(Response::new(BeginRestoreResponse { begun }))
     }
 }

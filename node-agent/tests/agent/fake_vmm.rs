@@ -43,6 +43,8 @@ struct Config {
     #[serde(default)]
     disks: Vec<serde_json::Value>,
     balloon: Option<Balloon>,
+    #[serde(default)]
+    restore: Option<Restored>,
 }
 
 #[derive(serde::Deserialize)]
@@ -67,6 +69,13 @@ impl Balloon {
             ..VmmDevices::default()
         }
     }
+}
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code, reason = "read to check the file's form")]
+struct Restored {
+    folder: PathBuf,
 }
 
 #[derive(serde::Deserialize)]
@@ -139,6 +148,17 @@ impl Fake {
                     .get_or_insert_default();
                 progress.set_phase(MigrationPhase::PreCopy);
                 progress.round += 1;
+            }
+            "half-way" => info.snapshot.get_or_insert_default().bytes_done += 50,
+            "snapshot-done" => {
+                let snapshot = info.snapshot.get_or_insert_default();
+                snapshot.set_stage(SnapshotStage::Done);
+                (snapshot.bytes_stored, snapshot.paused_us) = (60, 700);
+            }
+            "snapshot-failed" => {
+                let snapshot = info.snapshot.get_or_insert_default();
+                snapshot.set_stage(SnapshotStage::Failed);
+                snapshot.reason = Some(Fault::new(Code::SnapshotFailed, "no room").into());
             }
             "receipt" => {
                 let receipt = Receipt {
@@ -314,12 +334,46 @@ impl Vmm for Fake {
         })))
     }
 
-    async fn take_snapshot(&self, _: Request<TakeSnapshotRequest>) -> Result<Response<VmmInfo>, Status> {
-        Err(Status::unimplemented("snapshots"))
+    /// Makes the files that it is told of; what they hold is the slot's number.
+    async fn take_snapshot(
+        &self,
+        request: Request<TakeSnapshotRequest>,
+    ) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        let slots: Vec<u32> = request.disks.iter().map(|disk| disk.slot).collect();
+        self.note(format!("snapshot {} {slots:?}", request.id));
+        let known = self.info.borrow().snapshot.clone();
+        if known.is_some_and(|known| known.id == request.id) {
+            return Ok(Response::new(self.info.borrow().clone()));
+        }
+        if std::fs::read_dir(&request.folder).unwrap().next().is_some() {
+            return Err(Fault::new(Code::SnapshotFailed, "the folder is not empty").into());
+        }
+        std::fs::write(PathBuf::from(&request.folder).join("memory"), "pages").unwrap();
+        for disk in &request.disks {
+            std::fs::write(&disk.path, disk.slot.to_string()).unwrap();
+        }
+        let snapshot = VmmSnapshot {
+            id: request.id,
+            stage: SnapshotStage::Running.into(),
+            bytes_total: 100,
+            ..VmmSnapshot::default()
+        };
+        Ok(Response::new(self.change(|info| info.snapshot = Some(snapshot))))
     }
 
-    async fn cancel_snapshot(&self, _: Request<CancelSnapshotRequest>) -> Result<Response<VmmInfo>, Status> {
-        Err(Status::unimplemented("snapshots"))
+    async fn cancel_snapshot(
+        &self,
+        request: Request<CancelSnapshotRequest>,
+    ) -> Result<Response<VmmInfo>, Status> {
+        let id = request.into_inner().id;
+        self.note(format!("cancel {id}"));
+        Ok(Response::new(self.change(|info| {
+            let known = info.snapshot.get_or_insert_default();
+            if known.id == id && known.stage() == SnapshotStage::Running {
+                known.set_stage(SnapshotStage::Cancelled);
+            }
+        })))
     }
 
     async fn set_memory(&self, request: Request<SetMemoryRequest>) -> Result<Response<VmmInfo>, Status> {
@@ -372,6 +426,13 @@ pub fn live() {
         std::process::exit(5);
     };
     let config: Config = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    // As one that verifies: its folder must be whole.
+    if let Some(restored) = &config.restore
+        && !restored.folder.join("memory").exists()
+    {
+        eprintln!("ERROR fake: the snapshot is damaged");
+        std::process::exit(7);
+    }
     if config.cmdline == "die" {
         eprintln!("INFO fake: starts\nERROR fake: the kernel is none");
         std::process::exit(6);

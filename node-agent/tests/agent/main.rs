@@ -13,6 +13,7 @@ mod fake_vmm;
 mod fleet_tests;
 mod memory_tests;
 mod migration_tests;
+mod snapshot_tests;
 mod vm_tests;
 mod volume_tests;
 mod world;
@@ -65,6 +66,14 @@ tests! {
     volume_tests::a_vm_gets_its_volumes_as_disks_and_their_files_are_made_once,
     volume_tests::a_volume_that_cannot_be_had_fails_the_start_with_its_code_and_starts_nothing,
     memory_tests::what_the_guest_is_to_have_is_configured_and_told_and_what_it_has_is_reported,
+    snapshot_tests::a_snapshot_is_taken_once_followed_and_its_end_reported,
+    snapshot_tests::what_a_vmm_has_done_while_no_agent_watched_the_next_one_reports,
+    snapshot_tests::a_snapshot_that_fails_or_is_refused_is_reported_with_its_reason,
+    snapshot_tests::a_snapshot_that_nobody_waits_for_is_cancelled_and_then_removed,
+    snapshot_tests::a_restored_run_has_its_disks_content_and_does_not_run_before_it_may,
+    snapshot_tests::an_agent_that_dies_before_the_beginning_leaves_it_to_the_next,
+    snapshot_tests::a_restored_run_that_ends_before_its_beginning_is_reported_and_nothing_was_written_over,
+    snapshot_tests::what_a_restore_has_replaced_is_removed_when_the_controllers_order_it,
     migration_tests::a_target_prepares_commits_and_runs_by_the_commits_lease,
     migration_tests::a_commit_is_asked_for_until_it_is_answered_also_by_the_next_agent,
     migration_tests::a_target_whose_commit_is_refused_ends_without_a_report,

@@ -198,7 +198,7 @@ pub fn run(epoch: u64, migration: Option<Migration>) -> HostDesired {
         arrived_by: String::new(),
         volumes: Vec::new(),
         networks: Vec::new(),
-        shutdown: 0,
+        ..VmDesired::default()
     };
     HostDesired {
         vms: vec![vm],

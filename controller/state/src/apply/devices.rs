@@ -16,9 +16,10 @@ use std::collections::BTreeSet;
 use drover_proto::v1::{AttachDisk, DetachDisk, VmDevice, VmDeviceState, VmDevices, VmDisk, VmSpec, VmState};
 use drover_proto::{Code, Fault};
 
+use super::snapshots::{not_restored, not_taken};
 use super::{Applied, Tx, bounded};
 use crate::limits::{NAME_BYTES_MAX, SLOTS_MAX};
-use crate::placement;
+use crate::placement::{self, Purpose};
 use crate::state::{host_of, occupies, spec_of};
 use crate::validate::{self, quoted};
 use crate::volumes;
@@ -30,7 +31,7 @@ fn slots_mut(spec: &mut VmSpec) -> impl Iterator<Item = &mut u32> {
 }
 
 /// Writes down the slots that were counted so far, as they were, and returns the lowest that is free.
-fn fix_slots(spec: &mut VmSpec) -> Option<u32> {
+pub(super) fn fix_slots(spec: &mut VmSpec) -> Option<u32> {
     let mut taken: BTreeSet<u32> = slots_mut(spec).map(|slot| *slot).collect();
     for slot in slots_mut(spec).filter(|slot| **slot == 0) {
         *slot = (1..=SLOTS_MAX).find(|free| !taken.contains(free))?;
@@ -55,7 +56,8 @@ impl Tx<'_> {
             );
             return Err(Fault::new(Code::MigrationActive, message).field("vm"));
         }
-        Ok(())
+        not_taken("vm", vm)?;
+        not_restored("vm", vm)
     }
 
     fn spec_mut(&mut self, name: &str) -> &mut VmSpec {
@@ -108,9 +110,10 @@ impl Tx<'_> {
                 let message = format!("{name} is on {}, which {}", host_of(vm), fault.message);
                 Fault::new(fault.code, message).field("disk.volume")
             })?,
-            None => placement::could_ever_fit(self.state, &spec)?,
+            None => placement::could_ever_fit(self.state, &spec, Purpose::Start, |_| Ok(()))?,
         }
         let volume = only.disks[0].volume.clone();
+        self.note_writer(&only);
         *self.spec_mut(name) = spec;
         let caller = self.caller;
         self.vm_event(

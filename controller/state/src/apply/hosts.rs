@@ -97,6 +97,7 @@ impl Tx<'_> {
             match self.vm_mut(&name).state() {
                 VmState::Starting | VmState::Running | VmState::Paused => {
                     let why = reason(Code::HostDown, format!("{} is declared down", down.host));
+                    self.fail_snapshot_of(&name, why.clone());
                     self.set_vm_state(&name, VmState::Unknown, Some(why));
                     self.vm_event(
                         "vm.unknown",

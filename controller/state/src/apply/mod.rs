@@ -2,16 +2,18 @@
 //!
 //! Every command is checked in full before it changes anything: a refusal leaves the state as it was, but for the
 //! record of the answer when the request carried an id. Handlers stand by subject: `hosts`, `vms`, `devices`, `memory`, `volumes`,
-//! `networks`, `migrations`.
+//! `networks`, `snapshots`, `migrations`.
 
 mod devices;
 mod hosts;
 mod memory;
 mod migrations;
 mod networks;
+mod snapshots;
 mod vms;
 mod volumes;
 
+pub(crate) use snapshots::not_taken;
 pub use vms::may_restart;
 pub(crate) use vms::unfit;
 
@@ -180,6 +182,11 @@ impl Tx<'_> {
             Some(Kind::DetachDisk(detach)) => self.detach_disk(detach),
             Some(Kind::ShutdownVm(shutdown)) => self.shutdown_vm(&shutdown.name),
             Some(Kind::SetVmMemory(set)) => self.set_vm_memory(set),
+            Some(Kind::CreateSnapshot(create)) => self.create_snapshot(create),
+            Some(Kind::DeleteSnapshot(delete)) => self.delete_snapshot(delete),
+            Some(Kind::RestoreVm(restore)) => self.restore_vm(restore),
+            Some(Kind::ReportSnapshot(report)) => self.report_snapshot(report),
+            Some(Kind::BeginRestore(begin)) => self.begin_restore(begin),
             // An entry of a newer build: every build of this version refuses it alike.
             None => Err(Fault::new(
                 Code::Internal,

@@ -15,7 +15,7 @@
 
 use drover_proto::v1::{
     CommandResponse, CreateVm, PlaceVm, Placement, Reason, ReportVmRequest, RestartPolicy, Vm, VmPending,
-    VmState,
+    VmSpec, VmState,
 };
 use drover_proto::{Code, Fault};
 
@@ -23,6 +23,7 @@ use super::{Applied, Tx, bounded, reason};
 use crate::limits::{RESTARTS_MAX, RETIRED_MAX, VMS_MAX};
 use crate::networks;
 use crate::placement::{self, Purpose};
+use crate::snapshots::purpose_of_start;
 use crate::state::{epoch_of, host_of, is_committed, occupies, spec_of};
 use crate::validate::{self, quoted};
 use crate::volumes;
@@ -31,15 +32,7 @@ impl Tx<'_> {
     pub(super) fn create_vm(&mut self, create: &CreateVm) -> Applied {
         let mut spec = validate::vm_spec(create.spec.as_ref())?;
         let name = spec.name.clone();
-        if self.state.vms.contains_key(&name) {
-            let message = format!("spec.name is {}; a VM of this name exists", quoted(&name));
-            return Err(Fault::new(Code::VmExists, message).field("spec.name"));
-        }
-        if self.state.vms.len() >= VMS_MAX {
-            let message =
-                format!("spec.name is {name}; the cluster has {VMS_MAX} VMs, which is all it takes");
-            return Err(Fault::new(Code::InvalidArgument, message).field("spec.name"));
-        }
+        self.may_be_named("spec.name", &name)?;
         if !spec.host.is_empty() && self.state.host(&spec.host).is_none() {
             let message = format!(
                 "spec.host is {}; no host of this name is registered",
@@ -50,7 +43,27 @@ impl Tx<'_> {
         placement::images_exist(self.state, &spec)?;
         volumes::may_have(self.state, &spec)?;
         networks::address(self.state, &mut spec)?;
-        placement::could_ever_fit(self.state, &spec)?;
+        placement::could_ever_fit(self.state, &spec, Purpose::Start, |_| Ok(()))?;
+        self.insert_vm(spec, create.start);
+        Ok(self.vm_response(&name, true))
+    }
+
+    /// Whether a new VM may have this name, and there may be one more.
+    pub(super) fn may_be_named(&self, field: &str, name: &str) -> Result<(), Fault> {
+        validate::name(field, name)?;
+        if self.state.vms.contains_key(name) {
+            let message = format!("{field} is {}; a VM of this name exists", quoted(name));
+            return Err(Fault::new(Code::VmExists, message).field(field));
+        }
+        if self.state.vms.len() >= VMS_MAX {
+            let message = format!("{field} is {name}; the cluster has {VMS_MAX} VMs, which is all it takes");
+            return Err(Fault::new(Code::InvalidArgument, message).field(field));
+        }
+        Ok(())
+    }
+
+    pub(super) fn insert_vm(&mut self, spec: VmSpec, start: bool) {
+        let name = spec.name.clone();
         let epoch = self.state.retired.remove(&name).unwrap_or(self.state.epoch_floor);
         let mut vm = Vm {
             spec: Some(spec),
@@ -58,20 +71,15 @@ impl Tx<'_> {
                 epoch,
                 ..Placement::default()
             }),
-            wanted_running: create.start,
+            wanted_running: start,
             created_ms: self.now_ms,
             changed_ms: self.now_ms,
             ..Vm::default()
         };
-        vm.set_state(if create.start {
-            VmState::Pending
-        } else {
-            VmState::Stopped
-        });
+        vm.set_state(if start { VmState::Pending } else { VmState::Stopped });
         self.state.vms.insert(name.clone(), vm);
         let caller = self.caller;
         self.vm_event("vm.created", &name, format!("{name} was created by {caller}"));
-        Ok(self.vm_response(&name, true))
     }
 
     pub(super) fn start_vm(&mut self, name: &str) -> Applied {
@@ -134,7 +142,9 @@ impl Tx<'_> {
         let (state, host) = (vm.state(), host_of(vm).to_owned());
         let may_execute = occupies(vm) && self.state.host_is_up(&host);
         if may_execute {
-            self.abort_uncommitted(name, reason(Code::VmStopped, format!("{name} was stopped")));
+            let stopped = || reason(Code::VmStopped, format!("{name} was stopped"));
+            self.abort_uncommitted(name, stopped());
+            self.fail_snapshot_of(name, stopped());
             if state != VmState::Stopping {
                 let awaited = format!("waits for {host}'s agent to report that the VMM is gone");
                 self.set_vm_state(name, VmState::Stopping, Some(reason(Code::VmStopped, awaited)));
@@ -165,7 +175,9 @@ impl Tx<'_> {
             )
             .field("host"));
         }
-        placement::fits(self.state, &spec, Purpose::Start, &place.host).map_err(host_field)?;
+        let purpose = purpose_of_start(self.state, vm);
+        placement::fits(self.state, &spec, purpose, &place.host).map_err(host_field)?;
+        self.note_writer(&spec);
         let vm = self.vm_mut(&place.vm);
         let epoch = epoch_of(vm) + 1;
         vm.placement = Some(Placement {
@@ -174,6 +186,7 @@ impl Tx<'_> {
             arrived_by: String::new(),
         });
         vm.vmm = None;
+        vm.restored = 0;
         self.forget_devices(&place.vm);
         self.set_vm_state(&place.vm, VmState::Starting, None);
         self.vm_event(
@@ -233,6 +246,11 @@ impl Tx<'_> {
         }
         if over {
             return Ok(self.vm_response(name, state == report.state()));
+        }
+        let not_begun = vm.restore.is_some();
+        if not_begun && matches!(report.state(), VmState::Running | VmState::Paused) {
+            // Nobody granted it that.
+            return Ok(self.vm_response(name, false));
         }
         match (state, report.state()) {
             (VmState::Stopping, VmState::Stopped | VmState::Failed) => {
@@ -295,6 +313,8 @@ impl Tx<'_> {
             reason(Code::SourceFailed, format!("{name} failed: {}", why.message)),
         );
         self.finish_committed(name, why.clone());
+        let message = format!("{name} failed: {}", why.message);
+        self.fail_snapshot_of(name, reason(Code::SnapshotFailed, message));
         self.nothing_has_it(name);
         let message = format!("{name} failed: {} [{}]", why.message, why.code);
         self.set_vm_state(name, VmState::Failed, Some(why));
@@ -305,8 +325,15 @@ impl Tx<'_> {
     pub(super) fn run_is_over(&mut self, name: &str, why: &str) {
         let stopped = reason(Code::VmStopped, format!("{name} was stopped"));
         self.abort_uncommitted(name, stopped.clone());
-        self.finish_committed(name, stopped);
+        self.finish_committed(name, stopped.clone());
+        self.fail_snapshot_of(name, stopped);
         self.nothing_has_it(name);
+        let vm = self.vm_mut(name);
+        // Who stops a VM that was to be restored has it as it was. One that was made for it is nothing else yet.
+        let is_clone = vm.restore.as_ref().is_some_and(|restore| restore.clone);
+        if vm.deleting || !vm.wanted_running && !is_clone {
+            self.withdraw_restore(name);
+        }
         let vm = self.vm_mut(name);
         if vm.deleting {
             let epoch = epoch_of(vm);

@@ -1,8 +1,9 @@
 //! Volumes: made known, noted as used, forgotten. Their files are the agents' (docs/node-agent.md).
 
-use drover_proto::v1::{CommandResponse, CreateVolume, ResizeVolume, Vm, Volume};
+use drover_proto::v1::{CommandResponse, CreateVolume, ResizeVolume, Vm, VmSpec, Volume};
 use drover_proto::{Code, Fault};
 
+use super::snapshots::{not_restored, not_taken};
 use super::{Applied, Tx};
 use crate::limits::VOLUMES_MAX;
 use crate::state::spec_of;
@@ -16,6 +17,12 @@ impl Tx<'_> {
         if self.state.volumes.contains_key(&name) {
             let message = format!("volume.name is {}; a volume of this name exists", quoted(&name));
             return Err(Fault::new(Code::VolumeExists, message).field("volume.name"));
+        }
+        if self.state.removals.contains_key(&(name.clone(), 0)) {
+            let message = format!(
+                "volume.name is {name}; what one of this name held is still being removed: try again"
+            );
+            return Err(Fault::new(Code::VolumeInUse, message).field("volume.name"));
         }
         if self.state.volumes.len() >= VOLUMES_MAX {
             let message = format!(
@@ -41,7 +48,7 @@ impl Tx<'_> {
     }
 
     pub(super) fn delete_volume(&mut self, name: &str) -> Applied {
-        if let Some(vm) = self.state.user_of(name, |_| true) {
+        if let Some(vm) = self.state.user_of(name, "", |_| true) {
             let message = format!(
                 "name is {name}, which VM {} has; delete the VM first",
                 spec_of(vm).name
@@ -77,6 +84,10 @@ impl Tx<'_> {
                 format!("name is {name}, which VM {vm} has, and {migration} moves that; grow it after");
             return Err(Fault::new(Code::MigrationActive, message).field("name"));
         }
+        if let Some(vm) = self.state.vms().find(has_it) {
+            not_taken("name", vm)?;
+            not_restored("name", vm)?;
+        }
         let mut grown = volume.clone();
         if bytes > has {
             grown.size_bytes = bytes;
@@ -88,6 +99,15 @@ impl Tx<'_> {
             self.event("volume.resized", format!("volume/{name}"), message);
         }
         Ok(answer(grown))
+    }
+
+    /// From now on whoever only read these volumes cannot be sure of what they hold.
+    pub(super) fn note_writer(&mut self, spec: &VmSpec) {
+        for disk in spec.disks.iter().filter(|disk| !disk.read_only) {
+            if let Some(volume) = self.state.volumes.get_mut(&disk.volume) {
+                volume.writers += 1;
+            }
+        }
     }
 
     /// The VM was seen running: from now on a host that does not find a file of its volumes lacks the storage, and makes none.

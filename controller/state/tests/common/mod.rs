@@ -4,10 +4,12 @@
 
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::{
-    AbortMigrationRequest, AdvanceMigration, Command, CommandResponse, CommitHandoverRequest, CreateNetwork,
-    CreateVm, CreateVolume, DeleteNetwork, DeleteVm, DeleteVolume, FinishMigration, HostCapacity, HostDown,
-    HostSpec, HostUp, Image, MigrationPhase, Network, NetworkKind, PlaceVm, PlanMigration, Reason, Receipt,
-    ReportVmRequest, StartVm, StopVm, Vm, VmDisk, VmNic, VmPending, VmSpec, VmState, VmmBuild, Volume,
+    AbortMigrationRequest, AdvanceMigration, BeginRestoreRequest, Command, CommandResponse,
+    CommitHandoverRequest, CreateNetwork, CreateSnapshot, CreateVm, CreateVolume, DeleteNetwork,
+    DeleteSnapshot, DeleteVm, DeleteVolume, FinishMigration, HostCapacity, HostDown, HostSpec, HostUp, Image,
+    MigrationPhase, Network, NetworkKind, PlaceVm, PlanMigration, Reason, Receipt, ReportSnapshotRequest,
+    ReportVmRequest, RestoreVm, SnapshotNews, SnapshotProgress, StartVm, StopVm, Vm, VmDisk, VmNic,
+    VmPending, VmSpec, VmState, VmmBuild, Volume,
 };
 use drover_proto::{Code, Fault};
 use drover_state::{State, apply, into_result};
@@ -44,6 +46,7 @@ pub fn host_spec(name: &str) -> HostSpec {
         ),
         networking: "ok".into(),
         sandbox: "ok".into(),
+        snapshots: true,
         ..HostSpec::default()
     }
 }
@@ -250,6 +253,54 @@ pub fn create_network(name: &str, vni: u32, subnet: &str) -> Kind {
 
 pub fn delete_network(name: &str) -> Kind {
     Kind::DeleteNetwork(DeleteNetwork { name: name.into() })
+}
+
+pub fn take(vm: &str, name: &str) -> Kind {
+    Kind::CreateSnapshot(CreateSnapshot {
+        vm: vm.into(),
+        name: name.into(),
+    })
+}
+
+pub fn drop_snapshot(vm: &str, name: &str) -> Kind {
+    Kind::DeleteSnapshot(DeleteSnapshot {
+        vm: vm.into(),
+        name: name.into(),
+    })
+}
+
+/// In place, or as the new VM `clone`.
+pub fn restore(vm: &str, snapshot: &str, clone: &str) -> Kind {
+    Kind::RestoreVm(RestoreVm {
+        vm: vm.into(),
+        snapshot: snapshot.into(),
+        clone: clone.into(),
+    })
+}
+
+pub fn begin(host: &str, vm: &str, epoch: u64, restore: u64) -> Kind {
+    Kind::BeginRestore(BeginRestoreRequest {
+        host: host.into(),
+        vm: vm.into(),
+        epoch,
+        restore,
+    })
+}
+
+pub fn news(host: &str, snapshot: &str, epoch: u64, news: SnapshotNews) -> Kind {
+    Kind::ReportSnapshot(ReportSnapshotRequest {
+        host: host.into(),
+        snapshot: snapshot.into(),
+        epoch,
+        news: news.into(),
+        progress: Some(SnapshotProgress {
+            bytes_done: 100,
+            bytes_total: 100,
+        }),
+        bytes_stored: 60,
+        paused_us: 700,
+        ..ReportSnapshotRequest::default()
+    })
 }
 
 pub fn place(vm: &str, host: &str, expected_epoch: u64) -> Kind {
