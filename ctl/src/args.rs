@@ -1,11 +1,14 @@
 //! The command line's grammar, and nothing of what it does.
 
+mod snapshot;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use drover_proto::v1;
 
+pub use self::snapshot::SnapshotCommand;
 use crate::failure::EXIT_CODES;
 use crate::units::{parse_bandwidth, parse_duration, parse_mib, parse_percent, parse_streams};
 
@@ -230,6 +233,9 @@ pub enum VmCommand {
     },
     /// Change how much of its memory a VM's guest is to have, and wait until its VMM knows, if it runs
     Set(SetArgs),
+    /// Snapshots: VMs with memory and disks at one instant
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
     /// Delete a VM, stopping it first, and wait until it is gone
     Delete(ActArgs),
     /// Show a VM's serial console and type into it; Ctrl-] leaves
@@ -794,6 +800,9 @@ mod tests {
             "ctl dev up --image ../x=/tmp/x",
             "ctl completion powershell",
             "ctl vm",
+            "ctl vm snapshot create",
+            "ctl vm snapshot create vm1 --wait --no-wait",
+            "ctl vm snapshot restore vm1 s1 --as",
         ] {
             let error = parse(line).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");

@@ -10,6 +10,8 @@
 //! A mutating request keeps its `request_id` over all attempts, so that an attempt whose answer got lost counts once.
 //! Console input has no such id: an attempt whose outcome is unknown is not repeated.
 
+mod snapshots;
+
 use std::error::Error;
 use std::fs::File;
 use std::io::Read;

@@ -19,7 +19,7 @@ pub enum Exit {
     Failed = 1,
     /// The command line or one of its values is wrong.
     Usage = 2,
-    /// No such VM, host, image, volume, pool, network or migration.
+    /// No such VM, host, image, volume, pool, network, snapshot or migration.
     NotFound = 3,
     /// The state of things does not allow it: exists already, does not fit, wrong state.
     Refused = 4,
@@ -41,7 +41,7 @@ Exit codes:
   0    done
   1    failed
   2    wrong usage or an invalid argument
-  3    no such VM, host, image, volume, pool, network or migration
+  3    no such VM, host, image, volume, pool, network, snapshot or migration
   4    refused by the state of things (exists, does not fit, wrong state)
   5    no controller answers, or none of them leads
   6    the migration ended aborted
@@ -163,6 +163,7 @@ pub fn exit_for(code: Code) -> Exit {
         | Code::VolumeNotFound
         | Code::PoolNotFound
         | Code::NetworkNotFound
+        | Code::SnapshotNotFound
         | Code::MigrationNotFound => Exit::NotFound,
         Code::VmExists
         | Code::VolumeExists
@@ -178,6 +179,14 @@ pub fn exit_for(code: Code) -> Exit {
         | Code::MigrationEnded
         | Code::PostCopyNotAllowed
         | Code::PostCopyUnavailable
+        | Code::DeviceBusy
+        | Code::SnapshotExists
+        | Code::SnapshotActive
+        | Code::SnapshotNotReady
+        | Code::SnapshotInUse
+        | Code::SnapshotUnavailable
+        | Code::RestoreActive
+        | Code::VolumeChanged
         | Code::StaleEpoch
         | Code::HostDown => Exit::Refused,
         Code::NoLeader | Code::HostUnreachable => Exit::Unreachable,

@@ -1,5 +1,6 @@
 //! One file a noun: what each command asks of the cluster and how it waits for the end.
 
+mod bar;
 pub mod ca;
 pub mod console;
 mod disks;
@@ -11,6 +12,7 @@ pub mod migrate;
 pub mod network;
 pub mod objects;
 mod progress;
+mod snapshot;
 mod terminal;
 pub mod upgrade;
 pub mod vm;

@@ -36,6 +36,7 @@ pub async fn run(session: &Session, command: &VmCommand) -> Result<()> {
         VmCommand::AttachDisk { vm, disk, wait } => super::disks::attach(session, vm, disk, wait).await,
         VmCommand::DetachDisk { vm, volume, wait } => super::disks::detach(session, vm, volume, wait).await,
         VmCommand::Set(args) => super::memory::set(session, args).await,
+        VmCommand::Snapshot(command) => super::snapshot::run(session, command).await,
         VmCommand::Delete(args) => {
             let vm = session.client.delete_vm(&args.vm).await?;
             settle(session, args, vm, Goal::Gone).await

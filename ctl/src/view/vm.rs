@@ -28,6 +28,10 @@ pub struct VmView {
     pub memory: Option<MemoryView>,
     /// The migration under way.
     pub migration: Option<String>,
+    /// The id of the snapshot that is being taken of it.
+    pub snapshot: Option<String>,
+    /// The id of the snapshot as which its next run is to begin.
+    pub restoring: Option<String>,
     /// The newest migration, under way or ended.
     pub last_migration: Option<String>,
     /// What was asked for.
@@ -183,6 +187,8 @@ impl From<v1::Vm> for VmView {
             upgrade_due: None,
             memory: memory.filter(|_| runs).map(MemoryView::from),
             migration: some(vm.migration),
+            snapshot: some(vm.snapshot),
+            restoring: vm.restore.and_then(|restore| some(restore.snapshot)),
             last_migration: some(vm.last_migration),
             spec: SpecView {
                 vcpus: spec.vcpus,
@@ -328,6 +334,10 @@ impl Detailed for VmView {
                 None => "",
             };
             fields.push(("vmm", format!("{}{due}", vmm.line())));
+        }
+        let of_snapshots = [("snapshot", &self.snapshot), ("restoring", &self.restoring)];
+        for (label, id) in of_snapshots {
+            fields.extend(id.clone().map(|id| (label, id)));
         }
         fields.extend([
             (

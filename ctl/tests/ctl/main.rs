@@ -10,4 +10,5 @@ mod dry_run;
 mod fake;
 mod follow;
 mod network;
+mod snapshot;
 mod volume;
