@@ -12,12 +12,13 @@ use drover_pki::{Credentials, controller_dns};
 use drover_proto::v1::controller_client::ControllerClient;
 use drover_proto::v1::{
     AttachDiskToVmRequest, CancelMigrationRequest, Cluster as ClusterInfo, CreateNetworkRequest,
-    CreateVmRequest, CreateVolumeRequest, DeleteNetworkRequest, DeleteVmRequest, DeleteVolumeRequest,
-    DetachDiskFromVmRequest, GetClusterRequest, GetMigrationRequest, GetVmRequest, Host, ListEventsRequest,
-    ListHostsRequest, ListMigrationsRequest, ListVolumesRequest, MigrateVmRequest, Migration,
-    MigrationForecast, MigrationOptions, MigrationPhase, Network, PostcopyMigrationRequest,
-    ReadConsoleRequest, ReadConsoleResponse, SetVmMemoryRequest, StartVmRequest, StopVmRequest, Vm, VmDisk,
-    VmSpec, VmState, Volume, WatchMigrationRequest, WriteConsoleRequest,
+    CreateSnapshotRequest, CreateVmRequest, CreateVolumeRequest, DeleteNetworkRequest, DeleteSnapshotRequest,
+    DeleteVmRequest, DeleteVolumeRequest, DetachDiskFromVmRequest, GetClusterRequest, GetMigrationRequest,
+    GetSnapshotRequest, GetVmRequest, Host, ListEventsRequest, ListHostsRequest, ListMigrationsRequest,
+    ListVolumesRequest, MigrateVmRequest, Migration, MigrationForecast, MigrationOptions, MigrationPhase,
+    Network, PostcopyMigrationRequest, ReadConsoleRequest, ReadConsoleResponse, RestoreVmRequest,
+    SetVmMemoryRequest, Snapshot, SnapshotPhase, StartVmRequest, StopVmRequest, Vm, VmDisk, VmSpec, VmState,
+    Volume, WatchMigrationRequest, WriteConsoleRequest,
 };
 use drover_proto::{Code, Fault};
 use tokio::runtime::Runtime;
@@ -191,6 +192,70 @@ impl Client {
         self.call(|mut client| {
             let request = request.clone();
             async move { client.create_volume(request).await }
+        })
+    }
+
+    /// Begins a snapshot.
+    pub fn create_snapshot(&self, vm: &str, name: &str) -> Result<Snapshot, Fault> {
+        let request = CreateSnapshotRequest {
+            request_id: request_id(),
+            vm: vm.to_owned(),
+            name: name.to_owned(),
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.create_snapshot(request).await }
+        })
+    }
+
+    /// One snapshot.
+    pub fn snapshot(&self, vm: &str, name: &str) -> Result<Snapshot, Fault> {
+        let request = GetSnapshotRequest {
+            vm: vm.to_owned(),
+            name: name.to_owned(),
+            allow_stale: false,
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.get_snapshot(request).await }
+        })
+    }
+
+    /// Waits until a snapshot is no more being taken.
+    pub fn await_snapshot(&self, vm: &str, name: &str) -> Snapshot {
+        await_some(&format!("snapshot {name} of {vm} to end"), || {
+            let snapshot = self.snapshot(vm, name).map_err(|fault| fault.to_string())?;
+            match snapshot.phase() {
+                SnapshotPhase::Creating => Err(format!("{snapshot:?}")),
+                _ => Ok(snapshot),
+            }
+        })
+    }
+
+    /// Wants a snapshot gone.
+    pub fn delete_snapshot(&self, vm: &str, name: &str) -> Result<Snapshot, Fault> {
+        let request = DeleteSnapshotRequest {
+            request_id: request_id(),
+            vm: vm.to_owned(),
+            name: name.to_owned(),
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.delete_snapshot(request).await }
+        })
+    }
+
+    /// Wants a VM, or the new one `clone`, as a snapshot has it.
+    pub fn restore_vm(&self, vm: &str, snapshot: &str, clone: &str) -> Result<Vm, Fault> {
+        let request = RestoreVmRequest {
+            request_id: request_id(),
+            vm: vm.to_owned(),
+            snapshot: snapshot.to_owned(),
+            clone: clone.to_owned(),
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.restore_vm(request).await }
         })
     }
 

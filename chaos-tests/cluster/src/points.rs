@@ -57,6 +57,20 @@ pub const CONTROLLER_ABORT: &str = "controller.before_abort";
 /// The agent's point between a VMM's answer that it has a disk and the report of it, which no migration meets.
 pub const AFTER_ATTACH: &str = "agent.after_attach";
 
+/// The agent's points before it tells a VMM to take a snapshot, and after the VMM has answered.
+pub const BEFORE_SNAPSHOT: &str = "agent.before_snapshot";
+/// See [`BEFORE_SNAPSHOT`].
+pub const AFTER_SNAPSHOT: &str = "agent.after_snapshot";
+
+/// The agent's point between the copy of a restored VM's disks and the start of its VMM.
+pub const AFTER_RESTORE_COPY: &str = "agent.after_restore_copy";
+
+/// The agent's point after it has heard that a restored run may begin, before it lets it.
+pub const AFTER_BEGIN_RESTORE: &str = "agent.after_begin_restore";
+
+/// The leader's point before it proposes that.
+pub const BEFORE_BEGIN_RESTORE: &str = "controller.before_begin_restore";
+
 /// The source's last point before it pauses: its guest writes on while it waits there.
 pub const BEFORE_PAUSE: &str = "source.before_pause";
 

@@ -17,6 +17,7 @@ mod networks;
 mod post_copy;
 mod restarts;
 mod sandbox;
+mod snapshots;
 mod soak;
 mod switchover;
 mod tour;
