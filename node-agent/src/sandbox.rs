@@ -137,6 +137,9 @@ impl Sandbox {
 
     /// The installed VMM's answer.
     pub fn answered(&self, answer: &Result<String, String>) {
+        if self.policy == Policy::Off {
+            return;
+        }
         self.told.send_if_modified(|told| {
             let changed = told.as_ref() != Some(answer);
             if changed {
