@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use drover_linux_guest::report::Report;
 use drover_pki::{ClusterCa, Role, TlsFiles};
 use drover_proto::v1::{
@@ -36,8 +36,9 @@ const GROWN_BYTES: u64 = 24 << 20;
 /// The disk that comes while the guest runs, and where: after the random numbers, the first disk and the NIC.
 const LATE_DISK: &str = "late.raw";
 const LATE_SLOT: u32 = 4;
-/// The longest that the guest may take to give a disk up, or to shut down.
-const HEED_MAX: Duration = Duration::from_secs(60);
+/// The longest that the guest may take to give a disk up, or to shut down: about 10 s on an idle machine, and everything here may be
+/// many times slower.
+const HEED_MAX: Duration = Duration::from_secs(150);
 /// What the guest sends at least before it moves, and after.
 const STREAM_BYTES: u64 = 512 << 10;
 /// The longest that booting may take in an emulated host.
@@ -222,10 +223,13 @@ async fn power_off(vmm: &mut Vmm, shell: &mut Shell) -> Result<Report> {
         .power_button(request)
         .await
         .context("pressing the button")?;
-    vmm.until("the guest to shut down", HEED_MAX, |info| {
+    let shut_down = vmm.until("the guest to shut down", HEED_MAX, |info| {
         info.state() == VmmState::Exited
-    })
-    .await?;
+    });
+    if let Err(error) = shut_down.await {
+        let guest = shell.power_state().await;
+        bail!("{error:#}; the guest: {guest:?}");
+    }
     let devices = info.into_inner().devices.unwrap_or_default();
     Ok(Report::PoweredOff {
         heeded: devices.heeds_button && devices.heeds_slots,

@@ -174,6 +174,14 @@ impl Shell {
             .map(drop)
     }
 
+    /// How far a guest has come that does not shut down: whether it still answers, what it heard of its button, and what it does.
+    pub async fn power_state(&mut self) -> Result<String> {
+        self.ask(
+            "grep . /sys/firmware/acpi/interrupts/sci /sys/firmware/acpi/interrupts/ff_pwr_btn; grep acpi /proc/interrupts; ps; dmesg | tail -20",
+        )
+        .await
+    }
+
     /// Begins to send the same block of random bytes to the host again and again, and to take what the host sends.
     pub async fn begin_stream(&mut self) -> Result<()> {
         let (host, port, kib) = (net::HOST, net::PORT, net::BLOCK_BYTES >> 10);
