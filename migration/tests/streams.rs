@@ -48,6 +48,40 @@ fn a_busy_guest_arrives_over_several_streams_encrypted_or_not() {
 }
 
 #[test]
+fn a_guest_that_is_mostly_holes_is_told_in_few_frames_and_loses_nothing_that_it_writes_there() {
+    let cluster = Cluster::new();
+    for (streams, plaintext) in [(2, false), (2, true), (0, false)] {
+        let (source_vm, target_vm) = (FakeVm::new(PAGES), FakeVm::new(PAGES));
+        source_vm.lock().sparse = true;
+        let (outcome, received) = cluster.migrate(
+            (&source_vm, &target_vm),
+            &source_params(streams, plaintext),
+            &target_params(plaintext),
+            |_| {},
+        );
+        assert_eq!(outcome, Outcome::AwaitOutcome, "{streams} streams");
+        assert_moved(&source_vm, &target_vm);
+        let receipt = received.unwrap().receipt;
+        assert!(
+            receipt.pages > 0 && receipt.pages + receipt.zero_pages >= PAGES,
+            "{receipt:?}"
+        );
+    }
+    // Nobody writes: four regions' worth of frames, where a frame for each 64 pages would be 64 of them.
+    let (source_vm, target_vm) = (FakeVm::new(PAGES), FakeVm::new(PAGES));
+    (source_vm.lock().sparse, source_vm.lock().paused) = (true, true);
+    let (_, received) = cluster.migrate(
+        (&source_vm, &target_vm),
+        &source_params(2, false),
+        &target_params(false),
+        |_| {},
+    );
+    let receipt = received.unwrap().receipt;
+    assert_eq!((receipt.pages, receipt.zero_pages), (0, PAGES));
+    assert!(receipt.bytes < 1500, "{receipt:?}");
+}
+
+#[test]
 fn a_target_that_was_not_told_refuses_pages_without_tls() {
     let (source_vm, target_vm) = (filled_vm(), FakeVm::new(PAGES));
     let (outcome, received) = Cluster::new().migrate(

@@ -134,6 +134,7 @@ impl Tabular for SnapshotView {
     const HEAD: &'static [&'static str] =
         &["VM", "NAME", "ID", "PHASE", "STORED", "PAUSED", "POOL", "CREATED"];
 
+    #[allow(clippy::misnamed_getters, reason = "a snapshot is called by its name")]
     fn id(&self) -> &str {
         &self.name
     }

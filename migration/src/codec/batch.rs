@@ -29,6 +29,7 @@ pub struct Batch {
     zeros_frame: Vec<u8>,
     pages: usize,
     seen: usize,
+    known_zeros: u64,
     runs: Vec<Run>,
     zeros: Vec<Run>,
 }
@@ -46,6 +47,7 @@ impl Default for Batch {
             zeros_frame: vec![0; HEADER_BYTES + Kind::Zeros.payload_max()],
             pages: 0,
             seen: 0,
+            known_zeros: 0,
             runs: Vec::with_capacity(BATCH_PAGES),
             zeros: Vec::with_capacity(BATCH_PAGES),
         }
@@ -58,6 +60,7 @@ impl Batch {
         self.round = round;
         self.pages = 0;
         self.seen = 0;
+        self.known_zeros = 0;
         self.runs.clear();
         self.zeros.clear();
         self.packed = None;
@@ -66,7 +69,7 @@ impl Batch {
     }
 
     /// Adds the pages of `run`, which come after all that were added before. `read(first, out)` fills `out` with the
-    /// content of the pages from `first` on. A batch takes at most [`BATCH_PAGES`] pages.
+    /// content of the pages from `first` on. A batch takes at most [`BATCH_PAGES`] pages that are read.
     pub fn add(&mut self, run: Run, mut read: impl FnMut(u64, &mut [u8])) {
         let mut page = run.first;
         while page < run.end() {
@@ -92,13 +95,12 @@ impl Batch {
         }
     }
 
-    /// Adds pages that are known to be zero, as [`Batch::add`] does those that are read.
+    /// Adds pages that are known to be zero, any number of them.
     pub fn add_zeros(&mut self, run: Run) {
-        if run.count == 0 {
-            return;
+        if run.count > 0 {
+            self.known_zeros = self.known_zeros.saturating_add(run.count);
+            push(&mut self.zeros, run.first, run.count);
         }
-        self.count(usize::try_from(run.count).unwrap_or(usize::MAX));
-        push(&mut self.zeros, run.first, run.count);
     }
 
     fn count(&mut self, pages: usize) {
@@ -118,7 +120,7 @@ impl Batch {
 
     /// Zero pages.
     pub fn zero_pages(&self) -> u64 {
-        (self.seen - self.pages - self.deltas) as u64
+        self.known_zeros + (self.seen - self.pages - self.deltas) as u64
     }
 
     /// The content of all pages that go neither as zeroes nor as deltas.

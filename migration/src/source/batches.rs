@@ -25,6 +25,8 @@ pub(super) struct Job {
     pub capped: bool,
     /// Pages go as they are: somebody may wait for them, and what a delta would be against is gone.
     pub plain: bool,
+    /// All of them are known to be zero: none is read, and there may be any number.
+    pub hole: bool,
 }
 
 /// The bandwidth's cap, which all streams share.
@@ -125,6 +127,10 @@ impl<'c, S: Stream> Sender<'c, S> {
         lane.take_on(job.runs.iter().map(|run| run.count).sum());
         batch.begin(job.round);
         for run in job.runs.iter().flat_map(|run| regions.split(*run)) {
+            if job.hole {
+                batch.add_zeros(run);
+                continue;
+            }
             // Later rounds hold only pages that were written; but many together may be memory that the guest has given up since, and to read
             // that would take memory for it again.
             if job.round == 1 {

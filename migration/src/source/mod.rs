@@ -6,6 +6,7 @@
 
 mod batches;
 mod encoder;
+mod holes;
 mod lanes;
 mod machine;
 mod order;
@@ -25,10 +26,11 @@ pub use machine::{Action, Config, Event, Machine, Sent};
 
 use batches::{Job, Pace, Sender};
 use encoder::Encoder;
+use holes::{Holes, Verdict};
 use lanes::Lanes;
 use streams::Crew;
 
-use crate::codec::{Frame, Hello, Join, Message, bad};
+use crate::codec::{Frame, Hello, Join, Message, Run, bad};
 use crate::control::Control;
 use crate::convergence::{Costs, Intent};
 use crate::handshake::{self, STREAMS_MAX, VERSIONS, feature};
@@ -139,6 +141,8 @@ pub fn run<S: Stream>(
             link_timeout: params.link_timeout,
             streams: 0,
             round: 0,
+            regions: &regions,
+            holes: Holes::none(),
             total_pages,
             buffer: Vec::new(),
             lent: None,
@@ -239,6 +243,8 @@ struct Driver<'scope, 'env, S, D> {
     link_timeout: Duration,
     streams: u32,
     round: u32,
+    regions: &'env RegionEnds,
+    holes: Holes,
     total_pages: u64,
     buffer: Vec<u8>,
     /// For the dirty log to be added to.
@@ -303,6 +309,7 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                     runs,
                     capped,
                     plain: false,
+                    hole: false,
                 });
                 return Some(sent.map_or_else(|stop| self.lost(stop), Event::BatchSent));
             }
@@ -314,6 +321,7 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                     runs,
                     capped: false,
                     plain: true,
+                    hole: false,
                 };
                 let sent = self.crew.send_with(&mut self.sender, &job);
                 return sent.err().map(Event::from);
@@ -326,7 +334,7 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                 return self.push(round).err().map(Event::LinkFailed);
             }
             Action::EndStreams { round, last } => {
-                let sent = self.crew.end_round(round, last);
+                let sent = self.end_streams(round, last);
                 return Some(sent.map_or_else(|stop| self.lost(stop), Event::StreamsEnded));
             }
             action => return Some(self.command(action).unwrap_or_else(|fault| self.failed(fault))),
@@ -411,10 +419,39 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
             self.round = job.round;
             self.crew.begin_round(job.round);
         }
-        match self.streams {
-            0 => self.crew.send_with(&mut self.sender, &job),
-            _ => self.crew.give(job),
+        if self.streams == 0 {
+            return self.crew.send_with(&mut self.sender, &job);
         }
+        // Later rounds hold only pages that were written.
+        if let (1, [run]) = (job.round, &job.runs[..])
+            && let Verdict::Held(before) = self.holes.offer(*run, self.total_pages, self.regions, self.vm)
+        {
+            return self.give_hole(before);
+        }
+        let held = self.holes.take();
+        let mut sent = self.give_hole(held)?;
+        sent.add(self.crew.give(job)?);
+        Ok(sent)
+    }
+
+    fn give_hole(&self, hole: Option<Run>) -> Result<Sent, Stop> {
+        let Some(run) = hole else {
+            return Ok(Sent::default());
+        };
+        self.crew.give(Job {
+            round: self.round,
+            runs: vec![run],
+            capped: true,
+            plain: true,
+            hole: true,
+        })
+    }
+
+    fn end_streams(&mut self, round: u32, last: bool) -> Result<Sent, Stop> {
+        let held = self.holes.take();
+        let mut sent = self.give_hole(held)?;
+        sent.add(self.crew.end_round(round, last)?);
+        Ok(sent)
     }
 
     fn outgoing(&self) -> MutexGuard<'env, Outgoing> {
@@ -435,6 +472,7 @@ impl<'env, S: Stream + 'env, D: FnMut(Way) -> Result<S, Fault>> Driver<'_, 'env,
                     runs,
                     capped: true,
                     plain: true,
+                    hole: false,
                 })?;
             }
         };

@@ -47,6 +47,8 @@ pub struct Inner {
     pub writes_at_pause: std::ops::Range<usize>,
     pub flaw: Option<Flaw>,
     pub look: Look,
+    /// It knows of every page that is zero, and not of every other one.
+    pub sparse: bool,
 }
 
 /// What the VM finds when it only looks which pages were written.
@@ -107,6 +109,7 @@ impl FakeVm {
             writes_at_pause: 0..0,
             flaw: None,
             look: Look::Nothing,
+            sparse: false,
         };
         Self {
             inner: Arc::new(Mutex::new(inner)),
@@ -223,7 +226,7 @@ impl SourceVm for FakeVm {
         self.in_one_region(first, count);
         let inner = self.lock();
         let known = (first..first + count).take_while(|page| {
-            page % 2 == 0
+            (inner.sparse || page % 2 == 0)
                 && inner.memory[usize::try_from(*page).unwrap() * PAGE_SIZE..][..PAGE_SIZE]
                     .iter()
                     .all(|byte| *byte == 0)

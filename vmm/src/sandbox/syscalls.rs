@@ -15,7 +15,7 @@
 //!
 //! A few calls are answered by an error instead, since libraries make them and do without: opening and looking up files by name (`EACCES`;
 //! glibc looks at `/proc/sys/vm/overcommit_memory` when it trims a heap), and `clone3` (`ENOSYS`: glibc then uses `clone`, whose
-//! flags can be looked at). The lists were measured with `strace -f -c` over the tests, and are held to by them.
+//! flags can be looked at). The lists follow what the code calls; the tests, which run inside, hold them to it.
 
 use std::collections::BTreeMap;
 
