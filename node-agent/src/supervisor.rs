@@ -704,8 +704,10 @@ async fn start_outgoing(
 ) -> Result<(), Fault> {
     let options = request.options.get_or_insert_default();
     if options.max_downtime_ms == 0 {
+        // An agent that has just started may hear of the migration before it has registered; it is asked again.
         let settings = *context.settings.borrow();
-        options.max_downtime_ms = settings.map_or(0, |settings| settings.max_downtime_ms);
+        let unknown = || Fault::new(Code::NoLeader, "the cluster's settings are not known yet");
+        options.max_downtime_ms = settings.ok_or_else(unknown)?.max_downtime_ms;
     }
     if request.target_addr == LOCAL_ADDR {
         let target = Key::incoming(&link.key.vm, request.target_epoch, &request.migration);

@@ -16,7 +16,9 @@ use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 
+use drover_migration::codec::Run;
 use drover_migration::vm::{Layout, PAGE_SIZE, PageSet, Region};
 use drover_proto::{Code, Fault};
 use nix::errno::Errno;
@@ -40,6 +42,10 @@ pub const HOLE_END: u64 = 4 << 30;
 /// What is mapped, and told to KVM, in one piece at most. KVM tells which pages of a piece were written all at once: that of a large guest would take
 /// tens of MiB.
 const PIECE_BYTES_MAX: u64 = 64 << 30;
+/// So often pages are discarded that are still there, and this long between: a huge page cannot be split for the moment in which the kernel
+/// holds it, as it does one that was just written.
+const DISCARD_TRIES: u32 = 20;
+const DISCARD_PAUSE: Duration = Duration::from_millis(1);
 
 /// [`PAGE_SIZE`] as an address difference.
 pub const PAGE: u64 = PAGE_SIZE as u64;
@@ -374,18 +380,28 @@ impl Memory {
     /// Gives the memory of pages back, whoever wrote them: each is a hole afterwards.
     ///
     /// # Errors
-    /// `postcopy_unavailable`: a page is still there, as can happen in a huge page that the kernel cannot split at the moment.
+    /// `postcopy_unavailable`: a page is still there, in a huge page that the kernel cannot split.
     pub fn discard(&self, pages: &PageSet) -> Result<(), Fault> {
         for run in pages.runs() {
-            for (index, offset, len) in self.covered(run.first, run.count)? {
-                self.punch(self.region(index), offset, len)?;
-            }
-            if self.hole_ahead(run.first, run.count) < run.count {
-                let message = format!("of pages {}..{} some cannot be discarded", run.first, run.end());
-                return Err(Fault::new(Code::PostCopyUnavailable, message));
+            let mut tries = 0;
+            while !self.discard_run(run)? {
+                tries += 1;
+                if tries == DISCARD_TRIES {
+                    let message = format!("of pages {}..{} some cannot be discarded", run.first, run.end());
+                    return Err(Fault::new(Code::PostCopyUnavailable, message));
+                }
+                std::thread::sleep(DISCARD_PAUSE);
             }
         }
         Ok(())
+    }
+
+    /// Whether every page of `run` is a hole now.
+    fn discard_run(&self, run: Run) -> Result<bool, Fault> {
+        for (index, offset, len) in self.covered(run.first, run.count)? {
+            self.punch(self.region(index), offset, len)?;
+        }
+        Ok(self.hole_ahead(run.first, run.count) >= run.count)
     }
 
     /// From now on whoever touches a hole waits for its page.
