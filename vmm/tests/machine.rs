@@ -205,7 +205,11 @@ fn a_guest_that_writes_faster_than_the_link_converges_by_a_throttle_and_is_as_fa
         flat_out(config);
         incoming_by(config, "m2", "host1");
     });
-    send_with(&source, "m2", listen_addr(&target), "host2", slow_link(95)).unwrap();
+    // How much a guest writes that is held back goes by how quickly its host serves the faults of a dirty log: with room for ten times more
+    // than was seen. Unless it is held back it rewrites its 24 MiB in a tenth of what the link takes for them.
+    let mut options = slow_link(99);
+    options.as_mut().unwrap().bandwidth_mib_s = 48;
+    send_with(&source, "m2", listen_addr(&target), "host2", options).unwrap();
     await_info(&source, "throttle", |info| throttle_of(info) > 0);
     await_state(&target, VmmState::Ready);
     assert_eq!(
@@ -216,7 +220,7 @@ fn a_guest_that_writes_faster_than_the_link_converges_by_a_throttle_and_is_as_fa
     let info = grant(&target);
     let receipt = info.migration.unwrap().receipt.unwrap();
     println!("{before} pages a second before; {receipt:?}");
-    assert!((1..=95).contains(&receipt.throttle_percent), "{receipt:?}");
+    assert!((1..=99).contains(&receipt.throttle_percent), "{receipt:?}");
     let seen = seconds(&text(target.console()), "t").len();
     let text = await_console(target.console(), "lines after the move", has_seconds(seen + 3));
     assert_intact(&text);
