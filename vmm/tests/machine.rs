@@ -205,8 +205,8 @@ fn a_guest_that_writes_faster_than_the_link_converges_by_a_throttle_and_is_as_fa
         flat_out(config);
         incoming_by(config, "m2", "host1");
     });
-    // How much a guest writes that is held back goes by how quickly its host serves the faults of a dirty log: with room for ten times more
-    // than was seen. Unless it is held back it rewrites its 24 MiB in a tenth of what the link takes for them.
+    // How much a guest writes that is held back goes by how quickly its host serves the faults of a dirty log: there is room for several
+    // times of what was seen.
     let mut options = slow_link(99);
     options.as_mut().unwrap().bandwidth_mib_s = 48;
     send_with(&source, "m2", listen_addr(&target), "host2", options).unwrap();

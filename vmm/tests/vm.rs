@@ -239,20 +239,21 @@ fn the_log_of_a_larger_memory_begins_anew_everywhere() {
     needs_kvm!();
     let vm = probe_vm_of(1, 700, "own=600M hot=600M rate=40000 pattern=uniform");
     vm.resume(FOREVER);
-    let another_line = || {
+    // The next line may be due at once; until the one after it a whole second passes for the guest.
+    let a_second = || {
         let seen = seconds(&common::text(vm.console()), "t").len();
-        await_console(vm.console(), "next line", has_seconds(seen + 1));
+        await_console(vm.console(), "two more lines", has_seconds(seen + 2));
     };
-    another_line();
+    a_second();
     vm.start_dirty_log().unwrap();
-    another_line();
+    a_second();
     vm.pause();
     let mut first = PageSet::empty(vm.memory().pages());
     vm.take_dirty(&mut first).unwrap();
     let mut before = vec![0; vm.memory().bytes() as usize];
     vm.memory().read_pages(0, &mut before).unwrap();
     vm.resume(FOREVER);
-    another_line();
+    a_second();
     vm.pause();
     let mut second = PageSet::empty(vm.memory().pages());
     vm.take_dirty(&mut second).unwrap();
