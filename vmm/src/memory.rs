@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
-use drover_migration::codec::Run;
+use drover_migration::codec;
 use drover_migration::vm::{Layout, PAGE_SIZE, PageSet, Region};
 use drover_proto::{Code, Fault};
 use nix::errno::Errno;
@@ -397,7 +397,7 @@ impl Memory {
     }
 
     /// Whether every page of `run` is a hole now.
-    fn discard_run(&self, run: Run) -> Result<bool, Fault> {
+    fn discard_run(&self, run: codec::Run) -> Result<bool, Fault> {
         for (index, offset, len) in self.covered(run.first, run.count)? {
             self.punch(self.region(index), offset, len)?;
         }
