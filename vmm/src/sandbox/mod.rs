@@ -8,7 +8,7 @@
 //!
 //! All of it is done by the process's only thread, so that every later one is born inside; each then gives up what its kind does not
 //! need ([`narrow`]). What comes to be needed later, a disk that is attached, the sockets of a migration, the agent opens and hands
-//! in ([`offers`]): from here on this process opens, connects by name and executes nothing.
+//! in ([`mod@offers`]): from here on this process opens, connects by name and executes nothing.
 //!
 //! The layers overlap on purpose. A host, or an agent without privileges, that cannot give one of them is told so by name
 //! ([`Missing`]); what is [essential](Report::lacks_essential) must be there where the agent says `required`.
