@@ -234,6 +234,15 @@ pub enum Action {
         /// The snapshot's id.
         id: String,
     },
+    /// Make a snapshot of what a VMM in its sandbox has sealed, and report it.
+    CompleteSnapshot {
+        /// Which.
+        key: Key,
+        /// The snapshot.
+        snapshot: Box<Snapshot>,
+        /// The report.
+        report: Box<ReportSnapshotRequest>,
+    },
     /// Report the end of a snapshot.
     ReportSnapshot {
         /// The VMM.

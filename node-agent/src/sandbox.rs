@@ -10,8 +10,9 @@ use std::fs::File;
 use std::io::{self, IoSlice, Read};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use drover_pki::TlsFiles;
@@ -34,6 +35,8 @@ use crate::network::tap;
 const USER: &str = "drover-vmm";
 /// Else this one: no distribution gives it out (systemd, docs/UIDS-GIDS.md, has nothing between its containers' and foreign users).
 const USER_UNNAMED: u32 = 1_900_000_000;
+/// What memory is protected with while a snapshot is taken.
+const USERFAULTFD: &str = "/dev/userfaultfd";
 /// A VMM takes what it is handed at once.
 const TAKEN_IN: Duration = Duration::from_secs(2);
 /// The installed VMM says what it can when the agent starts.
@@ -221,6 +224,11 @@ fn failed(what: &str, error: &io::Error) -> Fault {
     )
 }
 
+/// Whether the VMM of `folder` is in its sandbox.
+pub fn is_inside(folder: &Path) -> bool {
+    folder.join(SOCKET).exists()
+}
+
 /// Hands what `open` opens to the VMM of `folder`, if that is in its sandbox.
 async fn hand(
     folder: &Path,
@@ -228,7 +236,7 @@ async fn hand(
     name: &str,
     open: impl FnOnce() -> io::Result<Vec<OwnedFd>> + Send + 'static,
 ) -> Result<(), Fault> {
-    if !folder.join(SOCKET).exists() {
+    if !is_inside(folder) {
         return Ok(());
     }
     let (folder, message) = (folder.to_owned(), encode(kind, name));
@@ -276,6 +284,33 @@ pub async fn hand_file(folder: &Path, path: &str, read_only: bool) -> Result<(),
         Ok(vec![opened.into()])
     };
     hand(folder, Kind::File, path, open).await
+}
+
+/// Hands in what the VMM needs for a snapshot: its files, by their paths, and what memory is protected with.
+///
+/// # Errors
+/// `snapshot_unavailable`: this host's kernel, or its agent's user, has no `/dev/userfaultfd`. `internal`: the VMM does not take it.
+pub async fn hand_snapshot(folder: &Path, files: Vec<(PathBuf, File)>) -> Result<(), Fault> {
+    let device = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_CLOEXEC)
+        .open(USERFAULTFD)
+        .map_err(|error| {
+            let message = format!(
+                "a VMM in its sandbox takes a snapshot by {USERFAULTFD} (Linux 6.1), which its agent cannot open: {error}"
+            );
+            Fault::new(Code::SnapshotUnavailable, message)
+        })?;
+    hand(folder, Kind::Uffd, "", move || Ok(vec![device.into()])).await?;
+    for (path, file) in files {
+        let name = path.to_str().ok_or_else(|| {
+            let message = format!("{} cannot be told to a VMM", path.display());
+            Fault::new(Code::SnapshotFailed, message)
+        })?;
+        hand(folder, Kind::Snapshot, name, move || Ok(vec![file.into()])).await?;
+    }
+    Ok(())
 }
 
 /// Hands in `count` descriptors that can become taps in this process's network.

@@ -18,6 +18,7 @@ use crate::agent::Context;
 use crate::converge::{progress_of, with_slots};
 use crate::host::{snapshots, volumes};
 use crate::pause_point;
+use crate::sandbox;
 use crate::vmm::{self, Link, REPORT_ATTEMPT};
 
 /// Between two reports of how far something is.
@@ -58,7 +59,8 @@ fn source(restore: &Restore) -> Result<&Snapshot, Fault> {
     })
 }
 
-/// Lets the VMM begin a snapshot, in a folder that is there then. What it refuses for good is reported: true then.
+/// Lets the VMM begin a snapshot, in a folder that is there then, with its files where the VMM can make none. What is refused for good is
+/// reported: true then.
 pub async fn take(context: &Context, link: &Link, snapshot: &Snapshot, slots: &[u32]) -> Result<bool, Fault> {
     let refused = match try_to_take(context, link, snapshot, slots).await {
         Ok(()) => return Ok(false),
@@ -88,11 +90,21 @@ async fn try_to_take(
     snapshot: &Snapshot,
     slots: &[u32],
 ) -> Result<(), Fault> {
+    let inside = sandbox::is_inside(&link.folder);
+    let takes_files = link.newest_info().is_some_and(|info| info.snapshot_files_handed);
+    if inside && !takes_files {
+        let message = "this VM's VMM is in its sandbox and of a build that takes no snapshot there: ctl vm upgrade gives it the installed one";
+        return Err(Fault::new(Code::SnapshotUnavailable, message));
+    }
     let pool = pool(context, &snapshot.pool)?;
     let (cluster, id) = (context.config.cluster_id.clone(), snapshot.id.clone());
-    let folder = blocking(move || {
-        let made = snapshots::make(&pool, &cluster, &id);
-        made.map_err(|error| Fault::new(Code::SnapshotFailed, format!("{}: {error}", pool.display())))
+    let asked = if inside { slots.to_vec() } else { Vec::new() };
+    let (folder, files) = blocking(move || {
+        let failed = |error| Fault::new(Code::SnapshotFailed, format!("{}: {error}", pool.display()));
+        let folder = snapshots::make(&pool, &cluster, &id).map_err(failed)?;
+        let files = inside.then(|| snapshots::open_files(&folder, &asked));
+        let files = files.transpose().map_err(failed)?;
+        Ok((folder, files))
     })
     .await?;
     let told = |path: PathBuf| {
@@ -116,9 +128,47 @@ async fn try_to_take(
     };
     tracing::info!(vmm = %link.key, snapshot = snapshot.id, "is taken");
     pause_point("agent.before_snapshot").await;
+    if let Some(files) = files {
+        // What it did not take it is handed again.
+        let again = |fault: Fault| match fault.code {
+            Code::Internal => Fault::new(Code::HostUnreachable, fault.message),
+            _ => fault,
+        };
+        sandbox::hand_snapshot(&link.folder, files).await.map_err(again)?;
+    }
     vmm::patiently(link.client.clone().take_snapshot(request)).await?;
     pause_point("agent.after_snapshot").await;
     Ok(())
+}
+
+/// Gives the manifest its name, and only then reports the snapshot, whose VMM can do no more. Where that fails there is none.
+pub async fn complete(
+    context: &Context,
+    link: &Link,
+    snapshot: &Snapshot,
+    mut report: ReportSnapshotRequest,
+) -> Result<(), Fault> {
+    pause_point("agent.before_naming").await;
+    if let Err(fault) = name(context, snapshot).await {
+        tracing::warn!(vmm = %link.key, snapshot = snapshot.id, "there is no snapshot: {fault}");
+        report.set_news(SnapshotNews::Failed);
+        report.reason = Some(fault.into());
+    }
+    pause_point("agent.after_naming").await;
+    self::report(context, report, REPORT_ATTEMPT).await
+}
+
+async fn name(context: &Context, snapshot: &Snapshot) -> Result<(), Fault> {
+    let pool = pool(context, &snapshot.pool)?;
+    let (cluster, id) = (context.config.cluster_id.clone(), snapshot.id.clone());
+    blocking(move || {
+        let named = snapshots::name_manifest(&pool, &cluster, &id);
+        named.map_err(|error| {
+            let message = format!("the manifest of {id} in {}: {error}", pool.display());
+            Fault::new(Code::SnapshotFailed, message)
+        })
+    })
+    .await
 }
 
 /// Tells the VMM that nobody waits for the snapshot any more.

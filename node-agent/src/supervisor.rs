@@ -487,6 +487,7 @@ fn key_of(action: &Action) -> Option<&Key> {
         | Action::ReportDevices { key, .. }
         | Action::TakeSnapshot { key, .. }
         | Action::CancelSnapshot { key, .. }
+        | Action::CompleteSnapshot { key, .. }
         | Action::ReportSnapshot { key, .. }
         | Action::BeginRestore { key, .. }
         | Action::Forget { key } => Some(key),
@@ -621,6 +622,17 @@ async fn carry_out(
         (Action::CancelSnapshot { id, .. }, Some(link)) => {
             snapshots::cancel(link, id).await?;
             Ok(Effect::Nothing)
+        }
+        (
+            Action::CompleteSnapshot {
+                key,
+                snapshot,
+                report,
+            },
+            Some(link),
+        ) => {
+            snapshots::complete(context, link, &snapshot, *report).await?;
+            Ok(Effect::SnapshotTold(key, snapshot.id))
         }
         (Action::ReportSnapshot { key, report }, Some(link)) => {
             tracing::info!(vmm = %link.key, snapshot = report.snapshot, news = report.news().as_str_name(), "reported");

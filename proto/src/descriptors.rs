@@ -19,6 +19,16 @@ pub const COUNT_MAX: usize = 17;
 pub const NAME_BYTES_MAX: usize = 4096;
 /// Longest message, bytes.
 pub const MESSAGE_BYTES_MAX: usize = MAGIC.len() + 1 + NAME_BYTES_MAX;
+/// A snapshot's guest memory, in its folder.
+pub const SNAPSHOT_MEMORY: &str = "memory";
+/// The state of all else.
+pub const SNAPSHOT_STATE: &str = "state";
+/// What makes the folder a snapshot.
+pub const SNAPSHOT_MANIFEST: &str = "manifest";
+/// The manifest until it is whole, and until the agent has named what a VMM has sealed.
+pub const SNAPSHOT_MANIFEST_UNNAMED: &str = "manifest.new";
+/// What is handed in for a snapshot beside its disks' files.
+pub const SNAPSHOT_FILES: [&str; 3] = [SNAPSHOT_MEMORY, SNAPSHOT_STATE, SNAPSHOT_MANIFEST_UNNAMED];
 const MAGIC: [u8; 6] = *b"DRVFD\x01";
 
 /// What descriptors are.
@@ -34,15 +44,21 @@ pub enum Kind {
     Tls,
     /// `/dev/net/tun`, opened in the host's network and not yet a tap. No name.
     Tun,
+    /// An empty file of a snapshot, which is to be taken next, by its path. Of two folders' files only the newer folder's are kept.
+    Snapshot,
+    /// `/dev/userfaultfd`, for the snapshot that is to be taken next. No name.
+    Uffd,
 }
 
 impl Kind {
-    const ALL: [(Self, u8); 5] = [
+    const ALL: [(Self, u8); 7] = [
         (Self::File, b'f'),
         (Self::Tcp, b't'),
         (Self::Peer, b'p'),
         (Self::Tls, b'c'),
         (Self::Tun, b'n'),
+        (Self::Snapshot, b's'),
+        (Self::Uffd, b'u'),
     ];
 
     fn letter(self) -> u8 {

@@ -312,6 +312,7 @@ impl Machine {
             deadline_boottime_ns: core.right.deadline_ns(),
             build: Some(version::own().clone()),
             devices: self.vm().map(|vm| Self::devices_told(core, vm)),
+            snapshot_files_handed: sandbox::entered(),
             snapshot: core.taking.newest.told(),
         };
         let mut told = None;

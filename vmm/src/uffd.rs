@@ -77,13 +77,22 @@ impl Uffd {
 
     /// A descriptor that can protect pages against writes, or why there is none (`snapshot_unavailable`).
     pub fn open_for_writes() -> Result<Self, Fault> {
+        Self::for_writes(descriptor(Path::new(DEVICE)))
+    }
+
+    /// As [`Self::open_for_writes`], by `/dev/userfaultfd`, which somebody opened who may.
+    pub fn of_device_for_writes(device: &File) -> Result<Self, Fault> {
+        Self::for_writes(raw::of_device(device))
+    }
+
+    fn for_writes(made: io::Result<OwnedFd>) -> Result<Self, Fault> {
         let denied = |what: &str, error: &io::Error| {
             let message = format!(
                 "memory cannot be written behind a running guest ({what}: {error}): that takes Linux 5.19, and access of the VMM's user to {DEVICE} or vm.unprivileged_userfaultfd=1"
             );
             Fault::new(Code::SnapshotUnavailable, message)
         };
-        let fd = descriptor(Path::new(DEVICE)).map_err(|error| denied("userfaultfd(2)", &error))?;
+        let fd = made.map_err(|error| denied("userfaultfd(2)", &error))?;
         raw::agree(&fd, FEATURES_WRITES).map_err(|error| denied("UFFDIO_API", &error))?;
         Ok(Self {
             fd: File::from(fd),
@@ -311,6 +320,10 @@ mod raw {
             .write(true)
             .custom_flags(libc::O_CLOEXEC)
             .open(path)?;
+        of_device(&device)
+    }
+
+    pub fn of_device(device: &File) -> io::Result<OwnedFd> {
         let flags = libc::c_ulong::from((libc::O_CLOEXEC | libc::O_NONBLOCK).unsigned_abs());
         // SAFETY: this ioctl takes flags as its argument, not an address.
         let returned = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW(), flags) };

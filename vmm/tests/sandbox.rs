@@ -7,122 +7,26 @@
 #[path = "common/caged.rs"]
 mod cage;
 mod common;
+#[path = "common/inside.rs"]
+mod inside;
 #[path = "common/process.rs"]
 mod running;
 
 use std::fs;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use cage::{UID, caged, hand_disk, hand_in, hand_peer, hand_way, stranger};
-use common::{PATIENCE, World, assert_intact, flat_out, has_seconds, incoming, seconds, slow_link};
+use common::{PATIENCE, World, flat_out, has_seconds, incoming, seconds, slow_link};
 use drover_proto::descriptors::Kind;
-use drover_proto::v1::vmm_client::VmmClient;
-use drover_proto::v1::{
-    AttachDiskRequest, GrantRequest, MigrationOptions, OutcomeRequest, ReadConsoleRequest,
-    StartOutgoingRequest, VmmState, WatchInfoRequest,
-};
+use drover_proto::v1::{AttachDiskRequest, MigrationOptions, OutcomeRequest, VmmState, WatchInfoRequest};
 use drover_proto::{Code, Fault, LOCAL_PREFIX};
-use drover_vmm::time::{NS_PER_S, boottime_ns};
+use inside::Caged;
 use nix::libc;
 use running::{Process, watch};
-use tonic::transport::Channel;
-
-/// A VMM in its sandbox.
-struct Caged {
-    process: Process,
-    folder: PathBuf,
-    vmm: VmmClient<Channel>,
-    epoch: u64,
-}
-
-impl Caged {
-    async fn start(
-        world: &World,
-        host: &str,
-        epoch: u64,
-        change: impl FnOnce(&mut serde_json::Value),
-    ) -> Self {
-        let config = world.write(host, epoch, |config| {
-            caged(config);
-            change(config);
-        });
-        let process = Process::start(&config);
-        let vmm = process.client().await;
-        Self {
-            folder: config.parent().unwrap().to_owned(),
-            process,
-            vmm,
-            epoch,
-        }
-    }
-
-    async fn grant(&mut self) {
-        let request = GrantRequest {
-            epoch: self.epoch,
-            deadline_boottime_ns: boottime_ns() + 3600 * NS_PER_S,
-        };
-        self.vmm.grant(request).await.unwrap();
-    }
-
-    async fn text(&mut self) -> String {
-        let request = ReadConsoleRequest::default();
-        let piece = self.vmm.read_console(request).await.unwrap().into_inner();
-        String::from_utf8_lossy(&piece.data).into_owned()
-    }
-
-    /// Waits until the console's whole lines satisfy `done`.
-    async fn console(&mut self, what: &str, done: impl Fn(&str) -> bool) -> String {
-        let began = Instant::now();
-        loop {
-            let seen = self.text().await;
-            let whole = &seen[..seen.rfind('\n').map_or(0, |end| end + 1)];
-            if done(whole) {
-                assert_intact(whole);
-                return whole.to_owned();
-            }
-            assert!(began.elapsed() < PATIENCE, "no {what}:\n{seen}");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-
-    async fn more_seconds(&mut self) {
-        let seen = seconds(&self.text().await, "t").len();
-        self.console("further lines", has_seconds(seen + 2)).await;
-    }
-
-    async fn state(&mut self, state: VmmState) {
-        watch(&mut self.vmm, state.as_str_name(), |info| info.state() == state).await;
-    }
-
-    async fn send(&mut self, migration: &str, target_addr: String, options: Option<MigrationOptions>) {
-        let request = StartOutgoingRequest {
-            migration: migration.into(),
-            target_addr,
-            target_host: "host2".into(),
-            target_epoch: self.epoch + 1,
-            options,
-        };
-        self.vmm.start_outgoing(request).await.unwrap();
-    }
-
-    async fn committed(&mut self, migration: &str) {
-        let migration = migration.into();
-        let committed = true;
-        let told = self.vmm.outcome(OutcomeRequest { migration, committed });
-        told.await.unwrap();
-    }
-
-    fn status(&self) -> Vec<String> {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.process.child.id())).unwrap();
-        let read =
-            |task: std::io::Result<fs::DirEntry>| fs::read_to_string(task.unwrap().path().join("status"));
-        tasks.map(|task| read(task).unwrap()).collect()
-    }
-}
 
 fn is_root() -> bool {
     let root = nix::unistd::geteuid().is_root();

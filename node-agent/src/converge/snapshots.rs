@@ -3,6 +3,7 @@
 //! ```text
 //!   to be taken, the VMM knows nothing of it ──► make its folder, tell the VMM     (once: see `Seen::snapshot_taken`)
 //!   to be taken, the VMM is done, has failed ──► report it
+//!   to be taken, the VMM has sealed it ────────► name its manifest, report it
 //!   not to be taken, the VMM takes it ─────────► cancel it
 //!   restored, verified, not begun ─────────────► ask for the beginning; it may run when that is in the log
 //!   to be removed, no VMM here writes it ──────► remove it, report that
@@ -28,9 +29,14 @@ pub fn next(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired)
             if seen.snapshot_told.as_ref() == Some(&asked.id) {
                 return None;
             }
-            ended(wanted.epoch, known).map(|report| Action::ReportSnapshot {
-                key,
-                report: Box::new(report),
+            let report = Box::new(ended(wanted.epoch, known)?);
+            Some(match known.stage() {
+                SnapshotStage::Sealed => Action::CompleteSnapshot {
+                    key,
+                    snapshot: Box::new(asked.clone()),
+                    report,
+                },
+                _ => Action::ReportSnapshot { key, report },
             })
         }
         // A desired state that is out of date knows of no snapshot yet.
@@ -62,7 +68,7 @@ pub fn next(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired)
 fn ended(epoch: u64, known: &VmmSnapshot) -> Option<ReportSnapshotRequest> {
     let (news, reason) = match known.stage() {
         SnapshotStage::Unspecified | SnapshotStage::Running => return None,
-        SnapshotStage::Done => (SnapshotNews::Done, None),
+        SnapshotStage::Done | SnapshotStage::Sealed => (SnapshotNews::Done, None),
         SnapshotStage::Failed => (SnapshotNews::Failed, known.reason.clone()),
         SnapshotStage::Cancelled => {
             let why = Fault::new(Code::Cancelled, "its VMM was told to end it");
@@ -200,6 +206,14 @@ mod tests {
             Action::ReportSnapshot { report, .. } => {
                 format!("report {} {:?}", report.snapshot, report.news())
             }
+            Action::CompleteSnapshot { snapshot, report, .. } => {
+                format!(
+                    "name {}, report {} {:?}",
+                    snapshot.id,
+                    report.snapshot,
+                    report.news()
+                )
+            }
             Action::BeginRestore { restore, .. } => format!("begin {restore}"),
             Action::Remove { removal } => format!("remove {}{}", removal.snapshot, removal.volume),
             other => format!("{other:?}"),
@@ -225,6 +239,7 @@ mod tests {
         for (stage, want) in [
             (SnapshotStage::Running, ""),
             (SnapshotStage::Done, "report s7 Done"),
+            (SnapshotStage::Sealed, "name s7, report s7 Done"),
             (SnapshotStage::Failed, "report s7 Failed"),
             (SnapshotStage::Cancelled, "report s7 Failed"),
         ] {
@@ -241,8 +256,10 @@ mod tests {
         assert_eq!(step(&desired(None), &vmm, false), "Confirm");
         assert_eq!(step(&desired(None), &vmm, true), "cancel s7");
         assert_eq!(step(&desired(Some("s8")), &vmm, true), "cancel s7");
-        let ended = seen(VmmState::Running, knows("s7", SnapshotStage::Cancelled));
-        assert_eq!(step(&desired(None), &ended, true), "");
+        for stage in [SnapshotStage::Cancelled, SnapshotStage::Sealed] {
+            let ended = seen(VmmState::Running, knows("s7", stage));
+            assert_eq!(step(&desired(None), &ended, true), "", "{stage:?}");
+        }
     }
 
     #[test]

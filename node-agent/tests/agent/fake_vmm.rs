@@ -3,11 +3,16 @@
 //!
 //! It ends with an error when it is granted before it is ready, so that a test which goes on proves that it never was.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use drover_migration::transport::receive_descriptors;
+use drover_proto::descriptors::{COUNT_MAX, Kind, MESSAGE_BYTES_MAX, SOCKET, TAKEN, decode};
 use drover_proto::v1::vmm_server::{Vmm, VmmServer};
 use drover_proto::v1::*;
 use drover_proto::{Code, Fault, LOCAL_ADDR};
@@ -21,6 +26,10 @@ use tonic::{Request, Response, Status};
 
 /// Set for a process that is to be a VMM.
 pub const IS_VMM: &str = "DROVER_FAKE_VMM";
+/// Set for one that is in its sandbox: [`INSIDE`], or anything else for one of a build that takes no snapshot there.
+pub const CAGE: &str = "DROVER_FAKE_CAGE";
+/// See [`CAGE`].
+pub const INSIDE: &str = "inside";
 
 #[derive(serde::Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -45,6 +54,8 @@ struct Config {
     balloon: Option<Balloon>,
     #[serde(default)]
     restore: Option<Restored>,
+    #[serde(default)]
+    sandbox: Option<serde_json::Value>,
 }
 
 #[derive(serde::Deserialize)]
@@ -90,7 +101,52 @@ struct Incoming {
     local: bool,
 }
 
+/// What the agent handed in, by kind and name.
+#[derive(Default)]
+struct Handed(Mutex<BTreeMap<(Kind, String), File>>);
+
+impl Handed {
+    fn serve(&self, listener: &std::os::unix::net::UnixListener) {
+        for caller in listener.incoming() {
+            let mut caller = caller.unwrap();
+            let mut message = vec![0; MESSAGE_BYTES_MAX];
+            let (length, descriptors) = loop {
+                match receive_descriptors::<COUNT_MAX>(&caller, &mut message) {
+                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => std::thread::yield_now(),
+                    received => break received.unwrap(),
+                }
+            };
+            let (kind, name) = decode(&message[..length]).unwrap();
+            let [file] = <[_; 1]>::try_from(descriptors).unwrap();
+            let key = (kind, name.to_owned());
+            self.0.lock().unwrap().insert(key, File::from(file));
+            let _ = caller.write_all(TAKEN);
+        }
+    }
+
+    /// Writes into a snapshot's file, as far as it was handed in.
+    fn write(&self, path: &Path, text: &str) -> Result<(), Fault> {
+        let key = (Kind::Snapshot, path.to_str().unwrap().to_owned());
+        let handed = self.0.lock().unwrap();
+        let missing = || Fault::new(Code::Denied, format!("{} was not handed in", path.display()));
+        handed
+            .get(&key)
+            .ok_or_else(missing)?
+            .write_all_at(text.as_bytes(), 0)
+            .unwrap();
+        Ok(())
+    }
+
+    fn has_userfaultfd(&self) -> bool {
+        self.0.lock().unwrap().contains_key(&(Kind::Uffd, String::new()))
+    }
+}
+
 struct Fake {
+    /// In its sandbox.
+    handed: Option<Arc<Handed>>,
+    /// Where its newest snapshot is.
+    folder: Mutex<PathBuf>,
     /// Told to end it answers, and lives on.
     deaf: bool,
     info: watch::Sender<VmmInfo>,
@@ -153,6 +209,14 @@ impl Fake {
             "snapshot-done" => {
                 let snapshot = info.snapshot.get_or_insert_default();
                 snapshot.set_stage(SnapshotStage::Done);
+                (snapshot.bytes_stored, snapshot.paused_us) = (60, 700);
+            }
+            "snapshot-sealed" => {
+                let handed = self.handed.as_ref().unwrap();
+                let manifest = self.folder.lock().unwrap().join("manifest.new");
+                handed.write(&manifest, "whole").unwrap();
+                let snapshot = info.snapshot.get_or_insert_default();
+                snapshot.set_stage(SnapshotStage::Sealed);
                 (snapshot.bytes_stored, snapshot.paused_us) = (60, 700);
             }
             "snapshot-failed" => {
@@ -346,13 +410,23 @@ impl Vmm for Fake {
         if known.is_some_and(|known| known.id == request.id) {
             return Ok(Response::new(self.info.borrow().clone()));
         }
-        if std::fs::read_dir(&request.folder).unwrap().next().is_some() {
+        let folder = PathBuf::from(&request.folder);
+        if self.handed.is_none() && std::fs::read_dir(&folder).unwrap().next().is_some() {
             return Err(Fault::new(Code::SnapshotFailed, "the folder is not empty").into());
         }
-        std::fs::write(PathBuf::from(&request.folder).join("memory"), "pages").unwrap();
+        let write = |path: &Path, text: &str| match &self.handed {
+            Some(handed) => handed.write(path, text),
+            None => {
+                std::fs::write(path, text).unwrap();
+                Ok(())
+            }
+        };
+        assert!(self.handed.as_ref().is_none_or(|handed| handed.has_userfaultfd()));
+        write(&folder.join("memory"), "pages")?;
         for disk in &request.disks {
-            std::fs::write(&disk.path, disk.slot.to_string()).unwrap();
+            write(Path::new(&disk.path), &disk.slot.to_string())?;
         }
+        *self.folder.lock().unwrap() = folder;
         let snapshot = VmmSnapshot {
             id: request.id,
             stage: SnapshotStage::Running.into(),
@@ -416,7 +490,9 @@ pub fn live() {
         println!("drover-vmm {version} build {build}");
         return;
     }
-    if std::env::args().nth(1).as_deref() == Some("--post-copy") {
+    let cage = std::env::var(CAGE).ok();
+    let asked = std::env::args().nth(1).unwrap_or_default();
+    if asked == "--post-copy" || cage.is_some() && asked.starts_with("--sandbox") {
         return println!("ok");
     }
     let path = PathBuf::from(std::env::args_os().nth(2).expect("--config FILE"));
@@ -463,9 +539,22 @@ pub fn live() {
             .as_ref()
             .map(|balloon| balloon.devices(config.memory_mib)),
         pid: std::process::id(),
+        snapshot_files_handed: cage.as_deref() == Some(INSIDE),
         ..VmmInfo::default()
     };
+    let handed = cage.map(|_| {
+        assert!(config.sandbox.is_some(), "it is to have a sandbox");
+        let (handed, listener) = (Arc::new(Handed::default()), folder.join(SOCKET));
+        let (serving, listener) = (
+            handed.clone(),
+            std::os::unix::net::UnixListener::bind(listener).unwrap(),
+        );
+        std::thread::spawn(move || serving.serve(&listener));
+        handed
+    });
     let fake = Fake {
+        handed,
+        folder: Mutex::default(),
         deaf: config.cmdline == "deaf",
         info: watch::Sender::new(info),
         requests: Mutex::default(),

@@ -7,6 +7,7 @@ use drover_proto::Code;
 use drover_proto::v1::*;
 
 use crate::fake_fleet::{Call, Script};
+use crate::fake_vmm::INSIDE;
 use crate::world::{World, kill_9, run};
 
 const BYTES: u64 = 4 << 20;
@@ -158,6 +159,95 @@ pub async fn a_snapshot_that_nobody_waits_for_is_cancelled_and_then_removed() {
     assert_eq!(removed.snapshot, "s7");
     assert!(!folder(&world).exists());
     assert!(world.requests("e1-start").await.contains("cancel s7"));
+}
+
+/// A world whose VMMs are in their sandbox and can be handed what a snapshot takes; says loudly when not.
+async fn caged() -> Option<World> {
+    if let Err(error) = std::fs::File::open("/dev/userfaultfd") {
+        println!("SKIPPED: /dev/userfaultfd: {error}");
+        return None;
+    }
+    Some(World::caged(INSIDE).await)
+}
+
+fn is_named(world: &World) -> bool {
+    folder(world).join("manifest").exists()
+}
+
+pub async fn what_a_vmm_in_its_sandbox_has_sealed_is_named_before_it_is_reported() {
+    let Some(world) = caged().await else { return };
+    let _agent = world.agent().await;
+    world.fleet.say(taken);
+    world.until_vmm("e1-start", "taken", is_taken).await;
+    for name in ["memory", "state", "manifest.new", "disk-1.raw"] {
+        let mode = folder(&world).join(name).metadata().unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode, 0o600, "{name}");
+    }
+    assert!(!folder(&world).join("disk-2.raw").exists(), "it only reads that");
+    assert!(!is_named(&world));
+    world.happen("e1-start", "snapshot-sealed").await;
+    let done = until_news(&world, SnapshotNews::Done).await;
+    assert_eq!((done.snapshot.as_str(), done.bytes_stored), ("s7", 60));
+    assert_eq!(std::fs::read(folder(&world).join("manifest")).unwrap(), b"whole");
+    assert!(!folder(&world).join("manifest.new").exists());
+    assert_eq!(std::fs::read(folder(&world).join("disk-1.raw")).unwrap(), b"1");
+    assert_eq!(times_asked(&world).await, 1);
+}
+
+pub async fn an_agent_that_dies_before_or_after_the_manifest_is_named_leaves_the_rest_to_the_next() {
+    for named_before in [false, true] {
+        let Some(world) = caged().await else { return };
+        let agent = world.agent().await;
+        world.fleet.say(taken);
+        world.until_vmm("e1-start", "taken", is_taken).await;
+        drop(agent);
+        world.happen("e1-start", "snapshot-sealed").await;
+        assert!(!is_named(&world), "only an agent names it");
+        if named_before {
+            let (unnamed, named) = (
+                folder(&world).join("manifest.new"),
+                folder(&world).join("manifest"),
+            );
+            std::fs::rename(unnamed, named).unwrap();
+        }
+        let _agent = world.agent().await;
+        until_news(&world, SnapshotNews::Done).await;
+        assert_eq!(std::fs::read(folder(&world).join("manifest")).unwrap(), b"whole");
+        assert_eq!(times_asked(&world).await, 1);
+    }
+}
+
+pub async fn what_cannot_be_named_is_no_snapshot() {
+    let Some(world) = caged().await else { return };
+    let _agent = world.agent().await;
+    world.fleet.say(taken);
+    world.until_vmm("e1-start", "taken", is_taken).await;
+    std::fs::remove_file(folder(&world).join("manifest.new")).unwrap();
+    world.happen("e1-start", "snapshot-sealed").await;
+    let ended = |call: &Call| match call {
+        Call::Snapshot(report) if report.news() != SnapshotNews::Progress => Some(report.clone()),
+        _ => None,
+    };
+    let told = world.fleet.until("its end", ended).await;
+    assert_eq!(told.news(), SnapshotNews::Failed);
+    let reason = told.reason.unwrap();
+    assert_eq!(reason.code, Code::SnapshotFailed.as_str());
+    assert!(
+        reason.message.contains("the manifest of s7"),
+        "{}",
+        reason.message
+    );
+}
+
+pub async fn a_vmm_in_its_sandbox_of_an_older_build_takes_no_snapshot_and_the_reason_says_what_helps() {
+    let world = World::caged("older").await;
+    let _agent = world.agent().await;
+    world.fleet.say(taken);
+    let reason = until_news(&world, SnapshotNews::Failed).await.reason.unwrap();
+    assert_eq!(reason.code, Code::SnapshotUnavailable.as_str());
+    assert!(reason.message.contains("ctl vm upgrade"), "{}", reason.message);
+    assert_eq!(times_asked(&world).await, 0, "what it cannot do it is not asked");
+    assert!(!folder(&world).exists());
 }
 
 /// The snapshot's folder as its VMM left it, and the desired state that restores it, as restore 9.

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use drover_node_agent::network::config::NetworksConfig;
+use drover_node_agent::sandbox::Policy;
 use drover_node_agent::{Agent, AgentError, Config};
 use drover_pki::{ClusterCa, Credentials, Role};
 use drover_proto::v1::vmm_client::VmmClient;
@@ -18,7 +19,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::PATIENCE;
 use crate::fake_fleet::FakeFleet;
-use crate::fake_vmm::IS_VMM;
+use crate::fake_vmm::{CAGE, IS_VMM};
 
 pub struct World {
     pub dir: TempDir,
@@ -41,13 +42,7 @@ impl World {
         std::fs::create_dir(dir.path().join("pool")).unwrap();
         std::fs::write(images.join("kernel"), "any bytes").unwrap();
         let vmm = dir.path().join("drover-vmm");
-        let this = std::env::current_exe().unwrap();
-        std::fs::write(
-            &vmm,
-            format!("#!/bin/sh\n{IS_VMM}=1 exec '{}' \"$@\"\n", this.display()),
-        )
-        .unwrap();
-        std::fs::set_permissions(&vmm, std::fs::Permissions::from_mode(0o755)).unwrap();
+        install_vmm(&vmm, "");
         let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
         let config = Config {
             cluster_id: "test".into(),
@@ -66,7 +61,7 @@ impl World {
             post_copy: true,
             networks: NetworksConfig::default(),
             pools: [("default".to_owned(), dir.path().join("pool"))].into(),
-            sandbox: Default::default(),
+            sandbox: Policy::Off,
             vmm_user: None,
         };
         Self {
@@ -75,6 +70,14 @@ impl World {
             fleet,
             config,
         }
+    }
+
+    /// One whose VMMs are in their sandbox, `cage`: [`CAGE`].
+    pub async fn caged(cage: &str) -> Self {
+        let mut world = Self::new().await;
+        install_vmm(&world.config.vmm, &format!("{CAGE}={cage}"));
+        world.config.sandbox = Policy::BestEffort;
+        world
     }
 
     /// Starts the agent; after another was dropped, as soon as that one has let go of its folder.
@@ -175,6 +178,17 @@ impl World {
             .await
             .unwrap_or_else(|_| panic!("{} does not come", path.display()));
     }
+}
+
+/// Makes this program the VMM, with something more in its environment.
+fn install_vmm(vmm: &std::path::Path, environment: &str) {
+    let this = std::env::current_exe().unwrap();
+    let script = format!(
+        "#!/bin/sh\n{IS_VMM}=1 {environment} exec '{}' \"$@\"\n",
+        this.display()
+    );
+    std::fs::write(vmm, script).unwrap();
+    std::fs::set_permissions(vmm, std::fs::Permissions::from_mode(0o755)).unwrap();
 }
 
 pub fn run_spec() -> VmSpec {

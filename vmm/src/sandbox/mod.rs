@@ -7,8 +7,8 @@
 //! ```
 //!
 //! All of it is done by the process's only thread, so that every later one is born inside; each then gives up what its kind does not
-//! need ([`narrow`]). What comes to be needed later, a disk that is attached, the sockets of a migration, the agent opens and hands
-//! in ([`mod@offers`]): from here on this process opens, connects by name and executes nothing.
+//! need ([`narrow`]). What comes to be needed later, a disk that is attached, the sockets of a migration, a snapshot's files, the agent
+//! opens and hands in ([`mod@offers`]): from here on this process opens, connects by name and executes nothing.
 //!
 //! The layers overlap on purpose. A host, or an agent without privileges, that cannot give one of them is told so by name
 //! ([`Missing`]); what is [essential](Report::lacks_essential) must be there where the agent says `required`.
@@ -23,13 +23,14 @@ pub mod identity;
 pub mod offers;
 pub mod syscalls;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use drover_proto::descriptors::Kind;
@@ -350,6 +351,27 @@ pub fn peer(path: &Path) -> Result<Option<(UnixStream, u32)>, Fault> {
         Fault::new(Code::Denied, format!("{what} {name}"))
     })?;
     Ok(Some((UnixStream::from(peer), offers.owner())))
+}
+
+/// What was handed in for a snapshot.
+#[derive(Debug, Default)]
+pub struct ForSnapshot {
+    /// Its files, by their paths.
+    pub files: BTreeMap<PathBuf, File>,
+    /// `/dev/userfaultfd`.
+    pub uffd: Option<File>,
+}
+
+/// All that was handed in for the snapshot in `folder`, of which nothing stays with the offers; `None` outside of a sandbox.
+pub fn for_snapshot(folder: &Path) -> Option<ForSnapshot> {
+    let offers = offers()?;
+    let files = offers.take_snapshot(folder).into_iter();
+    Some(ForSnapshot {
+        files: files
+            .map(|(path, file)| (PathBuf::from(path), File::from(file)))
+            .collect(),
+        uffd: offers.take(Kind::Uffd, "").map(File::from),
+    })
 }
 
 #[cfg(test)]

@@ -4,13 +4,14 @@
 //! ([`drover_proto::descriptors`]). They are kept by kind and name until the call that needs them takes them. The kernel says who
 //! sends: only who started this VMM is heard, and root. What a descriptor is good for is looked at by whoever takes it.
 //!
-//! A name that comes again replaces what lay there; of a migration's sockets only the newest migration's are kept. All of it is
-//! bounded, so an agent that sends too much is refused and costs no more descriptors.
+//! A name that comes again replaces what lay there; of a migration's sockets only the newest migration's are kept, and of snapshots'
+//! files the newest snapshot's. All of it is bounded, so an agent that sends too much is refused and costs no more descriptors.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ use tracing::{debug, error, warn};
 
 use super::Thread;
 
-/// Most names with descriptors: each disk of a VM, and what a migration takes.
+/// Most names with descriptors: each disk of a VM, and what a migration and a snapshot take.
 const NAMES_MAX: usize = 64;
 /// Most descriptors of `/dev/net/tun` that lie ready.
 const TUNS_MAX: usize = 64;
@@ -78,6 +79,10 @@ impl Offers {
         if matches!(kind, Kind::Tcp | Kind::Tls) {
             table.retain(|(other, of), _| *other != kind || of == name);
         }
+        if kind == Kind::Snapshot {
+            let folder = Path::new(name).parent();
+            table.retain(|(other, of), _| *other != kind || Path::new(of).parent() == folder);
+        }
         let key = (kind, name.to_owned());
         if table.len() >= NAMES_MAX && !table.contains_key(&key) {
             return Err(("too many lie here unused", descriptors));
@@ -101,6 +106,21 @@ impl Offers {
             table.remove(&key);
         }
         taken
+    }
+
+    /// The files of a snapshot in `folder`, by their paths, which are the caller's from now on. Of other snapshots' nothing stays here.
+    pub fn take_snapshot(&self, folder: &Path) -> Vec<(String, OwnedFd)> {
+        let mut table = self.table();
+        let is_one = |((kind, _), _): &((Kind, String), _)| *kind == Kind::Snapshot;
+        let (all, rest): (Table, Table) = std::mem::take(&mut *table).into_iter().partition(is_one);
+        *table = rest;
+        drop(table);
+        let of_folder = all
+            .into_iter()
+            .filter(|((_, path), _)| Path::new(path).parent() == Some(folder));
+        of_folder
+            .filter_map(|((_, path), mut files)| Some((path, files.pop_front()?)))
+            .collect()
     }
 
     /// Copies of all descriptors of this name; they can be asked for again.
@@ -205,6 +225,23 @@ mod tests {
             3,
             "they can be read again"
         );
+    }
+
+    #[test]
+    fn of_snapshots_only_the_newest_ones_files_are_kept_and_whoever_asks_leaves_none() {
+        let offers = offers();
+        offers.put(Kind::Snapshot, "/pool/s1/memory", vec![descriptor()]);
+        for name in ["memory", "state"] {
+            offers.put(Kind::Snapshot, &format!("/pool/s2/{name}"), vec![descriptor()]);
+        }
+        offers.put(Kind::File, "/pool/s2/vol", vec![descriptor()]);
+        assert_eq!(offers.table().len(), 3, "of the first one nothing is kept");
+        let files = offers.take_snapshot(Path::new("/pool/s2"));
+        let paths: Vec<&str> = files.iter().map(|(path, _)| &path[..]).collect();
+        assert_eq!(paths, ["/pool/s2/memory", "/pool/s2/state"]);
+        offers.put(Kind::Snapshot, "/pool/s3/memory", vec![descriptor()]);
+        assert!(offers.take_snapshot(Path::new("/pool/s2")).is_empty());
+        assert_eq!(offers.table().len(), 1, "only the disk's file lies here");
     }
 
     #[test]

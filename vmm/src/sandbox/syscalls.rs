@@ -8,6 +8,9 @@
 //! | watch | pausing and resuming: KVM, locks of disks, taps |
 //! | migration | the process's list, with `connect`: it may have to build the whole VM |
 //! | offers | taking descriptors from the agent |
+//! | snapshot | what a watch does, since it stops and resumes the VM; reading disks, writing and syncing its files; userfaultfd |
+//! | snapshot's memory | userfaultfd, reading memory |
+//! | snapshot's writer | writing at a place of a file that is open |
 //!
 //! Anything else ends the process at once (`SECCOMP_RET_KILL_PROCESS`), and with it the guest: it is either an attack or a mistake here.
 //! On no list are: executing, a new process (only threads), tracing, another process's memory or signals, mounts, namespaces, users,
@@ -39,16 +42,25 @@ pub enum Thread {
     Migration,
     /// Takes what the agent hands in.
     Offers,
+    /// Takes a snapshot.
+    Snapshot,
+    /// Copies memory ahead of its writers.
+    SnapshotMemory,
+    /// Writes a snapshot's files.
+    SnapshotWriter,
 }
 
 impl Thread {
     /// All kinds.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 8] = [
         Self::Vcpu,
         Self::Device,
         Self::Watch,
         Self::Migration,
         Self::Offers,
+        Self::Snapshot,
+        Self::SnapshotMemory,
+        Self::SnapshotWriter,
     ];
 
     /// Its name.
@@ -59,6 +71,9 @@ impl Thread {
             Self::Watch => "watch",
             Self::Migration => "migration",
             Self::Offers => "offers",
+            Self::Snapshot => "snapshot",
+            Self::SnapshotMemory => "snapshot-memory",
+            Self::SnapshotWriter => "snapshot-writer",
         }
     }
 }
@@ -250,12 +265,21 @@ fn rules(thread: Option<Thread>) -> Result<Rules, String> {
     let all = || [with_taps(), socket.clone(), vec![uffd.clone()]].concat();
     const CONNECT: &[libc::c_long] = &[libc::SYS_connect];
     const REST: &[libc::c_long] = &[libc::SYS_nanosleep];
+    const READ_AT: &[libc::c_long] = &[libc::SYS_pread64];
+    const WRITE_AT: &[libc::c_long] = &[libc::SYS_pwrite64];
+    const RESIZE: &[libc::c_long] = &[libc::SYS_ftruncate];
     let (ioctls, calls): (_, &[&[libc::c_long]]) = match thread {
         // The process's list is its migrations', since an upgrade's target is built by one, and begins all other threads.
         None | Some(Thread::Migration) => (all(), &[&LOCKS, &FILES, &SOCKETS, &STARTS, CONNECT]),
         Some(Thread::Vcpu | Thread::Watch) => (with_taps(), &[&LOCKS]),
         Some(Thread::Device) => (with_taps(), &[&LOCKS, &FILES]),
         Some(Thread::Offers) => (Vec::new(), &[&SOCKETS, REST]),
+        Some(Thread::Snapshot) => (
+            [with_taps(), vec![uffd.clone()]].concat(),
+            &[&LOCKS, READ_AT, WRITE_AT, RESIZE],
+        ),
+        Some(Thread::SnapshotMemory) => (vec![uffd.clone()], &[READ_AT]),
+        Some(Thread::SnapshotWriter) => (Vec::new(), &[WRITE_AT]),
     };
     let mut rules = any(&ioctls)?;
     rules.extend(calls.iter().copied().flatten().map(|call| (*call, Vec::new())));
@@ -387,14 +411,15 @@ mod tests {
     }
 
     #[test]
-    fn only_migrations_connect_and_who_takes_what_is_handed_in_has_no_device() {
+    fn only_migrations_connect_and_who_takes_what_is_handed_in_or_writes_files_has_no_device() {
         for thread in Thread::ALL {
             let rules = rules(Some(thread)).unwrap();
             assert_eq!(
                 rules.contains_key(&libc::SYS_connect),
                 thread == Thread::Migration
             );
-            assert_eq!(rules.contains_key(&libc::SYS_ioctl), thread != Thread::Offers);
+            let has_none = matches!(thread, Thread::Offers | Thread::SnapshotWriter);
+            assert_ne!(rules.contains_key(&libc::SYS_ioctl), has_none, "{thread:?}");
         }
     }
 

@@ -16,7 +16,7 @@
 
 use std::collections::BTreeSet;
 
-use drover_proto::{Code, Fault};
+use drover_proto::{Code, Fault, descriptors};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{DISKS_MAX, MEMORY_MIB_MAX, VCPUS_MAX};
@@ -30,13 +30,13 @@ pub const BLOCK_BYTES: u64 = BLOCK as u64;
 /// The format that this build writes, and the newest that it reads.
 pub const FORMAT: u32 = 1;
 /// The names of a snapshot's own files.
-pub const MEMORY: &str = "memory";
+pub const MEMORY: &str = descriptors::SNAPSHOT_MEMORY;
 /// See [`MEMORY`].
-pub const STATE: &str = "state";
+pub const STATE: &str = descriptors::SNAPSHOT_STATE;
 /// See [`MEMORY`].
-pub const MANIFEST: &str = "manifest";
+pub const MANIFEST: &str = descriptors::SNAPSHOT_MANIFEST;
 /// What the manifest is called until it is whole.
-pub const MANIFEST_UNFINISHED: &str = "manifest.new";
+pub const MANIFEST_UNFINISHED: &str = descriptors::SNAPSHOT_MANIFEST_UNNAMED;
 /// Largest manifest: every file of the most disks with all its chunks.
 pub const MANIFEST_BYTES_MAX: u64 = 16 << 20;
 

@@ -9,6 +9,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `stage.rs` | how far it is, and what it excludes: pure |
+//! | `folder.rs` | where its files come from |
 //! | `format.rs` | the form of its files: pure |
 //! | `pipe.rs` | buffers between those who copy and the one who writes |
 //! | `sheet.rs` | a file that is written by blocks |
@@ -17,9 +18,10 @@
 //! | `load.rs` | a VM made from a snapshot |
 //!
 //! This file is the engine: it takes the steps, in its own thread, and asks the machine before each ([`crate::machine`]). A VMM that dies leaves a folder without
-//! a manifest, which is no snapshot; what fails or is cancelled removes what it made.
+//! a manifest, which is no snapshot; what fails or is cancelled removes what it made. In a sandbox the manifest is as well written and sealed here, and named by the agent.
 
 pub mod behind;
+pub mod folder;
 pub mod format;
 pub mod load;
 pub mod pipe;
@@ -27,10 +29,7 @@ pub mod shadow;
 pub mod sheet;
 pub mod stage;
 
-use std::fs::{self, File};
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -40,16 +39,17 @@ use drover_proto::{Code, Fault};
 use tracing::{info, warn};
 
 use self::behind::Protected;
-use self::format::{
-    FORMAT, ListedDisk, MANIFEST, MANIFEST_UNFINISHED, MEMORY, Manifest, STATE, is_disk_name,
-};
+use self::folder::Folder;
+use self::format::{FORMAT, ListedDisk, MEMORY, Manifest, STATE, is_disk_name};
 use self::pipe::Pipe;
 use self::shadow::Shadow;
-use self::sheet::{Sheet, unwritten};
+use self::sheet::Sheet;
+use self::stage::Whole;
 use crate::config::DISKS_MAX;
 use crate::devices::pci::SLOTS;
 use crate::devices::virtio::blk::disk::{Disk, Guard};
 use crate::machine::Machine;
+use crate::sandbox::{self, ForSnapshot, Thread};
 use crate::save::{self, Saved};
 use crate::uffd::Uffd;
 use crate::vm::Vm;
@@ -66,7 +66,7 @@ const MEMORY_SHEET: usize = 0;
 /// What a snapshot is to be, checked as far as it can be without touching the guest.
 pub struct Task {
     id: String,
-    folder: PathBuf,
+    folder: Folder,
     disks: Vec<Wanted>,
     uffd: Uffd,
     /// Between its threads; whoever fails it ends the snapshot.
@@ -84,14 +84,14 @@ fn invalid(field: &str, message: String) -> Fault {
 }
 
 impl Task {
-    /// What `request` asks of `vm`.
-    pub fn new(vm: &Vm, request: &TakeSnapshotRequest) -> Result<Self, Fault> {
+    /// What `request` asks of `vm`. `handed`: what its agent has handed in for it, where the VMM can make and open nothing.
+    pub fn new(vm: &Vm, request: &TakeSnapshotRequest, handed: Option<ForSnapshot>) -> Result<Self, Fault> {
         if !(1..=ID_BYTES_MAX).contains(&request.id.len()) {
             let message = format!("id has {} bytes, must have 1..={ID_BYTES_MAX}", request.id.len());
             return Err(invalid("id", message));
         }
-        let folder = PathBuf::from(&request.folder);
-        check_folder(&folder)?;
+        let (files, device) = handed.map_or((None, None), |all| (Some(all.files), Some(all.uffd)));
+        let folder = Folder::new(Path::new(&request.folder), files)?;
         if request.disks.len() > DISKS_MAX {
             let message = format!(
                 "{} disks are too many, at most {DISKS_MAX} are",
@@ -101,7 +101,7 @@ impl Task {
         }
         let mut disks: Vec<Wanted> = Vec::with_capacity(request.disks.len());
         for asked in &request.disks {
-            let wanted = wanted(vm, &folder, asked.slot, &asked.path)?;
+            let wanted = wanted(vm, folder.path(), asked.slot, &asked.path)?;
             if disks
                 .iter()
                 .any(|one| one.slot == wanted.slot || one.name == wanted.name)
@@ -111,11 +111,17 @@ impl Task {
             }
             disks.push(wanted);
         }
+        folder.check(disks.iter().map(|disk| disk.name.as_str()))?;
+        let uffd = match device {
+            None => Uffd::open_for_writes(),
+            Some(Some(device)) => Uffd::of_device_for_writes(&device),
+            Some(None) => Err(folder::not_handed_in("/dev/userfaultfd")),
+        };
         Ok(Self {
             id: request.id.clone(),
             folder,
             disks,
-            uffd: Uffd::open_for_writes()?,
+            uffd: uffd?,
             pipe: Arc::new(Pipe::new()?),
         })
     }
@@ -137,18 +143,6 @@ impl Task {
             }
         }
         Ok(())
-    }
-}
-
-fn check_folder(folder: &Path) -> Result<(), Fault> {
-    let refused = |what: String| invalid("folder", format!("folder {} {what}", folder.display()));
-    if !folder.is_absolute() {
-        return Err(refused("must be an absolute path".to_owned()));
-    }
-    let mut entries = fs::read_dir(folder).map_err(|error| refused(format!("cannot be read: {error}")))?;
-    match entries.next() {
-        None => Ok(()),
-        Some(_) => Err(refused("is not empty".to_owned())),
     }
 }
 
@@ -180,11 +174,12 @@ fn wanted(vm: &Vm, folder: &Path, slot: u32, path: &str) -> Result<Wanted, Fault
 
 /// Takes the snapshot; the body of the engine's thread.
 pub fn run(machine: &Machine, task: &Task) {
+    sandbox::narrow(Thread::Snapshot);
     let began = Instant::now();
-    info!(snapshot = task.id, folder = %task.folder.display(), "taking a snapshot");
+    info!(snapshot = task.id, folder = %task.folder.path().display(), "taking a snapshot");
     let result = take(machine, task);
     match &result {
-        Ok(()) => info!(
+        Ok(_) => info!(
             snapshot = task.id,
             ms = began.elapsed().as_millis(),
             stored = task.pipe.amounts().stored,
@@ -192,28 +187,21 @@ pub fn run(machine: &Machine, task: &Task) {
         ),
         Err(fault) => {
             warn!(snapshot = task.id, %fault, "there is no snapshot");
-            remove(task);
+            task.folder
+                .clear(task.disks.iter().map(|disk| disk.name.as_str()));
         }
     }
     machine.snapshot_ended(result);
 }
 
-/// Removes what was made of a snapshot that failed, so that a full disk is not full for nothing. What cannot be is its agent's to remove.
-fn remove(task: &Task) {
-    let own = [MANIFEST, MANIFEST_UNFINISHED, MEMORY, STATE].into_iter();
-    for name in own.chain(task.disks.iter().map(|disk| disk.name.as_str())) {
-        let _ = fs::remove_file(task.folder.join(name));
-    }
-}
-
 /// The files that are written behind the VM, memory's first, and the disks' shadows, which fill the others.
 fn prepare(memory_bytes: u64, task: &Task) -> Result<(Vec<Sheet>, Vec<Arc<Shadow>>), Fault> {
-    let mut sheets = vec![Sheet::create(&task.folder, MEMORY, memory_bytes)?];
+    let mut sheets = vec![task.folder.sheet(MEMORY, memory_bytes)?];
     let mut shadows = Vec::with_capacity(task.disks.len());
     task.pipe.expect(memory_bytes);
     for wanted in &task.disks {
         let shadow = Shadow::new(wanted.disk.clone(), sheets.len(), task.pipe.clone());
-        sheets.push(Sheet::create(&task.folder, &wanted.name, shadow.bytes())?);
+        sheets.push(task.folder.sheet(&wanted.name, shadow.bytes())?);
         task.pipe.expect(shadow.bytes());
         shadows.push(Arc::new(shadow));
     }
@@ -230,7 +218,7 @@ fn report_until(ended: &Receiver<()>, machine: &Machine, pipe: &Pipe) {
     }
 }
 
-fn take(machine: &Machine, task: &Task) -> Result<(), Fault> {
+fn take(machine: &Machine, task: &Task) -> Result<Whole, Fault> {
     let pipe = &task.pipe;
     let (mut sheets, shadows) = prepare(machine.built().memory().bytes(), task)?;
     let (alive, writer_ended) = channel();
@@ -239,6 +227,7 @@ fn take(machine: &Machine, task: &Task) -> Result<(), Fault> {
         let sheets = &mut sheets;
         writer
             .spawn_scoped(scope, move || {
+                sandbox::narrow(Thread::SnapshotWriter);
                 pipe.write(sheets);
                 drop(alive);
             })
@@ -256,7 +245,7 @@ fn take(machine: &Machine, task: &Task) -> Result<(), Fault> {
 }
 
 /// Puts everything on the medium, and makes it a snapshot.
-fn complete(machine: &Machine, task: &Task, sheets: Vec<Sheet>, saved: &Saved) -> Result<(), Fault> {
+fn complete(machine: &Machine, task: &Task, sheets: Vec<Sheet>, saved: &Saved) -> Result<Whole, Fault> {
     let mut contents = sheets.into_iter().map(Sheet::finish);
     let memory = contents.next().expect("memory has a sheet")?;
     let disk = |(wanted, content): (&Wanted, Result<_, Fault>)| {
@@ -270,7 +259,7 @@ fn complete(machine: &Machine, task: &Task, sheets: Vec<Sheet>, saved: &Saved) -
         .map(disk)
         .collect::<Result<_, Fault>>()?;
     let encoded = format::encode_state(&save::encode(saved));
-    let mut state = Sheet::create(&task.folder, STATE, encoded.len() as u64)?;
+    let mut state = task.folder.sheet(STATE, encoded.len() as u64)?;
     state.put_all(&encoded)?;
     let config = machine.config();
     let manifest = Manifest {
@@ -292,7 +281,7 @@ fn complete(machine: &Machine, task: &Task, sheets: Vec<Sheet>, saved: &Saved) -
         task.pipe.rest(SEAL_AGAIN);
         task.pipe.check()?;
     }
-    publish(&task.folder, &manifest.encode())
+    task.folder.publish(&manifest.encode())
 }
 
 fn no_thread(error: &std::io::Error) -> Fault {
@@ -356,6 +345,7 @@ fn copy(machine: &Machine, task: &Task, shadows: &[Arc<Shadow>]) -> Result<Saved
         // However this thread ends, it releases memory.
         thread
             .spawn_scoped(scope, move || {
+                sandbox::narrow(Thread::SnapshotMemory);
                 let copied = protected.copy_out(MEMORY_SHEET, pipe, &copier);
                 drop(protected);
                 drop(alive);
@@ -385,21 +375,4 @@ fn copy(machine: &Machine, task: &Task, shadows: &[Arc<Shadow>]) -> Result<Saved
     drop(guarded);
     pipe.check()?;
     Ok(saved)
-}
-
-/// Makes the snapshot one: the manifest is whole, or not there, whenever its host dies.
-fn publish(folder: &Path, manifest: &[u8]) -> Result<(), Fault> {
-    let (path, unfinished) = (folder.join(MANIFEST), folder.join(MANIFEST_UNFINISHED));
-    let write = || {
-        let mut file = File::options()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&unfinished)?;
-        file.write_all(manifest)?;
-        file.sync_all()?;
-        fs::rename(&unfinished, &path)?;
-        File::open(folder)?.sync_all()
-    };
-    write().map_err(|error| unwritten(&path, &error))
 }

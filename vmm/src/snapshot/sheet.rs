@@ -14,6 +14,16 @@ pub fn unwritten(path: &Path, error: &io::Error) -> Fault {
     Fault::new(Code::SnapshotFailed, format!("{}: {error}", path.display()))
 }
 
+/// Makes a file that is not there.
+pub fn create(path: &Path) -> Result<File, Fault> {
+    let made = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path);
+    made.map_err(|error| unwritten(path, &error))
+}
+
 /// The file, and the digests of the blocks that it has so far.
 #[derive(Debug)]
 pub struct Sheet {
@@ -28,12 +38,11 @@ impl Sheet {
     /// Makes the file, all of it a hole. One of that name must not be there.
     pub fn create(folder: &Path, name: &str, bytes: u64) -> Result<Self, Fault> {
         let path = folder.join(name);
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|error| unwritten(&path, &error))?;
+        Self::of(create(&path)?, path, name, bytes)
+    }
+
+    /// Of an empty file, all of it a hole from now on.
+    pub fn of(file: File, path: PathBuf, name: &str, bytes: u64) -> Result<Self, Fault> {
         file.set_len(bytes).map_err(|error| unwritten(&path, &error))?;
         let blocks = usize::try_from(bytes.div_ceil(BLOCK_BYTES)).expect("a disk's blocks can be counted");
         Ok(Self {

@@ -1,7 +1,7 @@
 //! How far a VM's newest snapshot is, as a state machine without IO: whether the VM stands for it, and what else is refused meanwhile.
 //!
 //! ```text
-//!   begin ──► Preparing ──hold──► Holding ──taken──► Writing ──seal──► Sealing ──► Done
+//!   begin ──► Preparing ──hold──► Holding ──taken──► Writing ──seal──► Sealing ──► Done, Sealed
 //!                 │                 │ the VM stands      │                │
 //!                 └─────────────────┴────────────────────┴────────────────┴──► Failed, Cancelled
 //! ```
@@ -17,6 +17,15 @@
 use drover_proto::v1::{SnapshotStage, VmmSnapshot};
 use drover_proto::{Code, Fault};
 
+/// What a snapshot is that has come to its end well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whole {
+    /// Its manifest has its name.
+    Named,
+    /// Its manifest has still to be named, by the agent of a VMM that cannot.
+    Unnamed,
+}
+
 /// Where the engine is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Phase {
@@ -24,7 +33,7 @@ enum Phase {
     Holding,
     Writing,
     Sealing,
-    Done,
+    Done(Whole),
     Failed(Fault),
     Cancelled,
 }
@@ -82,7 +91,10 @@ impl Snapshots {
     /// The snapshot that is under way.
     pub fn active(&self) -> Option<&str> {
         let snapshot = self.0.as_ref()?;
-        let ended = matches!(snapshot.phase, Phase::Done | Phase::Failed(_) | Phase::Cancelled);
+        let ended = matches!(
+            snapshot.phase,
+            Phase::Done(_) | Phase::Failed(_) | Phase::Cancelled
+        );
         (!ended).then_some(snapshot.id.as_str())
     }
 
@@ -193,11 +205,11 @@ impl Snapshots {
     }
 
     /// The engine's last word.
-    pub fn ended(&mut self, result: Result<(), Fault>) {
+    pub fn ended(&mut self, result: Result<Whole, Fault>) {
         let Some(snapshot) = self.0.as_mut() else { return };
         snapshot.phase = match (result, snapshot.stop) {
-            (Ok(()), None) if snapshot.phase == Phase::Sealing => Phase::Done,
-            (Ok(()), None) => Phase::Failed(Fault::new(Code::Internal, "it ended without its seal")),
+            (Ok(whole), None) if snapshot.phase == Phase::Sealing => Phase::Done(whole),
+            (Ok(_), None) => Phase::Failed(Fault::new(Code::Internal, "it ended without its seal")),
             (_, Some(Stop::Cancelled)) => Phase::Cancelled,
             (_, Some(stop @ Stop::VmEnded)) => Phase::Failed(stop.fault()),
             (Err(fault), None) => Phase::Failed(fault),
@@ -211,7 +223,8 @@ impl Snapshots {
             Phase::Preparing | Phase::Holding | Phase::Writing | Phase::Sealing => {
                 (SnapshotStage::Running, None)
             }
-            Phase::Done => (SnapshotStage::Done, None),
+            Phase::Done(Whole::Named) => (SnapshotStage::Done, None),
+            Phase::Done(Whole::Unnamed) => (SnapshotStage::Sealed, None),
             Phase::Cancelled => (SnapshotStage::Cancelled, None),
             Phase::Failed(fault) => (SnapshotStage::Failed, Some(fault.clone())),
         };
@@ -270,6 +283,7 @@ mod tests {
         #[test]
         fn it_is_done_only_by_every_step_in_order_and_what_was_stopped_before_its_seal_never_is(
             inputs in proptest::collection::vec(input(), 0..60),
+            named in any::<bool>(),
         ) {
             let mut snapshots = Snapshots::default();
             // Kept without looking at the machine: how many of the steps were made, and whether a stop came in time.
@@ -313,9 +327,14 @@ mod tests {
                         steps += i32::from(made);
                     }
                     Input::Ended(well) if active.is_some() => {
-                        snapshots.ended(if well { Ok(()) } else { Err(fault()) });
-                        let done = stage(&snapshots) == SnapshotStage::Done;
-                        prop_assert_eq!(done, well && steps == 3 && !stopped);
+                        let (whole, told) = match named {
+                            true => (Whole::Named, SnapshotStage::Done),
+                            false => (Whole::Unnamed, SnapshotStage::Sealed),
+                        };
+                        snapshots.ended(if well { Ok(whole) } else { Err(fault()) });
+                        let ended = stage(&snapshots);
+                        prop_assert_eq!(ended == told, well && steps == 3 && !stopped);
+                        prop_assert!(ended == told || matches!(ended, SnapshotStage::Failed | SnapshotStage::Cancelled));
                         active = None;
                     }
                     Input::Ended(_) => {}

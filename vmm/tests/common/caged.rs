@@ -51,6 +51,35 @@ pub fn hand_disk(folder: &Path, path: &Path) {
     );
 }
 
+/// Makes the files of a snapshot in `folder` and hands them in, with what memory is protected with.
+pub fn hand_snapshot(vmm: &Path, folder: &Path, slots: &[u32]) {
+    let device = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/userfaultfd")
+        .unwrap();
+    assert_eq!(hand_in(vmm, Kind::Uffd, "", &[device.into()]), "ok");
+    hand_snapshot_files(vmm, folder, slots);
+}
+
+/// Its files alone.
+pub fn hand_snapshot_files(vmm: &Path, folder: &Path, slots: &[u32]) {
+    let own = ["memory", "state", "manifest.new"].map(str::to_owned).into_iter();
+    for name in own.chain(slots.iter().map(|slot| format!("disk{slot}"))) {
+        let path = folder.join(name);
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .unwrap();
+        assert_eq!(
+            hand_in(vmm, Kind::Snapshot, path.to_str().unwrap(), &[file.into()]),
+            "ok"
+        );
+    }
+}
+
 /// Hands in what a migration to another host takes.
 pub fn hand_way(folder: &Path, migration: &str, tls: [&Path; 3]) {
     let files = tls.map(|path| File::open(path).unwrap().into());
