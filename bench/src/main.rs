@@ -161,7 +161,7 @@ fn run(arguments: &Migration, workloads: &[Workload]) -> Result<Report> {
         probe: arguments.probe.clone(),
         host_memory_mib: HOST_MEMORY_MIB,
         watched: false,
-        sandboxed: false,
+        sandbox: Some("off"),
     };
     let cluster = Cluster::start(&setup)?;
     let pairs = usize::try_from(arguments.pairs).context("a number of pairs that fits")?;

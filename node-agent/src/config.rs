@@ -232,6 +232,7 @@ mod tests {
         assert_eq!(config.images_dir, Path::new("/images"));
         assert_eq!(config.tls.key.parent(), config.data_dir.parent());
         assert_eq!(config.memory_mib, None);
+        assert_eq!(config.sandbox, Policy::BestEffort, "whoever says nothing has it");
     }
 
     #[test]

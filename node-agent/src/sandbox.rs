@@ -49,11 +49,11 @@ const REFUSAL_BYTES_MAX: u64 = 1024;
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
     /// VMMs have all of it that this host can give.
+    #[default]
     BestEffort,
     /// A VMM that would lack an essential part does not start.
     Required,
     /// VMMs run as their agent does.
-    #[default]
     Off,
 }
 

@@ -91,8 +91,8 @@ pub struct Setup {
     pub host_memory_mib: u64,
     /// Whether the witness looks. It asks every VMM many times a second, and that costs the VMMs time.
     pub watched: bool,
-    /// Whether VMMs are in their sandbox.
-    pub sandboxed: bool,
+    /// The agents' setting `sandbox`; `None`: its default.
+    pub sandbox: Option<&'static str>,
 }
 
 struct Party {
@@ -220,15 +220,15 @@ pub fn obstacle(binaries: &Path, probe: &Path, made_by: &str) -> Option<String> 
 impl Cluster {
     /// A cluster whose hosts are all up, or `None` after a line `SKIPPED: why` if this machine cannot run one.
     pub fn or_skip(settings: &Settings) -> Option<Self> {
-        Self::of_or_skip(settings, false)
+        Self::of_or_skip(settings, None)
     }
 
-    /// The same with VMMs in their sandbox.
-    pub fn sandboxed_or_skip(settings: &Settings) -> Option<Self> {
-        Self::of_or_skip(settings, true)
+    /// The same with another sandbox for VMMs than by default.
+    pub fn with_sandbox_or_skip(settings: &Settings, sandbox: &'static str) -> Option<Self> {
+        Self::of_or_skip(settings, Some(sandbox))
     }
 
-    fn of_or_skip(settings: &Settings, sandboxed: bool) -> Option<Self> {
+    fn of_or_skip(settings: &Settings, sandbox: Option<&'static str>) -> Option<Self> {
         let target = target_dir().expect("tests run from a target folder");
         let (binaries, probe) = (target.join("chaos-bin"), target.join("guest/probe"));
         if let Some(why) = obstacle(&binaries, &probe, "cargo xtask test cluster") {
@@ -241,7 +241,7 @@ impl Cluster {
             probe,
             host_memory_mib: 2048,
             watched: true,
-            sandboxed,
+            sandbox,
         };
         Some(Self::start(&setup).expect("the cluster starts"))
     }
@@ -695,12 +695,15 @@ fn agent_config(index: usize, tls: &TlsFiles, images: &Path, setup: &Setup) -> s
     } else {
         json!({})
     };
-    json!({
+    let mut config = json!({
         "cluster_id": CLUSTER_ID, "name": host_name(index), "data_dir": "data", "listen": own, "advertise": own,
         "migration_ip": host_ip(index), "controllers": controller_addrs(), "images_dir": images,
         "vmm": VMM, "tls": tls, "memory_mib": setup.host_memory_mib, "cpus": 8, "pools": pools, "networks": networks,
-        "sandbox": if setup.sandboxed { "required" } else { "off" },
-    })
+    });
+    if let Some(sandbox) = setup.sandbox {
+        config["sandbox"] = sandbox.into();
+    }
+    config
 }
 
 fn write_config(party: &Party, config: &serde_json::Value) -> Result<()> {

@@ -62,6 +62,11 @@ pub const BEFORE_SNAPSHOT: &str = "agent.before_snapshot";
 /// See [`BEFORE_SNAPSHOT`].
 pub const AFTER_SNAPSHOT: &str = "agent.after_snapshot";
 
+/// The agent's points before and after it names the manifest of a snapshot that a VMM in its sandbox has sealed.
+pub const BEFORE_NAMING: &str = "agent.before_naming";
+/// See [`BEFORE_NAMING`].
+pub const AFTER_NAMING: &str = "agent.after_naming";
+
 /// The agent's point between the copy of a restored VM's disks and the start of its VMM.
 pub const AFTER_RESTORE_COPY: &str = "agent.after_restore_copy";
 

@@ -201,7 +201,7 @@ fn start(config: &Config) -> Soak {
         probe: config.probe.clone(),
         host_memory_mib: HOST_MEMORY_MIB,
         watched: true,
-        sandboxed: false,
+        sandbox: None,
     };
     Soak::new(Cluster::start(&setup).expect("the cluster starts"))
 }

@@ -16,7 +16,7 @@ fn sandbox(cluster: &Cluster, host: usize) -> String {
 
 #[test]
 fn vmms_run_as_nobody_within_limits_wherever_they_come_to() {
-    let Some(cluster) = Cluster::sandboxed_or_skip(&Settings::default()) else {
+    let Some(cluster) = Cluster::with_sandbox_or_skip(&Settings::default(), "required") else {
         return;
     };
     assert_eq!(sandbox(&cluster, 0), "ok");

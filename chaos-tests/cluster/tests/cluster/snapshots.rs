@@ -1,7 +1,8 @@
 //! A guest's memory and disk go back to one instant, in its place or beside it, and nothing is half-way whoever dies.
 
 use drover_chaos_cluster::points::{
-    AFTER_BEGIN_RESTORE, AFTER_RESTORE_COPY, AFTER_SNAPSHOT, BEFORE_BEGIN_RESTORE, BEFORE_SNAPSHOT,
+    AFTER_BEGIN_RESTORE, AFTER_NAMING, AFTER_RESTORE_COPY, AFTER_SNAPSHOT, BEFORE_BEGIN_RESTORE,
+    BEFORE_NAMING, BEFORE_SNAPSHOT,
 };
 use drover_proto::Code;
 use drover_proto::v1::{Snapshot, SnapshotPhase, VmDisk, VmSpec, VmState};
@@ -94,9 +95,21 @@ fn await_folders(cluster: &Cluster, want: usize) {
 
 #[test]
 fn a_writing_guest_goes_back_to_one_instant_and_runs_beside_itself() {
-    let Some(cluster) = cluster() else { return };
-    let mut console = boot_with_journal(&cluster);
-    let before = acknowledged(&cluster, &mut console, 1);
+    if let Some(cluster) = cluster() {
+        goes_back_and_runs_beside_itself(&cluster);
+    }
+}
+
+#[test]
+fn a_writing_guest_outside_of_a_sandbox_goes_back_to_one_instant_and_runs_beside_itself() {
+    if let Some(cluster) = Cluster::with_sandbox_or_skip(&Settings::default(), "off") {
+        goes_back_and_runs_beside_itself(&cluster);
+    }
+}
+
+fn goes_back_and_runs_beside_itself(cluster: &Cluster) {
+    let mut console = boot_with_journal(cluster);
+    let before = acknowledged(cluster, &mut console, 1);
     let begun = cluster.client.create_snapshot(VM, "nightly").expect("it runs");
     let last = cluster.client.migrate(VM, &host_name(1));
     if let Err(fault) = last {
@@ -109,12 +122,12 @@ fn a_writing_guest_goes_back_to_one_instant_and_runs_beside_itself() {
         .await_vm(VM, "moved nowhere", |vm| vm.migration.is_empty());
     let reports_then = console.reports.len();
     // It writes on, and its journal goes far beyond what it was.
-    let after = acknowledged(&cluster, &mut console, 6);
+    let after = acknowledged(cluster, &mut console, 6);
     assert!(after > before, "{after} after, {before} before");
 
     cluster.client.restore_vm(VM, "nightly", CLONE).expect("it fits");
     cluster.client.await_running(CLONE);
-    let mut beside = restored_console(&cluster, CLONE, before);
+    let mut beside = restored_console(cluster, CLONE, before);
     cluster.await_runs_exactly_once(CLONE);
     cluster.await_runs_exactly_once(VM);
     let fault = cluster
@@ -123,13 +136,13 @@ fn a_writing_guest_goes_back_to_one_instant_and_runs_beside_itself() {
         .expect_err("the clone has it");
     assert_eq!(fault.code, Code::VolumeInUse);
     assert!(
-        acknowledged(&cluster, &mut console, 1) > after,
+        acknowledged(cluster, &mut console, 1) > after,
         "the original was not touched"
     );
 
     let fault = cluster.client.restore_vm(VM, "nightly", "").expect_err("it runs");
     assert_eq!(fault.code, Code::VmState, "{fault}");
-    stop(&cluster);
+    stop(cluster);
     let reports_last = console.reports.len();
     cluster
         .client
@@ -143,8 +156,8 @@ fn a_writing_guest_goes_back_to_one_instant_and_runs_beside_itself() {
         "{} reports, {reports_then} at the instant, {reports_last} at the end",
         console.reports.len()
     );
-    let mut console = restored_console(&cluster, VM, before);
-    assert!(!cluster.volume_file("data").exists() || folders(&cluster) > 0);
+    let mut console = restored_console(cluster, VM, before);
+    assert!(!cluster.volume_file("data").exists() || folders(cluster) > 0);
     drover_chaos_cluster::await_some("what was replaced to be removed", || {
         match cluster.volume_file("data").exists() {
             false => Ok(()),
@@ -152,8 +165,8 @@ fn a_writing_guest_goes_back_to_one_instant_and_runs_beside_itself() {
         }
     });
     // From here on it is as any other: what it writes is there after the next start.
-    let restored = acknowledged(&cluster, &mut console, 1);
-    stop(&cluster);
+    let restored = acknowledged(cluster, &mut console, 1);
+    stop(cluster);
     cluster.client.start_vm(VM).expect("it is stopped");
     cluster.client.await_running(VM);
     let mut console = Console::new(VM);
@@ -172,9 +185,9 @@ fn a_writing_guest_goes_back_to_one_instant_and_runs_beside_itself() {
         .client
         .delete_snapshot(VM, "nightly")
         .expect("nobody needs it");
-    await_folders(&cluster, 0);
-    acknowledged(&cluster, &mut beside, 1);
-    assert_sound_at_the_end(&cluster, &mut console);
+    await_folders(cluster, 0);
+    acknowledged(cluster, &mut beside, 1);
+    assert_sound_at_the_end(cluster, &mut console);
 }
 
 #[test]
@@ -182,11 +195,18 @@ fn whoever_dies_while_a_snapshot_is_taken_leaves_a_whole_one_or_nothing() {
     let Some(mut cluster) = cluster() else { return };
     let mut console = boot_with_journal(&cluster);
     let (host, epoch) = cluster.await_runs_exactly_once(VM);
-    // The agent, before and after it has told the VMM.
-    for (name, point) in [("before", BEFORE_SNAPSHOT), ("after", AFTER_SNAPSHOT)] {
+    // The agent, before and after it has told the VMM, and before and after it has named what that sealed.
+    for (name, point) in [
+        ("before", BEFORE_SNAPSHOT),
+        ("after", AFTER_SNAPSHOT),
+        ("unnamed", BEFORE_NAMING),
+        ("named", AFTER_NAMING),
+    ] {
         cluster.hold(point);
         cluster.client.create_snapshot(VM, name).expect("it runs");
         cluster.await_reached(point);
+        let snapshot = cluster.client.snapshot(VM, name).expect("it is known");
+        assert_eq!(snapshot.phase(), SnapshotPhase::Creating, "{point}: {snapshot:?}");
         cluster.kill_agent(host);
         cluster.release(point);
         cluster.start_agent(host);
@@ -202,7 +222,7 @@ fn whoever_dies_while_a_snapshot_is_taken_leaves_a_whole_one_or_nothing() {
     ready(&cluster.client.await_snapshot(VM, "leader"));
     cluster.start_controller(leader);
     acknowledged(&cluster, &mut console, 2);
-    await_folders(&cluster, 3);
+    await_folders(&cluster, 5);
     // The VMM: the snapshot fails with the run, and its folder goes.
     cluster.hold(BEFORE_SNAPSHOT);
     cluster.client.create_snapshot(VM, "vmm").expect("it runs");
@@ -211,7 +231,7 @@ fn whoever_dies_while_a_snapshot_is_taken_leaves_a_whole_one_or_nothing() {
     cluster.release(BEFORE_SNAPSHOT);
     let failed = cluster.client.await_snapshot(VM, "vmm");
     assert_eq!(failed.phase(), SnapshotPhase::Failed, "{failed:?}");
-    await_folders(&cluster, 3);
+    await_folders(&cluster, 5);
     drover_chaos_cluster::await_some("its leftovers to be known as gone", || {
         let failed = cluster
             .client
