@@ -22,7 +22,9 @@ use std::time::{Duration, Instant};
 use cage::{UID, caged, hand_disk, hand_in, hand_peer, hand_way, stranger};
 use common::{PATIENCE, World, flat_out, has_seconds, incoming, seconds, slow_link};
 use drover_proto::descriptors::Kind;
-use drover_proto::v1::{AttachDiskRequest, MigrationOptions, OutcomeRequest, VmmState, WatchInfoRequest};
+use drover_proto::v1::{
+    AttachDiskRequest, MigrationOptions, OutcomeRequest, SetMemoryRequest, VmmState, WatchInfoRequest,
+};
 use drover_proto::{Code, Fault, LOCAL_PREFIX};
 use inside::Caged;
 use nix::libc;
@@ -239,6 +241,37 @@ async fn a_disk_comes_to_a_running_guest_if_the_agent_hands_it_in() {
             seconds(text, "disk_seq").last().is_some_and(|seq| *seq > 8)
         })
         .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_gives_memory_up_from_inside_and_its_host_has_it_back() {
+    needs_kvm!();
+    let world = World::new();
+    let mut caged = Caged::start(&world, "host1", 1, |config| {
+        config["memory_mib"] = 192.into();
+        config["cmdline"] = "own=16M hot=1M rate=2000 spare=written balloon=quiet".into();
+        config["balloon"] = serde_json::json!({"slot": 31});
+    })
+    .await;
+    let shared_kib = |caged: &Caged| -> u64 { field(&caged.status()[0], "RssShmem")[0].parse().unwrap() };
+    caged.grant().await;
+    caged.console("line", has_seconds(1)).await;
+    let before = shared_kib(&caged);
+    for (revision, target_mib, held_mib) in [(1, 128, 64), (2, 184, 8), (3, 64, 128)] {
+        let request = SetMemoryRequest { revision, target_mib };
+        caged.vmm.set_memory(request).await.unwrap();
+        let holds = |text: &str| seconds(text, "balloon").last() == Some(&(held_mib * 256));
+        let seen = caged.console("what its balloon is to hold", holds).await;
+        assert!(
+            seconds(&seen, "balloon_lost").iter().all(|&lost| lost == 0),
+            "{seen}"
+        );
+    }
+    let after = shared_kib(&caged);
+    assert!(
+        after + (96 << 10) < before,
+        "{before} KiB before, {after} KiB after"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
