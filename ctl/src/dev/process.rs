@@ -6,6 +6,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -102,10 +103,23 @@ pub fn find(program: &str, wanted: impl Fn(&Path) -> bool) -> Vec<Found> {
 
 /// Whether `pid` executes a file named `program`, be it replaced by a newer build meanwhile.
 pub fn runs(pid: i32, program: &str) -> bool {
-    let Ok(exe) = fs::read_link(format!("/proc/{pid}/exe")) else {
-        return false;
+    let exe = fs::read_link(format!("/proc/{pid}/exe"));
+    let cmdline = || fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    is_named(exe, cmdline, program)
+}
+
+/// Of a VMM in its sandbox, which nobody may trace, the kernel tells an ordinary user, also its own, no more than the command line.
+fn is_named(exe: io::Result<PathBuf>, cmdline: impl FnOnce() -> Vec<u8>, program: &str) -> bool {
+    let file = match exe {
+        Ok(exe) => exe,
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            let words = cmdline();
+            let first = words.split(|&byte| byte == 0).next().unwrap_or_default();
+            PathBuf::from(OsStr::from_bytes(first))
+        }
+        Err(_) => return false,
     };
-    let name = exe.file_name().unwrap_or_default().as_bytes();
+    let name = file.file_name().unwrap_or_default().as_bytes();
     name.strip_suffix(b" (deleted)").unwrap_or(name) == program.as_bytes()
 }
 
@@ -227,6 +241,29 @@ mod tests {
         );
         assert_eq!(config_of(b"drover-vmm\0--config\0"), None);
         assert_eq!(config_of(b""), None);
+    }
+
+    #[test]
+    fn a_program_that_may_not_be_looked_into_is_known_by_its_command_line() {
+        let denied = || Err(io::ErrorKind::PermissionDenied.into());
+        let words = || b"/x/drover-vmm\0--config\0/d/config.json\0".to_vec();
+        assert!(is_named(denied(), words, "drover-vmm"));
+        assert!(!is_named(denied(), words, "drover-agent"));
+        assert!(!is_named(denied(), Vec::new, "drover-vmm"));
+        assert!(!is_named(
+            Err(io::ErrorKind::NotFound.into()),
+            words,
+            "drover-vmm"
+        ));
+        assert!(is_named(
+            Ok("/x/drover-vmm (deleted)".into()),
+            Vec::new,
+            "drover-vmm"
+        ));
+        assert!(
+            !is_named(Ok("/bin/sh".into()), words, "drover-vmm"),
+            "what is seen counts"
+        );
     }
 
     #[test]
