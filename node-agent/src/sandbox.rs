@@ -174,13 +174,22 @@ impl Sandbox {
     /// Control groups for a VMM that is about to be started; none where there can be none.
     ///
     /// # Errors
-    /// `vmm_start_failed`: they can be had and cannot be made.
+    /// `vmm_start_failed`: a sandbox is required, and they can be had and cannot be made.
     pub fn groups(&self, key: &Key, guest_mib: u64) -> Result<Entrances, Fault> {
         let Ok(groups) = &self.groups else {
             return Ok(Entrances::default());
         };
-        let made = groups.make(key, guest_mib);
-        made.map_err(|error| Fault::new(Code::VmmStartFailed, format!("its control group: {error}")))
+        match groups.make(key, guest_mib) {
+            Err(error) if self.policy == Policy::Required => {
+                let message = format!("its control group: {error}");
+                Err(Fault::new(Code::VmmStartFailed, message))
+            }
+            Err(error) => {
+                tracing::warn!(vmm = %key, "no limits on memory and threads, its control group cannot be made: {error}");
+                Ok(Entrances::default())
+            }
+            Ok(entrances) => Ok(entrances),
+        }
     }
 
     /// The VMM is gone.
@@ -391,6 +400,15 @@ mod tests {
         }
         let off = Sandbox::new(Policy::Off, Some(Ids { uid: 7, gid: 8 }), Ok(Cgroups::default()));
         assert_eq!(off.of_vmm().await.unwrap(), None);
+    }
+
+    #[test]
+    fn a_group_that_cannot_be_made_costs_a_vm_its_start_only_where_a_sandbox_is_required() {
+        let key = Key::start("vm1", 1);
+        for (policy, starts) in [(Policy::BestEffort, true), (Policy::Required, false)] {
+            let sandbox = Sandbox::new(policy, None, Ok(Cgroups::broken()));
+            assert_eq!(sandbox.groups(&key, 64).is_ok(), starts, "{policy:?}");
+        }
     }
 
     #[tokio::test]

@@ -129,6 +129,10 @@ impl Hierarchy {
         };
         pass_on(self.parent.parent().unwrap_or(&self.parent))?;
         make(&self.parent)?;
+        // It may be there and another user's.
+        let probe = self.parent.join(format!("{agent}.probe"));
+        make(&probe)?;
+        fs::remove_dir(&probe)?;
         pass_on(&self.parent)?;
         for entry in fs::read_dir(&self.parent)?.flatten() {
             let name = entry.file_name();
@@ -188,6 +192,20 @@ impl Cgroups {
             prepared.map_err(|error| format!("{}: {error}", hierarchy.parent.display()))?;
         }
         Ok(found)
+    }
+
+    /// Groups that cannot be made.
+    #[cfg(test)]
+    pub(crate) fn broken() -> Self {
+        Self {
+            agent: "0".repeat(AGENT_CHARS),
+            hierarchies: vec![Hierarchy {
+                parent: "/proc/no-group".into(),
+                memory: None,
+                threads: None,
+                passes_on: false,
+            }],
+        }
     }
 
     fn name_of(&self, key: &Key) -> String {
