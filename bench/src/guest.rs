@@ -11,7 +11,16 @@ use crate::interrupt;
 const LINE_MAX: usize = 4096;
 
 /// Words that the probe says only when something went wrong, see docs/probe.md.
-const COMPLAINTS: [&str; 5] = ["LOST", "BACK", "PANIC", "EXCEPTION", "bad parameter"];
+const COMPLAINTS: [&str; 8] = [
+    "LOST",
+    "BACK",
+    "PANIC",
+    "EXCEPTION",
+    "bad parameter",
+    "DISK LOST",
+    "no disk",
+    "no nic",
+];
 
 /// A console from its first byte, through every move.
 #[derive(Debug, Default)]
@@ -68,7 +77,7 @@ impl GuestLog {
     /// Reads until `enough` holds.
     pub fn await_some(
         &mut self,
-        feed: &mut impl Feed,
+        feed: &mut (impl Feed + ?Sized),
         what: &str,
         limit: Duration,
         enough: impl Fn(&Self) -> bool,
@@ -133,10 +142,7 @@ mod tests {
             written,
             verified: 1,
             lost,
-            back: 0,
-            disk: None,
-            net: None,
-            balloon: None,
+            ..Second::default()
         };
         format!("{report}\r\n")
     }

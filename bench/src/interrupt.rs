@@ -32,7 +32,7 @@ pub fn listen() -> Result<()> {
                 if ASKED.swap(true, Ordering::Relaxed) {
                     std::process::exit(INTERRUPTED);
                 }
-                eprintln!("interrupted: the cluster is taken down");
+                eprintln!("interrupted: what runs is taken down");
             }
         });
     });

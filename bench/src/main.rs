@@ -1,4 +1,7 @@
-//! `cargo xtask bench migration`: one guest, moved by us and by QEMU in turns over the same links, and what it cost.
+//! `cargo xtask bench`: what we cost beside QEMU, of one guest in turns.
+//!
+//! `vmm`, `disk` and `net` are of one VM on this machine (`beside`). The rest is of `migration`: one guest, moved by us and by QEMU over the same
+//! links, and what it cost.
 //!
 //! ```text
 //!   drover-bench ── a whole cluster (drover-chaos-cluster): 3 controllers, 3 agents, one network namespace a host
@@ -14,18 +17,23 @@
 //! It knows nothing of how either side does it, and it judges nothing but lost pages: its figures are for people, and for
 //! whoever reads the JSON.
 
+mod beside;
 mod copy;
+mod disk;
 mod guest;
 mod host;
 mod interrupt;
 mod meter;
+mod net;
 mod ours;
+mod packet;
 mod picture;
 mod qemu;
 mod qmp;
 mod result;
 mod table;
 mod turns;
+mod vmm;
 mod warm;
 mod watch;
 mod workload;
@@ -68,7 +76,7 @@ const HOST_MEMORY_MIB: u64 = 8192;
 /// What makes the programs that are measured.
 const MADE_BY: &str = "cargo xtask bench migration";
 
-/// Measures migrations, ours beside QEMU's.
+/// Measures us beside QEMU.
 #[derive(Parser)]
 #[command(name = "cargo xtask bench", version)]
 struct Arguments {
@@ -80,6 +88,12 @@ struct Arguments {
 enum What {
     /// Live migrations of one guest, by us and by QEMU in turns
     Migration(Migration),
+    /// A VMM's start and what it holds of memory beside its guest's
+    Vmm(beside::Arguments),
+    /// Requests a second of a virtio disk
+    Disk(beside::Arguments),
+    /// Frames through a virtio NIC on a tap
+    Net(beside::Arguments),
 }
 
 #[derive(clap::Args)]
@@ -105,8 +119,13 @@ struct Migration {
 }
 
 fn main() -> ExitCode {
-    let What::Migration(arguments) = Arguments::parse().what;
-    match bench(&arguments) {
+    let done = match Arguments::parse().what {
+        What::Migration(arguments) => bench(&arguments),
+        What::Vmm(arguments) => vmm::bench(&arguments),
+        What::Disk(arguments) => disk::bench(&arguments),
+        What::Net(arguments) => net::bench(&arguments),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{error:#}");

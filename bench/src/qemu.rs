@@ -27,7 +27,7 @@ pub const PROGRAM: &str = "qemu-system-x86_64";
 
 /// QEMU's small firmware, which comes with the program: where ring 0 is emulated the usual one takes a quarter of a minute to
 /// find the kernel, before every turn. It is gone before the guest runs and has no part in a migration.
-const FIRMWARE: (&str, &str) = ("qboot.rom", "/usr/share/qemu/qboot.rom");
+pub const FIRMWARE: (&str, &str) = ("qboot.rom", "/usr/share/qemu/qboot.rom");
 
 /// No limit: QEMU's own default is 128 MiB/s.
 const BANDWIDTH_MAX: u64 = 1 << 40;

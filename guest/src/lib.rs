@@ -10,9 +10,11 @@ extern crate std;
 
 pub mod clock;
 pub mod echo;
+pub mod frames;
 pub mod journal;
 pub mod layout;
 pub mod ledger;
+pub mod load;
 pub mod pace;
 pub mod page;
 pub mod params;

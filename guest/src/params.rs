@@ -5,6 +5,8 @@
 
 use core::fmt;
 
+use crate::frames::{FRAME_MAX, FRAME_MIN};
+use crate::load::DEPTH_MAX;
 use crate::{CPUS_MAX, PAGE_SIZE};
 
 /// Slowest and fastest timer: below, a console line could miss its second; above, KVM slows the timer down itself.
@@ -15,6 +17,7 @@ pub const RATE_MAX: u64 = 100_000_000;
 pub const FAULT_AFTER_MAX_S: u64 = 86_400;
 
 const OWN_DEFAULT: u64 = 64 << 20;
+const DEPTH_DEFAULT: u32 = 32;
 
 /// How fast hot pages are rewritten, all processors together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +61,24 @@ pub enum Fault {
     Shutdown,
 }
 
+/// The load of a benchmark on a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskBench {
+    /// Requests under way, all the time.
+    pub depth: u32,
+    /// How many of them write, percent; the others read.
+    pub writes_percent: u32,
+}
+
+/// The load of a benchmark on a NIC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetBench {
+    /// Frames are taken and counted; else they are sent.
+    pub sink: bool,
+    /// Bytes of a frame that is sent, without its checksum.
+    pub frame_bytes: u32,
+}
+
 /// A valid command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Params {
@@ -87,6 +108,10 @@ pub struct Params {
     pub reports: bool,
     /// Whether pages that nobody owns are written to first.
     pub spare_written: bool,
+    /// The load on a disk, instead of a journal.
+    pub disk_bench: Option<DiskBench>,
+    /// The load on a NIC, instead of a station.
+    pub net_bench: Option<NetBench>,
     /// How to end, and after how many seconds.
     pub fault: Option<(Fault, u64)>,
 }
@@ -132,6 +157,8 @@ pub enum Why {
     NotAnAddress,
     /// `net=echo` alone, or `ip` alone.
     NetAndIp,
+    /// A word that only goes with this one.
+    GoesWith(&'static str),
     /// The machine has less memory.
     DoesNotFit {
         /// Pages that the machine could give.
@@ -144,7 +171,7 @@ impl fmt::Display for BadParam<'_> {
         write!(f, "probe bad parameter \"{}\": ", self.word)?;
         match self.why {
             Why::Unknown => f.write_str(
-                "unknown name, known are own, hot, rate, pattern, content, cpus, hz, disk, net, ip, balloon, spare, fault, fault_after",
+                "unknown name, known are own, hot, rate, pattern, content, cpus, hz, disk, depth, writes, net, ip, frame, balloon, spare, fault, fault_after",
             ),
             Why::NotOneOf(words) => write!(f, "must be one of {words}"),
             Why::OutOfRange { low, high } => write!(f, "must be a number from {low} to {high}"),
@@ -158,6 +185,7 @@ impl fmt::Display for BadParam<'_> {
             Why::WithoutFault => f.write_str("needs fault=triple, emulation or shutdown"),
             Why::NotAnAddress => f.write_str("must be an IPv4 address such as 10.0.0.2"),
             Why::NetAndIp => f.write_str("net=echo and ip=ADDRESS need each other"),
+            Why::GoesWith(word) => write!(f, "goes with {word} only"),
             Why::DoesNotFit { pages } => write!(f, "does not fit, the memory map has room for {pages} pages"),
         }
     }
@@ -183,12 +211,15 @@ impl Params {
             balloon: false,
             reports: false,
             spare_written: false,
+            disk_bench: None,
+            net_bench: None,
             fault: None,
         };
         let mut hot_word = None;
         let mut fault = None;
         let mut fault_after = None;
         let (mut net, mut ip) = (None, None);
+        let mut bench = Bench::default();
         for word in line.split_ascii_whitespace() {
             let (name, value) = word.split_once('=').unwrap_or((word, ""));
             let bad = |why| BadParam { word, why };
@@ -203,10 +234,26 @@ impl Params {
                     let hz = number(value, *HZ_RANGE.start(), *HZ_RANGE.end()).map_err(bad)?;
                     params.hz = u32::try_from(hz).unwrap_or(u32::MAX);
                 }
-                "disk" => (params.disk, params.hot_plug) = journal(value).map_err(bad)?,
                 "balloon" => (params.balloon, params.reports) = balloon(value).map_err(bad)?,
                 "spare" => params.spare_written = spare(value).map_err(bad)?,
-                "net" => net = station(value).map_err(bad)?.then_some(word),
+                "disk" => {
+                    bench.disk = value == "bench";
+                    (params.disk, params.hot_plug) = journal(value).map_err(bad)?;
+                }
+                "depth" => bench.depth = Some((word, number32(value, 1, DEPTH_MAX).map_err(bad)?)),
+                "writes" => bench.writes = Some((word, number32(value, 0, 100).map_err(bad)?)),
+                "net" => {
+                    bench.sink = match value {
+                        "flood" => Some(false),
+                        "sink" => Some(true),
+                        _ => None,
+                    };
+                    net = station(value).map_err(bad)?.then_some(word);
+                }
+                "frame" => {
+                    let frame = number32(value, FRAME_MIN as u32, FRAME_MAX as u32).map_err(bad)?;
+                    bench.frame = Some((word, frame));
+                }
                 "ip" => ip = Some((word, address(value).ok_or(bad(Why::NotAnAddress))?)),
                 "fault" => fault = Some(fault_kind(value).map_err(bad)?),
                 "fault_after" => {
@@ -247,6 +294,7 @@ impl Params {
             }
             (None, None) => None,
         };
+        (params.disk_bench, params.net_bench) = bench.finish()?;
         params.check_cpus(hot_word.map_or("hot", |(word, _)| word))?;
         Ok(params)
     }
@@ -259,6 +307,45 @@ impl Params {
             }),
             _ => Ok(()),
         }
+    }
+}
+
+/// The words of a benchmark, as far as they were read.
+#[derive(Default)]
+struct Bench<'a> {
+    disk: bool,
+    depth: Option<(&'a str, u32)>,
+    writes: Option<(&'a str, u32)>,
+    sink: Option<bool>,
+    frame: Option<(&'a str, u32)>,
+}
+
+impl<'a> Bench<'a> {
+    fn finish(self) -> Result<(Option<DiskBench>, Option<NetBench>), BadParam<'a>> {
+        let alone = |given: Option<(&'a str, u32)>, with| match given {
+            Some((word, _)) => Err(BadParam {
+                word,
+                why: Why::GoesWith(with),
+            }),
+            None => Ok(()),
+        };
+        if !self.disk {
+            alone(self.depth, "disk=bench")?;
+            alone(self.writes, "disk=bench")?;
+        }
+        if self.sink != Some(false) {
+            alone(self.frame, "net=flood")?;
+        }
+        let value = |given: Option<(&str, u32)>, otherwise| given.map_or(otherwise, |(_, value)| value);
+        let disk = self.disk.then(|| DiskBench {
+            depth: value(self.depth, DEPTH_DEFAULT),
+            writes_percent: value(self.writes, 0),
+        });
+        let net = self.sink.map(|sink| NetBench {
+            sink,
+            frame_bytes: value(self.frame, FRAME_MAX as u32),
+        });
+        Ok((disk, net))
     }
 }
 
@@ -319,13 +406,13 @@ fn content(text: &str) -> Result<Content, Why> {
     }
 }
 
-/// Whether there is to be a disk, and whether it may come and go.
+/// Whether there is to be a journal, and whether its disk may come and go.
 fn journal(text: &str) -> Result<(bool, bool), Why> {
     match text {
-        "none" => Ok((false, false)),
+        "none" | "bench" => Ok((false, false)),
         "journal" => Ok((true, false)),
         "hot-plug" => Ok((true, true)),
-        _ => Err(Why::NotOneOf("none, journal, hot-plug")),
+        _ => Err(Why::NotOneOf("none, journal, hot-plug, bench")),
     }
 }
 
@@ -349,9 +436,9 @@ fn spare(text: &str) -> Result<bool, Why> {
 
 fn station(text: &str) -> Result<bool, Why> {
     match text {
-        "none" => Ok(false),
+        "none" | "flood" | "sink" => Ok(false),
         "echo" => Ok(true),
-        _ => Err(Why::NotOneOf("none, echo")),
+        _ => Err(Why::NotOneOf("none, echo, flood, sink")),
     }
 }
 
@@ -406,6 +493,8 @@ mod tests {
             balloon: true,
             reports: true,
             spare_written: true,
+            disk_bench: None,
+            net_bench: None,
             fault: Some((Fault::Triple, 3)),
         };
         assert_eq!(Params::parse(line), Ok(expected));
@@ -437,10 +526,17 @@ mod tests {
             ("cpus=17", "cpus=17", "from 1 to 16"),
             ("hz=9", "hz=9", "from 10 to 4000"),
             ("fault=quad", "fault=quad", "triple, emulation, shutdown"),
-            ("disk=sda", "disk=sda", "none, journal, hot-plug"),
-            ("net=on", "net=on", "none, echo"),
             ("balloon=yes", "balloon=yes", "none, on, quiet"),
             ("spare=no", "spare=no", "untouched, written"),
+            ("disk=sda", "disk=sda", "none, journal, hot-plug, bench"),
+            ("disk=bench depth=0", "depth=0", "from 1 to 64"),
+            ("disk=bench writes=101", "writes=101", "from 0 to 100"),
+            ("disk=journal depth=2", "depth=2", "goes with disk=bench"),
+            ("writes=2", "writes=2", "goes with disk=bench"),
+            ("net=sink frame=60", "frame=60", "goes with net=flood"),
+            ("net=flood frame=59", "frame=59", "from 60 to 1514"),
+            ("net=flood ip=10.0.0.2", "ip=10.0.0.2", "need each other"),
+            ("net=on", "net=on", "none, echo, flood, sink"),
             ("net=echo", "net=echo", "need each other"),
             ("ip=10.0.0.2", "ip=10.0.0.2", "need each other"),
             ("net=echo ip=10.0.0", "ip=10.0.0", "an IPv4 address"),
@@ -459,6 +555,25 @@ mod tests {
                 "{line}: {text}"
             );
         }
+    }
+
+    #[test]
+    fn a_load_has_its_defaults_and_takes_the_place_of_journal_and_station() {
+        let params = Params::parse("disk=bench net=flood").unwrap();
+        let disk = DiskBench {
+            depth: 32,
+            writes_percent: 0,
+        };
+        let net = NetBench {
+            sink: false,
+            frame_bytes: 1514,
+        };
+        assert_eq!((params.disk_bench, params.net_bench), (Some(disk), Some(net)));
+        assert_eq!((params.disk, params.net), (false, None));
+        let params = Params::parse("disk=bench depth=64 writes=30 net=sink").unwrap();
+        assert_eq!(params.disk_bench.map(|bench| bench.writes_percent), Some(30));
+        assert!(params.net_bench.is_some_and(|bench| bench.sink));
+        assert_eq!(Params::parse("disk=bench disk=none").unwrap().disk_bench, None);
     }
 
     #[test]

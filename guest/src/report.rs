@@ -56,6 +56,10 @@ pub struct Second {
     pub net: Option<NetSecond>,
     /// The balloon's, where there is one.
     pub balloon: Option<BalloonSecond>,
+    /// The load's on a disk, where there is one.
+    pub disk_load: Option<DiskLoad>,
+    /// The load's on a NIC, where there is one.
+    pub net_load: Option<NetLoad>,
 }
 
 /// Of the balloon, with each line of a second; all are pages.
@@ -69,6 +73,32 @@ pub struct BalloonSecond {
     pub reported: u64,
     /// Taken back, written to, and not as they were when they went in again.
     pub lost: u64,
+}
+
+/// Of a benchmark's load on a disk: what was done since every block had its first content.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskLoad {
+    /// Blocks read, all of them compared.
+    pub reads: u64,
+    /// Blocks written.
+    pub writes: u64,
+    /// Blocks that did not hold what they must, requests that failed, and requests that were never answered.
+    pub lost: u64,
+    /// When this was counted: microseconds since boot.
+    pub at_us: u64,
+}
+
+/// Of a benchmark's load on a NIC.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NetLoad {
+    /// Frames that the device has sent, or that came.
+    pub frames: u64,
+    /// Their bytes, without what the device adds.
+    pub bytes: u64,
+    /// Frames that came damaged.
+    pub damaged: u64,
+    /// When this was counted: microseconds since boot.
+    pub at_us: u64,
 }
 
 /// Of the station on the network, with each line of a second.
@@ -169,6 +199,8 @@ impl fmt::Display for Second {
             disk,
             net,
             balloon,
+            disk_load,
+            net_load,
         } = self;
         write!(
             f,
@@ -204,6 +236,30 @@ impl fmt::Display for Second {
             write!(
                 f,
                 " balloon={pages} balloon_target={target} balloon_reported={reported} balloon_lost={lost}"
+            )?;
+        }
+        if let Some(DiskLoad {
+            reads,
+            writes,
+            lost,
+            at_us,
+        }) = disk_load
+        {
+            write!(
+                f,
+                " disk_reads={reads} disk_writes={writes} disk_lost={lost} disk_us={at_us}"
+            )?;
+        }
+        if let Some(NetLoad {
+            frames,
+            bytes,
+            damaged,
+            at_us,
+        }) = net_load
+        {
+            write!(
+                f,
+                " net_frames={frames} net_bytes={bytes} net_damaged={damaged} net_us={at_us}"
             )?;
         }
         Ok(())
@@ -289,6 +345,22 @@ impl Second {
                     lost,
                 })
             }),
+            disk_load: number(fields, "disk_us").and_then(|at_us| {
+                Some(DiskLoad {
+                    reads: number(fields, "disk_reads")?,
+                    writes: number(fields, "disk_writes")?,
+                    lost: number(fields, "disk_lost")?,
+                    at_us,
+                })
+            }),
+            net_load: number(fields, "net_us").and_then(|at_us| {
+                Some(NetLoad {
+                    frames: number(fields, "net_frames")?,
+                    bytes: number(fields, "net_bytes")?,
+                    damaged: number(fields, "net_damaged")?,
+                    at_us,
+                })
+            }),
         })
     }
 }
@@ -341,10 +413,7 @@ mod tests {
             written: 5,
             verified: 6,
             lost: 1,
-            back: 0,
-            disk: None,
-            net: None,
-            balloon: None,
+            ..Second::default()
         };
         let line = "probe t=3 ticks=3001 gap_us=1002 max_gap_us=9000 written=5 verified=6 lost=1 back=0";
         assert_eq!(second.to_string(), line);
@@ -419,6 +488,29 @@ mod tests {
             line.ends_with(" back=0 balloon=256 balloon_target=512 balloon_reported=1024 balloon_lost=0"),
             "{line}"
         );
+        assert_eq!(Second::parse(&line), Some(second));
+    }
+
+    #[test]
+    fn what_is_said_of_loads_is_as_documented_and_reads_back() {
+        let second = Second {
+            disk_load: Some(DiskLoad {
+                reads: 70,
+                writes: 30,
+                lost: 1,
+                at_us: 5,
+            }),
+            net_load: Some(NetLoad {
+                frames: 2,
+                bytes: 3028,
+                damaged: 0,
+                at_us: 6,
+            }),
+            ..Second::default()
+        };
+        let line = second.to_string();
+        let expected = " back=0 disk_reads=70 disk_writes=30 disk_lost=1 disk_us=5 net_frames=2 net_bytes=3028 net_damaged=0 net_us=6";
+        assert!(line.ends_with(expected), "{line}");
         assert_eq!(Second::parse(&line), Some(second));
     }
 

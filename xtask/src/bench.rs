@@ -11,16 +11,27 @@ use crate::artifacts::{build_plain, put_aside, target_dir};
 use crate::setup::{Need, is_root, kvm_problem, prepare};
 use crate::tool::typed;
 
-/// The options of `bench migration`, each with a value. Their values are judged by `drover-bench`.
-const OPTIONS: [&str; 4] = ["--json", "--pairs", "--only", "--pictures"];
+/// The benchmarks and their options, each with a value. Their values are judged by `drover-bench`.
+const BENCHMARKS: [(&str, &[&str]); 4] = [
+    ("migration", &["--json", "--pairs", "--only", "--pictures"]),
+    ("vmm", &["--json", "--runs", "--only"]),
+    ("disk", &["--json", "--runs", "--only"]),
+    ("net", &["--json", "--runs", "--only"]),
+];
 
 const USAGE: &str = "\
-usage: cargo xtask bench migration [options]
+usage: cargo xtask bench migration|vmm|disk|net [options]
+
+  migration        one guest moved by us and by QEMU in turns
+  vmm              a VMM's start, and what it holds of memory beside its guest's
+  disk             requests a second of a virtio disk
+  net              frames through a virtio NIC on a tap
 
   --json FILE      writes every figure to this file
-  --pairs N        migrations of each side a workload, 5 by default
-  --only NAME,…    only these workloads
-  --pictures DIR   draws a picture a workload into this folder";
+  --only NAME,…    only these workloads or rows
+  --pairs N        migration: moves of each side a workload, 5 by default
+  --pictures DIR   migration: draws a picture a workload into this folder
+  --runs N         the others: runs of each side a row, 5 by default";
 
 /// Runs the benchmark with `words` behind `bench`; returns only if it cannot be started.
 pub fn run(words: &[&str]) -> Outcome<()> {
@@ -50,7 +61,11 @@ pub fn run(words: &[&str]) -> Outcome<()> {
 
 /// Finds a mistyped word before minutes of building.
 fn check(words: &[&str]) -> Outcome<()> {
-    let Some((&"migration", mut rest)) = words.split_first() else {
+    let known = words.split_first().and_then(|(name, rest)| {
+        let (_, options) = BENCHMARKS.iter().find(|(known, _)| known == name)?;
+        Some((*name, *options, rest))
+    });
+    let Some((benchmark, options, mut rest)) = known else {
         return Err(USAGE.to_owned());
     };
     while let Some((option, after)) = rest.split_first() {
@@ -58,8 +73,8 @@ fn check(words: &[&str]) -> Outcome<()> {
             Some((name, value)) => (name, Some(value)),
             None => (*option, None),
         };
-        if !OPTIONS.contains(&name) {
-            return Err(format!("bench migration has no option {option:?}\n\n{USAGE}"));
+        if !options.contains(&name) {
+            return Err(format!("bench {benchmark} has no option {option:?}\n\n{USAGE}"));
         }
         rest = match (value, after.split_first()) {
             (Some(value), _) if !value.is_empty() => after,
@@ -77,11 +92,13 @@ mod tests {
     #[test]
     fn options_in_both_forms_pass_and_whatever_is_mistyped_is_named() {
         assert_eq!(check(&["migration"]), Ok(()));
+        assert_eq!(check(&["disk", "--runs", "1", "--json=x"]), Ok(()));
         assert_eq!(check(&["migration", "--pairs", "3", "--only=idle,zipf"]), Ok(()));
         for (words, named) in [
             (vec![], "usage"),
             (vec!["migrate"], "usage"),
             (vec!["migration", "--pair", "3"], "\"--pair\""),
+            (vec!["vmm", "--pairs", "3"], "\"--pairs\""),
             (vec!["migration", "idle"], "\"idle\""),
             (vec!["migration", "--json"], "--json needs a value"),
             (vec!["migration", "--json="], "--json needs a value"),

@@ -31,6 +31,7 @@ usage: cargo xtask <command>
   test fuzz            as `fuzz`, ten seconds a target
   chaos                random kill points during migrations, a thousand of them; `chaos --help` has the options
   bench migration      one guest moved by us and by QEMU in turns, measured side by side; docs/bench.md has the options
+  bench vmm|disk|net   a VMM's start and memory, its disk's requests, its NIC's frames, beside QEMU's
   fuzz [seconds]       fuzzes every decoder, 60 seconds a target by default (needs cargo-fuzz)";
 
 /// What ends a command early: one sentence for a person.

@@ -42,11 +42,18 @@
 
 .section .boot, "awx", @progbits
 
+.set SERIAL, 0x3f8
+.set LINE_FEED, 0x0a
+
+// The first instructions say an empty line: whoever starts the guest sees when it began.
 .code32
 .globl pvh_entry
 pvh_entry:                  // ebx = hvm_start_info; flat segments, no paging
     cli
     cld
+    movw $SERIAL, %dx
+    movb $LINE_FEED, %al
+    outb %al, %dx
     lgdtl gdtr
     movl %ebx, %esi
     movl $KIND_PVH, %edi
@@ -71,6 +78,9 @@ enter_long:
 linux_entry:                // rsi = boot_params; long mode, identity-mapped
     cli
     cld
+    movw $SERIAL, %dx
+    movb $LINE_FEED, %al
+    outb %al, %dx
     lgdt gdtr(%rip)
     movl $CR4_BITS, %eax
     movq %rax, %cr4

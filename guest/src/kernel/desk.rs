@@ -4,7 +4,7 @@ use core::sync::atomic::Ordering;
 
 use drover_probe::clock::microseconds;
 use drover_probe::params::Fault;
-use drover_probe::report::{BalloonSecond, DiskSecond, NetSecond, Second};
+use drover_probe::report::Second;
 
 use super::console::{self, say};
 use super::machine;
@@ -50,8 +50,8 @@ impl Desk {
         }
     }
 
-    /// Does what is due; `disk` is how the journal stands, `net` what the station has done, `balloon` how the balloon stands.
-    pub fn tend(&mut self, disk: Option<DiskSecond>, net: Option<NetSecond>, balloon: Option<BalloonSecond>) {
+    /// Does what is due; `said` holds what drivers say of themselves.
+    pub fn tend(&mut self, said: Second) {
         let now = machine::counter();
         let second = self.plan.clock.ticks_per_s();
         if now >= self.next_look {
@@ -62,9 +62,11 @@ impl Desk {
             // After a stop the seconds missed are left out.
             self.next_line = (self.next_line + second).max(now);
             let report = Second {
-                disk,
-                net,
-                balloon,
+                disk: said.disk,
+                net: said.net,
+                balloon: said.balloon,
+                disk_load: said.disk_load,
+                net_load: said.net_load,
                 ..self.report(now)
             };
             say!("{report}");

@@ -34,18 +34,24 @@ const USED: u64 = 1;
 const HEADERS: u64 = 2;
 const DATA: u64 = 3;
 const AVAILABLE_OFFSET: u64 = 2048;
-const HEADER_BYTES: u64 = 16;
+/// Bytes of a request's header.
+pub const HEADER_BYTES: u64 = 16;
 const ANSWERS_OFFSET: u64 = 2048;
 
-const IN: u32 = 0;
-const OUT: u32 = 1;
+/// A request that reads.
+pub const IN: u32 = 0;
+/// A request that writes.
+pub const OUT: u32 = 1;
 const FLUSH: u32 = 4;
-const SECTORS_A_BLOCK: u64 = PAGE / 512;
-const NO_ANSWER: u8 = 0xff;
+/// Sectors of a block.
+pub const SECTORS_A_BLOCK: u64 = PAGE / 512;
+/// What stands in the place of an answer that is not there yet.
+pub const NO_ANSWER: u8 = 0xff;
 
 /// Virtio's vendor, and a disk that follows the standard.
-const DISK_ID: u32 = 0x1042_1af4;
-const F_FLUSH: u32 = 1 << 9;
+pub const DISK_ID: u32 = 0x1042_1af4;
+/// It knows flushes, and what was not flushed need not be on the medium.
+pub const F_FLUSH: u32 = 1 << 9;
 
 /// Between two batches.
 const PAUSE_MS: u64 = 5;
@@ -56,7 +62,8 @@ const BOOT_PATIENCE_S: u64 = 30;
 /// Losses that are said one by one.
 const LOSSES_SAID_MAX: u64 = 16;
 
-const NO_DISK: &str = "no virtio disk on PCI's root bus";
+/// Why there is no disk.
+pub const NO_DISK: &str = "no virtio disk on PCI's root bus";
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Doing {

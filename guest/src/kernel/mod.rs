@@ -13,8 +13,10 @@ mod boot;
 mod console;
 mod desk;
 mod disk;
+mod disk_load;
 mod machine;
 mod net;
+mod net_load;
 mod plan;
 mod time;
 mod virtio;
@@ -22,12 +24,16 @@ mod worker;
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
+use drover_probe::report::Second;
+
 use self::balloon::Balloon;
 use self::boot::BootInfo;
 use self::console::say;
 use self::desk::Desk;
 use self::disk::Bay;
+use self::disk_load::LoadedDisk;
 use self::net::Net;
+use self::net_load::LoadedNet;
 use self::plan::{PLAN, Plan};
 use self::time::Clock;
 use self::worker::Worker;
@@ -69,41 +75,17 @@ fn first(kind: u64, boot_address: u64) -> ! {
         say!("probe no timer: the local APIC's counter does not move");
         machine::stop()
     };
-    let (disk_memory, net_memory, balloon_memory) = (plan.disk, plan.net, plan.balloon);
+    let memory = [plan.disk, plan.net, plan.balloon];
     let cpus = machine::wake_others(plan.params.cpus, &clock);
     let plan = PLAN.publish(plan.with_machine(clock, timer, cpus));
     let mut worker = start_work(plan, 0);
     while FILLED.load(Ordering::Acquire) < plan.cpus {
         machine::idle();
     }
-    let hot_plug = plan.params.hot_plug;
-    let mut bay = match disk_memory.map(|memory| Bay::open(memory, hot_plug, &plan.clock)) {
-        None => None,
-        Some(Ok(bay)) => Some(bay),
-        Some(Err(why)) => {
-            say!("probe no disk: {why}");
-            machine::stop()
-        }
-    };
-    let mut net = match net_memory
-        .zip(plan.params.net)
-        .map(|(memory, ip)| Net::open(memory, ip))
-    {
-        None => None,
-        Some(Ok(net)) => Some(net),
-        Some(Err(why)) => {
-            say!("probe no nic: {why}");
-            machine::stop()
-        }
-    };
-    if plan.params.spare_written {
-        (0..plan.spare()).for_each(|index| balloon::write(plan.spare_page(index), index));
-    }
-    let mut balloon = match balloon_memory.map(|memory| Balloon::open(memory, plan)) {
-        None => None,
-        Some(Ok(balloon)) => Some(balloon),
-        Some(Err(why)) => {
-            say!("probe no balloon: {why}");
+    let mut drivers = match Drivers::open(plan, memory) {
+        Ok(drivers) => drivers,
+        Err((what, why)) => {
+            say!("probe no {what}: {why}");
             machine::stop()
         }
     };
@@ -111,12 +93,79 @@ fn first(kind: u64, boot_address: u64) -> ! {
     let mut desk = Desk::new(plan);
     loop {
         let worked = worker.step();
-        let journal = bay.as_mut().and_then(Bay::step);
-        let station = net.as_mut().map(Net::step);
-        let pages = balloon.as_mut().map(Balloon::step);
-        desk.tend(journal, station, pages);
-        if !worked {
+        desk.tend(drivers.step());
+        if !worked && !drivers.are_loaded() {
             machine::idle();
+        }
+    }
+}
+
+/// What processor 0 drives beside its pages.
+struct Drivers {
+    bay: Option<Bay>,
+    net: Option<Net>,
+    disk_load: Option<LoadedDisk>,
+    net_load: Option<LoadedNet>,
+    balloon: Option<Balloon>,
+}
+
+impl Drivers {
+    /// Opens what the plan asks for, in the memory that was set aside for disk, NIC and balloon. What cannot be, and why.
+    fn open(
+        plan: &'static Plan,
+        [disk, net, balloon]: [Option<u64>; 3],
+    ) -> Result<Drivers, (&'static str, &'static str)> {
+        let params = &plan.params;
+        let mut drivers = Drivers {
+            bay: None,
+            net: None,
+            disk_load: None,
+            net_load: None,
+            balloon: None,
+        };
+        let no_disk = |why| ("disk", why);
+        let no_nic = |why| ("nic", why);
+        match (disk, params.disk_bench) {
+            (Some(memory), Some(bench)) => {
+                drivers.disk_load = Some(LoadedDisk::open(plan, memory, bench).map_err(no_disk)?);
+            }
+            (Some(memory), None) => {
+                drivers.bay = Some(Bay::open(memory, params.hot_plug, &plan.clock).map_err(no_disk)?);
+            }
+            (None, _) => {}
+        }
+        match (net, params.net_bench, params.net) {
+            (Some(memory), Some(bench), _) => {
+                drivers.net_load = Some(LoadedNet::open(plan, memory, bench).map_err(no_nic)?);
+            }
+            (Some(memory), None, Some(ip)) => {
+                drivers.net = Some(Net::open(memory, ip).map_err(no_nic)?);
+            }
+            _ => {}
+        }
+        if params.spare_written {
+            (0..plan.spare()).for_each(|index| balloon::write(plan.spare_page(index), index));
+        }
+        if let Some(memory) = balloon {
+            drivers.balloon = Some(Balloon::open(memory, plan).map_err(|why| ("balloon", why))?);
+        }
+        Ok(drivers)
+    }
+
+    /// Whether there is always something to do.
+    fn are_loaded(&self) -> bool {
+        self.disk_load.is_some() || self.net_load.is_some()
+    }
+
+    /// Does what is due, and says how far that is.
+    fn step(&mut self) -> Second {
+        Second {
+            disk: self.bay.as_mut().and_then(Bay::step),
+            net: self.net.as_mut().map(Net::step),
+            disk_load: self.disk_load.as_mut().map(LoadedDisk::step),
+            net_load: self.net_load.as_mut().map(LoadedNet::step),
+            balloon: self.balloon.as_mut().map(Balloon::step),
+            ..Second::default()
         }
     }
 }

@@ -13,12 +13,16 @@ use super::machine;
 use super::virtio::{self, PAGE, Queue, Registers, WRITE, get, put};
 
 /// Virtio's vendor, and a NIC that follows the standard.
-const NIC_ID: u32 = 0x1041_1af4;
-const F_MAC: u32 = 1 << 5;
-const RECEIVE: u16 = 0;
-const TRANSMIT: u16 = 1;
+pub const NIC_ID: u32 = 0x1041_1af4;
+/// It has an address.
+pub const F_MAC: u32 = 1 << 5;
+/// Its queues.
+pub const RECEIVE: u16 = 0;
+/// See [`RECEIVE`].
+pub const TRANSMIT: u16 = 1;
 
-const HEADER: u64 = 12;
+/// Bytes before each frame.
+pub const HEADER: u64 = 12;
 const BUFFER: u64 = 2048;
 const SIZE: u16 = 32;
 const AVAILABLE_OFFSET: u64 = 2048;

@@ -10,7 +10,7 @@ use drover_probe::params::{BadParam, Params, Why};
 use drover_probe::report::Up;
 
 use super::time::Clock;
-use super::{balloon, disk, machine, net};
+use super::{balloon, disk, disk_load, machine, net, net_load};
 
 const RECORD_BYTES: u64 = 8;
 
@@ -20,9 +20,9 @@ pub struct Draft {
     pub params: Params,
     layout: Layout,
     record: u64,
-    /// Memory for the disk, where there is to be one: see [`super::disk`].
+    /// Memory for the disk, where there is to be one: see [`super::disk`] and [`super::disk_load`].
     pub disk: Option<u64>,
-    /// Memory for the NIC, where there is to be one: see [`super::net`].
+    /// Memory for the NIC, where there is to be one: see [`super::net`] and [`super::net_load`].
     pub net: Option<u64>,
     /// Memory for the balloon's driver, where there is to be one: see [`super::balloon`].
     pub balloon: Option<u64>,
@@ -50,24 +50,25 @@ impl Plan {
         let params = Params::parse(line)?;
         let mut layout = memory.clone();
         let room = layout.pages();
-        let drivers = [
-            (params.disk, disk::PAGES),
-            (params.net.is_some(), net::PAGES),
-            (params.balloon, balloon::PAGES),
+        let wanted = [
+            match params.disk_bench {
+                Some(_) => disk_load::PAGES,
+                None => u64::from(params.disk) * disk::PAGES,
+            },
+            match params.net_bench {
+                Some(_) => net_load::PAGES,
+                None => u64::from(params.net.is_some()) * net::PAGES,
+            },
+            u64::from(params.balloon) * balloon::PAGES,
         ];
-        let [disk, net, balloon] =
-            drivers.map(|(wanted, pages)| wanted.then(|| layout.take(pages)).flatten());
-        let needed: u64 = drivers
-            .iter()
-            .filter(|(wanted, _)| *wanted)
-            .map(|(_, pages)| pages)
-            .sum();
+        let taken = wanted.map(|pages| (pages > 0).then(|| layout.take(pages)).flatten());
+        let [disk, net, balloon] = taken;
+        let needed: u64 = wanted.iter().sum();
         let record_pages = params.own_pages.saturating_mul(RECORD_BYTES).div_ceil(PAGE_SIZE);
         let record = layout
             .take(record_pages)
             .filter(|_| layout.pages() >= params.own_pages)
-            .filter(|_| params.disk == disk.is_some() && params.net.is_some() == net.is_some())
-            .filter(|_| params.balloon == balloon.is_some());
+            .filter(|_| wanted.map(|pages| pages > 0) == taken.map(|memory| memory.is_some()));
         let Some(record) = record else {
             let room = room.saturating_sub(needed);
             let pages = room - room.div_ceil(1 + PAGE_SIZE / RECORD_BYTES);

@@ -3,6 +3,8 @@
 //! Sources: Virtual I/O Device 1.2, 2.7 (queues), 3.1 (the steps) and 4.1 (PCI).
 #![allow(unsafe_code, reason = "a driver shares memory with its device")]
 
+use core::sync::atomic::{Ordering, fence};
+
 use super::machine;
 
 /// Bytes of a page.
@@ -25,6 +27,15 @@ const MSIX_ENABLE: u32 = 1 << 31;
 
 const NO_VECTOR: u16 = 0xffff;
 const F_VERSION_1: u32 = 1;
+/// Each side says at which index it wants to be told (2.7.10).
+const F_EVENT_INDEX: u32 = 1 << 29;
+/// Of the available ring: no interrupt is wanted; of the used ring: no doorbell is.
+const NO_INTERRUPT: u16 = 1;
+const NO_DOORBELL: u16 = 1;
+/// Where regions are placed that nobody has placed: in the 32-bit hole, above what firmware and chipsets use of it.
+const REGIONS: u64 = 0xd000_0000;
+/// Each slot has so much there, each region an even share of it.
+const REGION_STRIDE: u64 = 1 << 20;
 const ACKNOWLEDGE: u8 = 1;
 const DRIVER: u8 = 2;
 const DRIVER_OK: u8 = 4;
@@ -76,16 +87,37 @@ fn config(slot: u32, register: u32) -> u32 {
     1 << 31 | slot << 11 | register
 }
 
+/// Places the memory regions of a device that its machine's firmware left nowhere.
+fn place(slot: u32) {
+    let mut index = 0;
+    while index < 6 {
+        let register = config(slot, 0x10 + 4 * index);
+        let was = machine::config_read(register);
+        let wide = was & 7 == 4;
+        if was & 1 == 0 && was & !0xf == 0 {
+            // SAFETY: the device's regions are switched off: it has answered nowhere so far.
+            unsafe { machine::config_write(register, u32::MAX) };
+            let bytes = u64::from(!(machine::config_read(register) & !0xf)) + 1;
+            let at = REGIONS + REGION_STRIDE * u64::from(slot) + REGION_STRIDE / 8 * u64::from(index);
+            let fits = bytes <= REGION_STRIDE / 8;
+            // SAFETY: as above; the place is no memory, and nothing else is placed there.
+            unsafe { machine::config_write(register, if fits { (at & 0xffff_ffff) as u32 } else { 0 }) };
+        }
+        index += if wide { 2 } else { 1 };
+    }
+}
+
 /// Ends the device's work.
 pub fn reset(registers: &Registers) {
     put(registers.common + 20, 0u8);
 }
 
-/// Finds the first device of `id`, vendor below; places nothing anew, and switches it on. Its messages are of interrupt `vector`.
+/// Finds the first device of `id`, vendor below, places what of it is nowhere, and switches it on. Its messages are of interrupt `vector`.
 pub fn find(id: u32, vector: u32) -> Result<Option<Registers>, &'static str> {
     let Some(slot) = (0..SLOTS_OF_BUS).find(|&slot| machine::config_read(config(slot, 0)) == id) else {
         return Ok(None);
     };
+    place(slot);
     let bar = |index: u32| u64::from(machine::config_read(config(slot, 0x10 + 4 * index)) & !0xf);
     let mut found = Registers {
         slot,
@@ -131,6 +163,17 @@ pub fn find(id: u32, vector: u32) -> Result<Option<Registers>, &'static str> {
         unsafe { machine::config_write(config(slot, at), head & 0xffff | MSIX_ENABLE) };
     }
     Ok(Some(found))
+}
+
+/// Whether the device offers event indexes.
+pub fn offers_event_index(registers: &Registers) -> bool {
+    put(registers.common, 0u32);
+    get::<u32>(registers.common + 4) & F_EVENT_INDEX != 0
+}
+
+/// The feature, if it is wanted.
+pub fn event_index_if(wanted: bool) -> u32 {
+    if wanted { F_EVENT_INDEX } else { 0 }
 }
 
 /// Resets the device and accepts `features` of the lower 32; false: it does not have them.
@@ -190,4 +233,110 @@ pub fn describe(table: u64, index: u16, at: u64, len: u32, flags: u16, next: u16
     put(descriptor + 8, len);
     put(descriptor + 12, flags);
     put(descriptor + 14, next);
+}
+
+/// A queue that is polled: its ring in three pages, and how far both sides are.
+pub struct Ring {
+    index: u16,
+    size: u16,
+    event_index: bool,
+    /// Where it is.
+    pub memory: u64,
+    /// Chains offered and given back, counted without end.
+    pub offered: u16,
+    returned: u16,
+}
+
+impl Ring {
+    /// Pages of a ring: descriptors, available, used; up to 256 entries.
+    pub const PAGES: u64 = 3;
+
+    /// Queue `index` of `size` entries in zeroed memory.
+    pub fn new(index: u16, memory: u64, size: u16, event_index: bool) -> Ring {
+        Ring {
+            index,
+            size,
+            event_index,
+            memory,
+            offered: 0,
+            returned: 0,
+        }
+    }
+
+    /// To be set up.
+    pub fn queue(&self) -> Queue {
+        Queue {
+            index: self.index,
+            size: self.size,
+            vector: None,
+            descriptors: self.descriptors(),
+            available: self.available(),
+            used: self.used(),
+        }
+    }
+
+    /// Where its descriptors are.
+    pub fn descriptors(&self) -> u64 {
+        self.memory
+    }
+
+    fn available(&self) -> u64 {
+        self.memory + PAGE
+    }
+
+    fn used(&self) -> u64 {
+        self.memory + 2 * PAGE
+    }
+
+    /// Says that the device need not interrupt: by the flag, or by an index that has just passed.
+    pub fn want_no_interrupts(&self) {
+        if self.event_index {
+            let event = self.available() + 4 + 2 * u64::from(self.size);
+            put(event, self.returned.wrapping_sub(1));
+        } else {
+            put(self.available(), NO_INTERRUPT);
+        }
+    }
+
+    /// Offers the chain that begins at descriptor `head`.
+    pub fn offer(&mut self, head: u16) {
+        let slot = self.available() + 4 + 2 * u64::from(self.offered % self.size);
+        put(slot, head);
+        self.offered = self.offered.wrapping_add(1);
+        fence(Ordering::SeqCst);
+        put(self.available() + 2, self.offered);
+    }
+
+    /// Chains that the device has.
+    pub fn under_way(&self) -> u16 {
+        self.offered.wrapping_sub(self.returned)
+    }
+
+    /// The next chain that was given back: where it begins and how many bytes were written.
+    pub fn take(&mut self) -> Option<(u16, u32)> {
+        if get::<u16>(self.used() + 2) == self.returned {
+            return None;
+        }
+        fence(Ordering::SeqCst);
+        let entry = self.used() + 4 + 8 * u64::from(self.returned % self.size);
+        self.returned = self.returned.wrapping_add(1);
+        if self.event_index {
+            self.want_no_interrupts();
+        }
+        Some(((get::<u32>(entry) & 0xffff) as u16, get::<u32>(entry + 4)))
+    }
+
+    /// Rings the doorbell for what was offered since `before`, if the device wants to hear of it (2.7.7 and 2.7.10).
+    pub fn ring_from(&self, registers: &Registers, before: u16) {
+        fence(Ordering::SeqCst);
+        let wanted = if self.event_index {
+            let event: u16 = get(self.used() + 4 + 8 * u64::from(self.size));
+            self.offered.wrapping_sub(event).wrapping_sub(1) < self.offered.wrapping_sub(before)
+        } else {
+            get::<u16>(self.used()) & NO_DOORBELL == 0
+        };
+        if wanted {
+            ring(registers, self.index);
+        }
+    }
 }
