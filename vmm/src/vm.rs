@@ -150,9 +150,10 @@ impl Vm {
             fd.set_identity_map_address(IDENTITY_MAP_ADDRESS)
                 .map_err(|error| start_failed("identity map", error))?;
         }
-        irqchip::create(&fd)?;
+        // Before the interrupt controllers, whose making leaves KVM a grace period to wait for (Linux 6.18), behind which that of the memory would come.
         let memory = Arc::new(memory()?);
         set_slots(&fd, &memory, false)?;
+        irqchip::create(&fd)?;
         let eventfd = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         let line = eventfd().map_err(|error| start_failed("eventfd", error))?;
         fd.register_irqfd(&line, IRQ)
