@@ -1,5 +1,6 @@
 //! The command line's grammar, and nothing of what it does.
 
+mod parse;
 mod snapshot;
 
 use std::path::PathBuf;
@@ -8,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use drover_proto::v1;
 
+use self::parse::{parse_disk, parse_image, parse_nic};
 pub use self::snapshot::SnapshotCommand;
 use crate::failure::EXIT_CODES;
 use crate::units::{parse_bandwidth, parse_duration, parse_mib, parse_percent, parse_streams};
@@ -142,30 +144,6 @@ pub struct NamedImage {
     pub path: PathBuf,
 }
 
-fn parse_image(text: &str) -> Result<NamedImage, String> {
-    let (name, path) = text
-        .split_once('=')
-        .ok_or("want NAME=PATH, as linux=/boot/vmlinuz")?;
-    let name_fits = !name.is_empty()
-        && name.len() <= 63
-        && !name.starts_with('.')
-        && name
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
-    if !name_fits {
-        return Err(format!(
-            "\"{name}\" is not an image name: letters, digits, '.', '_' and '-', at most 63"
-        ));
-    }
-    if path.is_empty() {
-        return Err("the path is missing: want NAME=PATH".to_owned());
-    }
-    Ok(NamedImage {
-        name: name.to_owned(),
-        path: PathBuf::from(path),
-    })
-}
-
 /// `ctl cluster …`
 #[derive(Debug, Subcommand)]
 pub enum ClusterCommand {
@@ -233,6 +211,28 @@ pub enum VmCommand {
     },
     /// Change how much of its memory a VM's guest is to have, and wait until its VMM knows, if it runs
     Set(SetArgs),
+    /// Give a VM a NIC in a network, and wait until its VMM has it, if it runs
+    AttachNic {
+        /// The VM's name
+        vm: String,
+        /// The network, and addresses unless they are to be chosen
+        #[arg(value_name = "NETWORK[:mac=…,ip=…]", value_parser = parse_nic)]
+        nic: v1::VmNic,
+        /// How to wait
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Ask a VM's guest to give a NIC up, and wait until it has
+    DetachNic {
+        /// The VM's name
+        vm: String,
+        /// The NIC's MAC, or its network where the VM has no other NIC
+        #[arg(value_name = "NETWORK|MAC")]
+        nic: String,
+        /// How to wait
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
     /// Snapshots: VMs with memory and disks at one instant
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
@@ -317,52 +317,6 @@ pub struct NetworkArgs {
     /// Let VMs send with source addresses that are not theirs: for those that route
     #[arg(long)]
     pub allow_spoofing: bool,
-}
-
-fn parse_nic(text: &str) -> Result<v1::VmNic, String> {
-    let wanted = "want NETWORK[:mac=MAC,ip=IP]";
-    let (network, more) = text
-        .split_once(':')
-        .map_or((text, None), |(net, more)| (net, Some(more)));
-    if network.is_empty() {
-        return Err(format!("the network is missing: {wanted}"));
-    }
-    let mut nic = v1::VmNic {
-        network: network.to_owned(),
-        ..v1::VmNic::default()
-    };
-    for part in more.into_iter().flat_map(|more| more.split(',')) {
-        let (slot, value) = match part.split_once('=') {
-            Some(("mac", value)) => (&mut nic.mac, value),
-            Some(("ip", value)) => (&mut nic.ip, value),
-            _ => return Err(format!("\"{part}\" is nothing that a NIC has: {wanted}")),
-        };
-        if value.is_empty() || !slot.is_empty() {
-            return Err(format!("\"{part}\" is empty or given twice: {wanted}"));
-        }
-        value.clone_into(slot);
-    }
-    Ok(nic)
-}
-
-fn parse_disk(text: &str) -> Result<v1::VmDisk, String> {
-    let (volume, read_only) = match text.split_once(':') {
-        None => (text, false),
-        Some((volume, "ro")) => (volume, true),
-        Some((_, mode)) => {
-            return Err(format!(
-                "\"{mode}\" is no mode of a disk: want VOLUME or VOLUME:ro"
-            ));
-        }
-    };
-    if volume.is_empty() {
-        return Err("the volume is missing: want VOLUME or VOLUME:ro".to_owned());
-    }
-    Ok(v1::VmDisk {
-        volume: volume.to_owned(),
-        read_only,
-        ..v1::VmDisk::default()
-    })
 }
 
 /// `ctl vm create …`
@@ -464,7 +418,7 @@ pub struct ActArgs {
     pub timeout: Duration,
 }
 
-/// How an action on a disk is waited for.
+/// How an action on a disk or a NIC is waited for.
 #[derive(Debug, Args)]
 pub struct WaitArgs {
     /// Return as soon as the cluster has accepted it

@@ -318,6 +318,28 @@ impl Client {
             .await
     }
 
+    /// Gives a VM a NIC.
+    pub async fn attach_nic(&self, vm: &str, nic: v1::VmNic) -> Result<v1::Vm> {
+        let request = v1::AttachNicToVmRequest {
+            request_id: request_id()?,
+            vm: vm.to_owned(),
+            nic: Some(nic),
+        };
+        self.plain(async |mut grpc| grpc.attach_nic(request.clone()).await)
+            .await
+    }
+
+    /// Wants a VM without a NIC.
+    pub async fn detach_nic(&self, vm: &str, nic: &str) -> Result<v1::Vm> {
+        let request = v1::DetachNicFromVmRequest {
+            request_id: request_id()?,
+            vm: vm.to_owned(),
+            nic: nic.to_owned(),
+        };
+        self.plain(async |mut grpc| grpc.detach_nic(request.clone()).await)
+            .await
+    }
+
     /// Grows a volume.
     pub async fn resize_volume(&self, name: &str, size_bytes: u64) -> Result<v1::Volume> {
         let request = v1::ResizeVolumeRequest {

@@ -164,6 +164,7 @@ pub fn exit_for(code: Code) -> Exit {
         | Code::PoolNotFound
         | Code::NetworkNotFound
         | Code::SnapshotNotFound
+        | Code::NicNotFound
         | Code::MigrationNotFound => Exit::NotFound,
         Code::VmExists
         | Code::VolumeExists

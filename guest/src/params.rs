@@ -108,6 +108,8 @@ pub struct Params {
     pub reports: bool,
     /// Whether pages that nobody owns are written to first.
     pub spare_written: bool,
+    /// Whether the NIC of a station may come and go.
+    pub net_hot_plug: bool,
     /// The load on a disk, instead of a journal.
     pub disk_bench: Option<DiskBench>,
     /// The load on a NIC, instead of a station.
@@ -155,7 +157,7 @@ pub enum Why {
     WithoutFault,
     /// Not an IPv4 address.
     NotAnAddress,
-    /// `net=echo` alone, or `ip` alone.
+    /// `net` alone, or `ip` alone.
     NetAndIp,
     /// A word that only goes with this one.
     GoesWith(&'static str),
@@ -184,7 +186,7 @@ impl fmt::Display for BadParam<'_> {
             }
             Why::WithoutFault => f.write_str("needs fault=triple, emulation or shutdown"),
             Why::NotAnAddress => f.write_str("must be an IPv4 address such as 10.0.0.2"),
-            Why::NetAndIp => f.write_str("net=echo and ip=ADDRESS need each other"),
+            Why::NetAndIp => f.write_str("net=echo or hot-plug and ip=ADDRESS need each other"),
             Why::GoesWith(word) => write!(f, "goes with {word} only"),
             Why::DoesNotFit { pages } => write!(f, "does not fit, the memory map has room for {pages} pages"),
         }
@@ -211,6 +213,7 @@ impl Params {
             balloon: false,
             reports: false,
             spare_written: false,
+            net_hot_plug: false,
             disk_bench: None,
             net_bench: None,
             fault: None,
@@ -248,7 +251,9 @@ impl Params {
                         "sink" => Some(true),
                         _ => None,
                     };
-                    net = station(value).map_err(bad)?.then_some(word);
+                    let there;
+                    (there, params.net_hot_plug) = station(value).map_err(bad)?;
+                    net = there.then_some(word);
                 }
                 "frame" => {
                     let frame = number32(value, FRAME_MIN as u32, FRAME_MAX as u32).map_err(bad)?;
@@ -434,11 +439,13 @@ fn spare(text: &str) -> Result<bool, Why> {
     }
 }
 
-fn station(text: &str) -> Result<bool, Why> {
+/// Whether there is to be a NIC, and whether it may come and go.
+fn station(text: &str) -> Result<(bool, bool), Why> {
     match text {
-        "none" | "flood" | "sink" => Ok(false),
-        "echo" => Ok(true),
-        _ => Err(Why::NotOneOf("none, echo, flood, sink")),
+        "none" | "flood" | "sink" => Ok((false, false)),
+        "echo" => Ok((true, false)),
+        "hot-plug" => Ok((true, true)),
+        _ => Err(Why::NotOneOf("none, echo, hot-plug, flood, sink")),
     }
 }
 
@@ -493,6 +500,7 @@ mod tests {
             balloon: true,
             reports: true,
             spare_written: true,
+            net_hot_plug: false,
             disk_bench: None,
             net_bench: None,
             fault: Some((Fault::Triple, 3)),
@@ -536,7 +544,7 @@ mod tests {
             ("net=sink frame=60", "frame=60", "goes with net=flood"),
             ("net=flood frame=59", "frame=59", "from 60 to 1514"),
             ("net=flood ip=10.0.0.2", "ip=10.0.0.2", "need each other"),
-            ("net=on", "net=on", "none, echo, flood, sink"),
+            ("net=on", "net=on", "none, echo, hot-plug, flood, sink"),
             ("net=echo", "net=echo", "need each other"),
             ("ip=10.0.0.2", "ip=10.0.0.2", "need each other"),
             ("net=echo ip=10.0.0", "ip=10.0.0", "an IPv4 address"),
@@ -579,5 +587,12 @@ mod tests {
     #[test]
     fn the_last_word_of_a_name_counts() {
         assert_eq!(Params::parse("hz=100 hz=200").unwrap().hz, 200);
+        let params = Params::parse("net=hot-plug ip=10.0.0.2").unwrap();
+        assert_eq!((params.net, params.net_hot_plug), (Some([10, 0, 0, 2]), true));
+        assert!(
+            !Params::parse("net=hot-plug net=echo ip=10.0.0.2")
+                .unwrap()
+                .net_hot_plug
+        );
     }
 }

@@ -29,6 +29,8 @@
 //! a desired state be wrong about it, the store still refuses the second VMM of an epoch (see [`crate::host::store`]).
 
 mod devices;
+#[cfg(test)]
+mod devices_model;
 mod snapshots;
 
 pub use devices::{target_mib, with_slots};
@@ -37,13 +39,14 @@ pub use snapshots::{name_of as name_of_removal, progress as progress_of};
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_proto::v1::{
-    DetachDiskRequest, HostDesired, Migration, MigrationPhase, Reason, Removal, ReportSnapshotRequest,
-    SetMemoryRequest, Snapshot, StartOutgoingRequest, VmDesired, VmDevices, VmDisk, VmRole, VmState,
-    VmmDevices, VmmSnapshot, VmmState, Volume,
+    DetachDiskRequest, DetachNicRequest, HostDesired, Migration, MigrationPhase, Network, Reason, Removal,
+    ReportSnapshotRequest, SetMemoryRequest, Snapshot, StartOutgoingRequest, VmDesired, VmDevices, VmDisk,
+    VmNic, VmRole, VmState, VmmDevices, VmmSnapshot, VmmState, Volume,
 };
 use drover_proto::{Code, Fault};
 
 use crate::key::{Key, Kind, migration_number};
+use crate::network::plan::Nic;
 
 /// What an agent knows of its host.
 #[derive(Clone, Debug, Default)]
@@ -65,7 +68,7 @@ pub struct Observed {
 /// What is known of how a VMM's devices came about.
 #[derive(Clone, Debug, Default)]
 pub struct Attaching {
-    /// By volume: why it could not be attached or grown the last time.
+    /// By volume or MAC: why it could not be attached or grown the last time.
     pub failed: BTreeMap<String, Reason>,
     /// What a controller was told last.
     pub reported: Option<VmDevices>,
@@ -96,6 +99,8 @@ pub struct Seen {
     pub snapshot_taken: Option<String>,
     /// The snapshot whose end a controller was told.
     pub snapshot_told: Option<String>,
+    /// The NICs whose TAPs are kept for it.
+    pub nics: Vec<Nic>,
 }
 
 /// How a VMM stands.
@@ -124,6 +129,34 @@ pub struct Alive {
     pub devices: Option<VmmDevices>,
     /// The newest snapshot that was taken of it, under way or ended.
     pub snapshot: Option<VmmSnapshot>,
+}
+
+/// What a VMM may be given while it runs, with its slot and what it is made of.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Piece {
+    /// A disk.
+    Disk(VmDisk, Volume),
+    /// A NIC.
+    Nic(VmNic, Network),
+}
+
+impl Piece {
+    /// The disk's volume, or the NIC's MAC.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Disk(disk, _) => &disk.volume,
+            Self::Nic(nic, _) => &nic.mac,
+        }
+    }
+}
+
+/// What a VMM is asked to have given up.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Detach {
+    /// A disk.
+    Disk(DetachDiskRequest),
+    /// A NIC.
+    Nic(DetachNicRequest),
 }
 
 /// One thing to do.
@@ -166,25 +199,30 @@ pub enum Action {
         /// The migration.
         migration: String,
     },
-    /// Give a run's VMM a disk.
+    /// Give a run's VMM a disk or a NIC.
     Attach {
         /// The VMM.
         key: Key,
         /// Of the specification.
         revision: u64,
-        /// With its slot.
-        disk: VmDisk,
-        /// Of the disk.
-        volume: Volume,
+        /// What.
+        piece: Piece,
     },
-    /// Ask a run's guest to give a disk up.
+    /// Ask a run's guest to give something up.
     Detach {
         /// The VMM.
         key: Key,
-        /// The disk's volume.
-        volume: String,
+        /// The disk's volume, or the NIC's MAC.
+        name: String,
         /// Which.
-        request: DetachDiskRequest,
+        request: Detach,
+    },
+    /// Remove a TAP of a NIC that the VMM has no more.
+    Release {
+        /// The VMM.
+        key: Key,
+        /// The TAP.
+        tap: String,
     },
     /// Grow a disk's file, and tell the guest.
     Resize {

@@ -246,7 +246,7 @@ pub async fn install(
     for disk in desired
         .spec
         .iter()
-        .flat_map(with_slots)
+        .flat_map(|spec| with_slots(spec).disks)
         .filter(|disk| !disk.read_only)
     {
         let told = desired.volumes.iter().find(|volume| volume.name == disk.volume);

@@ -26,9 +26,12 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::{Response, Status};
 
 use crate::agent::Context;
-use crate::converge::{Action, Alive, Attaching, Life, Observed, Seen, converge, name_of_removal};
+use crate::converge::{
+    Action, Alive, Attaching, Detach, Life, Observed, Piece, Seen, converge, name_of_removal,
+};
 use crate::host::process::{self, Abandoned};
 use crate::key::Key;
+use crate::network::plan::Nic;
 use crate::pause_point;
 use crate::sandbox;
 use crate::snapshots;
@@ -80,7 +83,7 @@ pub enum Effect {
     CommitTaken(Key),
     /// The end of the VMM is reported.
     EndReported(Key),
-    /// A volume could not be attached or grown, or could.
+    /// A volume or a NIC, by its MAC, could not be attached or grown, or could.
     Attached(Key, String, Option<Reason>),
     /// What the VMM has is reported.
     DevicesReported(Key, VmDevices),
@@ -285,11 +288,11 @@ impl Supervisor {
             }
             Effect::CommitTaken(key) => known(&mut self.vmms, &key, &|known| known.commit_taken = true),
             Effect::EndReported(key) => known(&mut self.vmms, &key, &|known| known.end_reported = true),
-            Effect::Attached(key, volume, failed) => known(&mut self.vmms, &key, &|known| {
+            Effect::Attached(key, name, failed) => known(&mut self.vmms, &key, &|known| {
                 let reasons = &mut known.attaching.failed;
                 match &failed {
-                    Some(reason) => reasons.insert(volume.clone(), reason.clone()),
-                    None => reasons.remove(&volume),
+                    Some(reason) => reasons.insert(name.clone(), reason.clone()),
+                    None => reasons.remove(&name),
                 };
             }),
             Effect::DevicesReported(key, devices) => known(&mut self.vmms, &key, &|known| {
@@ -320,9 +323,10 @@ impl Supervisor {
         let confirmed = self.desired.as_ref().is_some_and(|(desired, received_ns)| {
             grants.sent_ns >= *received_ns && (grants.revision == desired.revision || grants.revision == 0)
         });
+        let seen = |known: &Known| known.seen(self.context.networks.held(&known.link.key));
         Observed {
             host: self.context.config.name.clone(),
-            vmms: self.vmms.values().map(Known::seen).collect(),
+            vmms: self.vmms.values().map(seen).collect(),
             markers: store.markers().clone(),
             highest: store.highest().clone(),
             confirmed,
@@ -426,7 +430,7 @@ impl Supervisor {
 }
 
 impl Known {
-    fn seen(&self) -> Seen {
+    fn seen(&self, nics: Vec<Nic>) -> Seen {
         let life = match (&self.gone, self.link.newest_info()) {
             (Some(reason), _) => Life::Gone(reason.clone()),
             (None, Some(info)) => Life::Alive(alive(&info)),
@@ -445,6 +449,7 @@ impl Known {
             attaching: self.attaching.clone(),
             snapshot_taken: self.snapshot_taken.clone(),
             snapshot_told: self.snapshot_told.clone(),
+            nics,
         }
     }
 }
@@ -480,6 +485,7 @@ fn key_of(action: &Action) -> Option<&Key> {
         | Action::Destroy { key, .. }
         | Action::ReportEnd { key, .. }
         | Action::Attach { key, .. }
+        | Action::Release { key, .. }
         | Action::Detach { key, .. }
         | Action::Resize { key, .. }
         | Action::Press { key, .. }
@@ -564,18 +570,18 @@ async fn carry_out(
             destroy(link, reason, kill).await?;
             Ok(Effect::Nothing)
         }
-        (
-            Action::Attach {
-                key,
-                revision,
-                disk,
-                volume,
-            },
-            Some(link),
-        ) => {
-            let name = volume.name.clone();
-            let attached = vmm::attach(context, link, revision, disk, volume).await;
+        (Action::Attach { key, revision, piece }, Some(link)) => {
+            let name = piece.name().to_owned();
+            let attached = match piece {
+                Piece::Disk(disk, volume) => vmm::attach_disk(context, link, revision, disk, volume).await,
+                Piece::Nic(nic, network) => vmm::attach_nic(context, link, revision, &nic, &network).await,
+            };
             tried(key, name, attached)
+        }
+        (Action::Release { key, tap }, Some(link)) => {
+            tracing::info!(vmm = %key, tap, "its NIC is gone");
+            context.networks.remove(&key, &link.folder, &tap)?;
+            Ok(Effect::Nothing)
         }
         (
             Action::Resize {
@@ -590,11 +596,15 @@ async fn carry_out(
             let grown = vmm::resize(context, link, slot, volume, path).await;
             tried(key, name, grown)
         }
-        (Action::Detach { key, volume, request }, Some(link)) => {
-            tracing::info!(vmm = %key, slot = request.slot, volume, "the guest is to give it up");
-            bounded(link.client.clone().detach_disk(request)).await?;
+        (Action::Detach { key, name, request }, Some(link)) => {
+            tracing::info!(vmm = %key, name, ?request, "the guest is to give it up");
+            let mut client = link.client.clone();
+            match request {
+                Detach::Disk(request) => bounded(client.detach_disk(request)).await?,
+                Detach::Nic(request) => bounded(client.detach_nic(request)).await?,
+            };
             // Why it could not be attached once says nothing of the next time.
-            Ok(Effect::Attached(key, volume, None))
+            Ok(Effect::Attached(key, name, None))
         }
         (Action::Press { key, request }, Some(link)) => {
             tracing::info!(vmm = %key, request, "the power button");
@@ -689,7 +699,7 @@ async fn carry_out(
 }
 
 /// What was refused for good is told to whoever asked for it, and tried again; what was not the time for is only tried again.
-fn tried(key: Key, volume: String, outcome: Result<(), Fault>) -> Result<Effect, Fault> {
+fn tried(key: Key, name: String, outcome: Result<(), Fault>) -> Result<Effect, Fault> {
     let failed = match outcome {
         Ok(()) => None,
         Err(fault) => match fault.code {
@@ -701,12 +711,12 @@ fn tried(key: Key, volume: String, outcome: Result<(), Fault>) -> Result<Effect,
                 return Err(fault);
             }
             _ => {
-                tracing::warn!(vmm = %key, volume, "not attached: {fault}");
+                tracing::warn!(vmm = %key, name, "not attached: {fault}");
                 Some(fault.into())
             }
         },
     };
-    Ok(Effect::Attached(key, volume, failed))
+    Ok(Effect::Attached(key, name, failed))
 }
 
 async fn start_outgoing(

@@ -23,10 +23,10 @@ use std::time::Duration;
 
 use drover_proto::v1::vmm_client::VmmClient;
 use drover_proto::v1::{
-    AbortMigrationRequest, AttachDiskRequest, Balloon, CommitHandoverRequest, CommitHandoverResponse,
-    GrantRequest, MigrationPhase, Progress, Reason, ReportMigrationRequest, ReportVmRequest,
-    ResizeDiskRequest, VmDesired, VmDevices, VmDisk, VmSpec, VmState, VmmBuild, VmmInfo, VmmState, Volume,
-    WatchInfoRequest,
+    AbortMigrationRequest, AttachDiskRequest, AttachNicRequest, Balloon, CommitHandoverRequest,
+    CommitHandoverResponse, GrantRequest, MigrationPhase, Network, Progress, Reason, ReportMigrationRequest,
+    ReportVmRequest, ResizeDiskRequest, VmDesired, VmDevices, VmDisk, VmNic, VmSpec, VmState, VmmBuild,
+    VmmInfo, VmmState, Volume, WatchInfoRequest,
 };
 use drover_proto::{Code, Fault};
 use hyper_util::rt::TokioIo;
@@ -63,8 +63,8 @@ const SOCKET_RETRY: Duration = Duration::from_millis(10);
 pub const VMM_CALL_MAX: Duration = Duration::from_secs(2);
 /// After a report that no controller took.
 const REPORT_RETRY: Duration = Duration::from_millis(100);
-/// One in which it opens and locks a file.
-const DISK_CALL_MAX: Duration = Duration::from_secs(10);
+/// One in which it opens and takes a file or a TAP.
+const DEVICE_CALL_MAX: Duration = Duration::from_secs(10);
 /// One attempt of a report that ends in the log.
 pub const REPORT_ATTEMPT: Duration = Duration::from_secs(3);
 /// One attempt of the commit: the guest stands still meanwhile, so the next controller is tried soon.
@@ -374,6 +374,7 @@ async fn disks(
         key.migration().is_some() && disk.attach_revision > 0 && !used
     };
     let wanted: Vec<VmDisk> = with_slots(spec)
+        .disks
         .into_iter()
         .filter(|disk| !is_new(disk))
         .collect();
@@ -473,7 +474,7 @@ fn serial_of(disk: &VmDisk) -> String {
 }
 
 /// Gives the VMM a disk.
-pub async fn attach(
+pub async fn attach_disk(
     context: &Context,
     link: &Link,
     revision: u64,
@@ -491,6 +492,34 @@ pub async fn attach(
     tracing::info!(vmm = %link.key, slot = disk.slot, volume = disk.volume, "gets a disk");
     sandbox::hand_file(&link.folder, &request.path, request.read_only).await?;
     let attached = patiently(link.client.clone().attach_disk(request)).await;
+    pause_point("agent.after_attach").await;
+    attached
+}
+
+/// Gives the VMM a NIC, whose TAP is there and written down before the VMM is told.
+pub async fn attach_nic(
+    context: &Context,
+    link: &Link,
+    revision: u64,
+    nic: &VmNic,
+    network: &Network,
+) -> Result<(), Fault> {
+    let made = context
+        .networks
+        .add(&link.key, &link.folder, nic, network)
+        .await?;
+    pause_point("agent.after_tap").await;
+    let request = AttachNicRequest {
+        revision,
+        slot: nic.slot,
+        mac: made.mac_text(),
+        mtu: made.mtu,
+        tap: made.tap,
+    };
+    tracing::info!(vmm = %link.key, slot = nic.slot, mac = nic.mac, network = nic.network, "gets a NIC");
+    // One becomes the tap, the other is for when a VM that froze runs again: see `keep_tuns`.
+    sandbox::hand_tuns(&link.folder, 2).await?;
+    let attached = patiently(link.client.clone().attach_nic(request)).await;
     pause_point("agent.after_attach").await;
     attached
 }
@@ -513,9 +542,9 @@ pub async fn resize(
     patiently(link.client.clone().resize_disk(request)).await
 }
 
-/// A call in which the VMM may wait for its storage.
+/// A call in which the VMM may wait for its storage, or a TAP.
 pub async fn patiently<T>(call: impl Future<Output = Result<Response<T>, Status>>) -> Result<(), Fault> {
-    match timeout(DISK_CALL_MAX, call).await {
+    match timeout(DEVICE_CALL_MAX, call).await {
         Ok(Ok(_)) => Ok(()),
         Ok(Err(status)) => Err(Fault::from(&status)),
         Err(_) => Err(Fault::new(Code::HostUnreachable, "the VMM does not answer")),

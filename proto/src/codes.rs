@@ -51,6 +51,8 @@ codes! {
     PoolNotFound = "pool_not_found", NotFound;
     /// No such network.
     NetworkNotFound = "network_not_found", NotFound;
+    /// The VM has no such NIC.
+    NicNotFound = "nic_not_found", NotFound;
     /// No such migration.
     MigrationNotFound = "migration_not_found", NotFound;
     /// A VM of this name exists.

@@ -297,20 +297,7 @@ impl Config {
             return Err(invalid("nics", message));
         }
         for (index, nic) in self.nics.iter().enumerate() {
-            let mac = nic.address()?;
-            let named =
-                |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%') && byte != b'"';
-            if !(1..=NAME_BYTES_MAX).contains(&nic.tap.len()) || !nic.tap.bytes().all(named) {
-                let message = format!(
-                    "the tap {:?} of a NIC, must be the name of an interface: 1..={NAME_BYTES_MAX} printable ASCII characters",
-                    nic.tap
-                );
-                return Err(invalid("nics", message));
-            }
-            if nic.mtu < MTU_MIN {
-                let message = format!("the MTU {} of a NIC, must be {MTU_MIN}..=65535", nic.mtu);
-                return Err(invalid("nics", message));
-            }
+            let mac = nic.check()?;
             let before = &self.nics[..index];
             if before.iter().any(|other| other.tap == nic.tap)
                 || before.iter().any(|other| other.address() == Ok(mac))
@@ -398,6 +385,24 @@ impl Config {
 }
 
 impl NicConfig {
+    /// Its address, if its values are within their bounds.
+    pub fn check(&self) -> Result<Mac, Fault> {
+        let mac = self.address()?;
+        let named = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%' | b'"');
+        if !(1..=NAME_BYTES_MAX).contains(&self.tap.len()) || !self.tap.bytes().all(named) {
+            let message = format!(
+                "the tap {:?} of a NIC, must be the name of an interface: 1..={NAME_BYTES_MAX} printable ASCII characters",
+                self.tap
+            );
+            return Err(invalid("nics", message));
+        }
+        if self.mtu < MTU_MIN {
+            let message = format!("the MTU {} of a NIC, must be {MTU_MIN}..=65535", self.mtu);
+            return Err(invalid("nics", message));
+        }
+        Ok(mac)
+    }
+
     /// Its address, which is one that a single NIC can have (IEEE 802: the lowest bit of the first byte is of groups).
     fn address(&self) -> Result<Mac, Fault> {
         net::parse(&self.mac)

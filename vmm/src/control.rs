@@ -13,10 +13,11 @@ use std::time::Duration;
 
 use drover_proto::v1::vmm_server::{Vmm, VmmServer};
 use drover_proto::v1::{
-    AttachDiskRequest, CancelSnapshotRequest, DestroyRequest, DetachDiskRequest, Forecast, ForecastRequest,
-    GrantRequest, OutcomeRequest, PowerButtonRequest, ReadConsoleRequest, ReadConsoleResponse,
-    ResizeDiskRequest, SetMemoryRequest, StartOutgoingRequest, SwitchToPostCopyRequest, TakeSnapshotRequest,
-    VmmInfo, WatchInfoRequest, WriteConsoleRequest, WriteConsoleResponse,
+    AttachDiskRequest, AttachNicRequest, CancelSnapshotRequest, DestroyRequest, DetachDiskRequest,
+    DetachNicRequest, Forecast, ForecastRequest, GrantRequest, OutcomeRequest, PowerButtonRequest,
+    ReadConsoleRequest, ReadConsoleResponse, ResizeDiskRequest, SetMemoryRequest, StartOutgoingRequest,
+    SwitchToPostCopyRequest, TakeSnapshotRequest, VmmInfo, WatchInfoRequest, WriteConsoleRequest,
+    WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use tokio::net::{UnixListener, UnixStream};
@@ -181,6 +182,16 @@ impl Vmm for Service {
     async fn resize_disk(&self, request: Request<ResizeDiskRequest>) -> Result<Response<VmmInfo>, Status> {
         let request = request.into_inner();
         self.blocking(move |machine| machine.resize_disk(&request)).await
+    }
+
+    async fn attach_nic(&self, request: Request<AttachNicRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |machine| machine.attach_nic(&request)).await
+    }
+
+    async fn detach_nic(&self, request: Request<DetachNicRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.blocking(move |machine| machine.detach_nic(&request)).await
     }
 
     async fn power_button(&self, request: Request<PowerButtonRequest>) -> Result<Response<VmmInfo>, Status> {

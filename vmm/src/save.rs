@@ -59,7 +59,8 @@ impl Saved {
 /// that knows no bus.
 pub fn device_model(devices: impl IntoIterator<Item = (usize, u32)>, acpi: &Registers) -> u32 {
     let (slots, models): (Vec<usize>, Vec<u32>) = devices.into_iter().unzip();
-    let counted = slots.iter().copied().eq(1..=slots.len());
+    // Kinds of later models are counted last.
+    let counted = slots.iter().copied().eq(1..=slots.len()) && models.is_sorted();
     let placed = if acpi.is_in_use() || !counted {
         MODEL_SLOTS
     } else {

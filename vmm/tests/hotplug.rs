@@ -124,9 +124,9 @@ fn a_disk_comes_moves_grows_and_goes_and_another_takes_its_slot() {
         slot: 5,
         kind: "disk".into(),
         path: first.to_str().unwrap().into(),
-        read_only: false,
         size_bytes: 4 * MIB,
         state: VmmDeviceState::Attached.into(),
+        ..VmmDevice::default()
     };
     assert_eq!(devices(&told).devices, [expected]);
     assert!(devices(&told).heeds_slots && devices(&told).device_model == 4);

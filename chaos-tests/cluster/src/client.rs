@@ -11,14 +11,15 @@ use anyhow::{Context, Result};
 use drover_pki::{Credentials, controller_dns};
 use drover_proto::v1::controller_client::ControllerClient;
 use drover_proto::v1::{
-    AttachDiskToVmRequest, CancelMigrationRequest, Cluster as ClusterInfo, CreateNetworkRequest,
-    CreateSnapshotRequest, CreateVmRequest, CreateVolumeRequest, DeleteNetworkRequest, DeleteSnapshotRequest,
-    DeleteVmRequest, DeleteVolumeRequest, DetachDiskFromVmRequest, GetClusterRequest, GetMigrationRequest,
-    GetSnapshotRequest, GetVmRequest, Host, ListEventsRequest, ListHostsRequest, ListMigrationsRequest,
-    ListVolumesRequest, MigrateVmRequest, Migration, MigrationForecast, MigrationOptions, MigrationPhase,
-    Network, PostcopyMigrationRequest, ReadConsoleRequest, ReadConsoleResponse, RestoreVmRequest,
-    SetVmMemoryRequest, Snapshot, SnapshotPhase, StartVmRequest, StopVmRequest, Vm, VmDisk, VmSpec, VmState,
-    Volume, WatchMigrationRequest, WriteConsoleRequest,
+    AttachDiskToVmRequest, AttachNicToVmRequest, CancelMigrationRequest, Cluster as ClusterInfo,
+    CreateNetworkRequest, CreateSnapshotRequest, CreateVmRequest, CreateVolumeRequest, DeleteNetworkRequest,
+    DeleteSnapshotRequest, DeleteVmRequest, DeleteVolumeRequest, DetachDiskFromVmRequest,
+    DetachNicFromVmRequest, GetClusterRequest, GetMigrationRequest, GetSnapshotRequest, GetVmRequest, Host,
+    ListEventsRequest, ListHostsRequest, ListMigrationsRequest, ListVolumesRequest, MigrateVmRequest,
+    Migration, MigrationForecast, MigrationOptions, MigrationPhase, Network, PostcopyMigrationRequest,
+    ReadConsoleRequest, ReadConsoleResponse, RestoreVmRequest, SetVmMemoryRequest, Snapshot, SnapshotPhase,
+    StartVmRequest, StopVmRequest, Vm, VmDisk, VmNic, VmSpec, VmState, Volume, WatchMigrationRequest,
+    WriteConsoleRequest,
 };
 use drover_proto::{Code, Fault};
 use tokio::runtime::Runtime;
@@ -299,6 +300,36 @@ impl Client {
         self.call(|mut client| {
             let request = request.clone();
             async move { client.detach_disk(request).await }
+        })
+    }
+
+    /// Gives a VM a NIC in a network, with addresses that are chosen.
+    pub fn attach_nic(&self, vm: &str, network: &str) -> Result<Vm, Fault> {
+        let nic = VmNic {
+            network: network.to_owned(),
+            ..VmNic::default()
+        };
+        let request = AttachNicToVmRequest {
+            request_id: request_id(),
+            vm: vm.to_owned(),
+            nic: Some(nic),
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.attach_nic(request).await }
+        })
+    }
+
+    /// Wants a VM to give a NIC up: by its MAC, or its network.
+    pub fn detach_nic(&self, vm: &str, nic: &str) -> Result<Vm, Fault> {
+        let request = DetachNicFromVmRequest {
+            request_id: request_id(),
+            vm: vm.to_owned(),
+            nic: nic.to_owned(),
+        };
+        self.call(|mut client| {
+            let request = request.clone();
+            async move { client.detach_nic(request).await }
         })
     }
 

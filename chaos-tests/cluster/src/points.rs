@@ -54,7 +54,10 @@ pub const CONTROLLER: [&str; 5] = [
 /// The leader's point before an abort, which a migration meets only when it is aborted.
 pub const CONTROLLER_ABORT: &str = "controller.before_abort";
 
-/// The agent's point between a VMM's answer that it has a disk and the report of it, which no migration meets.
+/// The agent's point between a NIC's TAP and its VMM's being told, which no migration meets.
+pub const AFTER_TAP: &str = "agent.after_tap";
+
+/// The agent's point between a VMM's answer that it has a disk or a NIC and the report of it, which no migration meets.
 pub const AFTER_ATTACH: &str = "agent.after_attach";
 
 /// The agent's points before it tells a VMM to take a snapshot, and after the VMM has answered.

@@ -8,19 +8,20 @@ use std::time::Duration;
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::controller_server::Controller;
 use drover_proto::v1::{
-    AbortMigrationRequest, AttachDisk, AttachDiskToVmRequest, CancelMigrationRequest, Cluster,
-    CommandResponse, CreateNetwork, CreateNetworkRequest, CreateSnapshot, CreateSnapshotRequest, CreateVm,
-    CreateVmRequest, CreateVolume, CreateVolumeRequest, DeleteNetwork, DeleteNetworkRequest, DeleteSnapshot,
-    DeleteSnapshotRequest, DeleteVm, DeleteVmRequest, DeleteVolume, DeleteVolumeRequest, DetachDisk,
-    DetachDiskFromVmRequest, GetClusterRequest, GetHostRequest, GetMigrationRequest, GetSnapshotRequest,
-    GetVmRequest, Host, ListEventsRequest, ListEventsResponse, ListHostsRequest, ListHostsResponse,
-    ListMigrationsRequest, ListMigrationsResponse, ListNetworksRequest, ListNetworksResponse,
-    ListSnapshotsRequest, ListSnapshotsResponse, ListVmsRequest, ListVmsResponse, ListVolumesRequest,
-    ListVolumesResponse, MigrateVmRequest, Migration, MigrationForecast, Network, PlanMigration,
-    PostcopyMigrationRequest, ReadConsoleRequest, ReadConsoleResponse, Reason, ResizeVolume,
-    ResizeVolumeRequest, RestoreVm, RestoreVmRequest, SetVmMemory, SetVmMemoryRequest, ShutdownVm,
-    ShutdownVmRequest, Snapshot, StartVm, StartVmRequest, StopVm, StopVmRequest, Vm, Volume, WantPostCopy,
-    WatchMigrationRequest, WatchMigrationResponse, WriteConsoleRequest, WriteConsoleResponse,
+    AbortMigrationRequest, AttachDisk, AttachDiskToVmRequest, AttachNic, AttachNicToVmRequest,
+    CancelMigrationRequest, Cluster, CommandResponse, CreateNetwork, CreateNetworkRequest, CreateSnapshot,
+    CreateSnapshotRequest, CreateVm, CreateVmRequest, CreateVolume, CreateVolumeRequest, DeleteNetwork,
+    DeleteNetworkRequest, DeleteSnapshot, DeleteSnapshotRequest, DeleteVm, DeleteVmRequest, DeleteVolume,
+    DeleteVolumeRequest, DetachDisk, DetachDiskFromVmRequest, DetachNic, DetachNicFromVmRequest,
+    GetClusterRequest, GetHostRequest, GetMigrationRequest, GetSnapshotRequest, GetVmRequest, Host,
+    ListEventsRequest, ListEventsResponse, ListHostsRequest, ListHostsResponse, ListMigrationsRequest,
+    ListMigrationsResponse, ListNetworksRequest, ListNetworksResponse, ListSnapshotsRequest,
+    ListSnapshotsResponse, ListVmsRequest, ListVmsResponse, ListVolumesRequest, ListVolumesResponse,
+    MigrateVmRequest, Migration, MigrationForecast, Network, PlanMigration, PostcopyMigrationRequest,
+    ReadConsoleRequest, ReadConsoleResponse, Reason, ResizeVolume, ResizeVolumeRequest, RestoreVm,
+    RestoreVmRequest, SetVmMemory, SetVmMemoryRequest, ShutdownVm, ShutdownVmRequest, Snapshot, StartVm,
+    StartVmRequest, StopVm, StopVmRequest, Vm, Volume, WantPostCopy, WatchMigrationRequest,
+    WatchMigrationResponse, WriteConsoleRequest, WriteConsoleResponse,
 };
 use drover_proto::{Code, Fault};
 use drover_state::{State, Usage};
@@ -279,6 +280,32 @@ impl Controller for Api {
                  vm,
                  volume,
              }| { (request_id, Kind::DetachDisk(DetachDisk { vm, volume })) },
+            |_, response| response.vm,
+        )
+        .await
+    }
+
+    async fn attach_nic(&self, mut request: Request<AttachNicToVmRequest>) -> Answer<Vm> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/AttachNic",
+            request,
+            |_, AttachNicToVmRequest { request_id, vm, nic }| {
+                (request_id, Kind::AttachNic(AttachNic { vm, nic }))
+            },
+            |_, response| response.vm,
+        )
+        .await
+    }
+
+    async fn detach_nic(&self, mut request: Request<DetachNicFromVmRequest>) -> Answer<Vm> {
+        self.shared.ensure_id(&mut request.get_mut().request_id);
+        self.change(
+            "/drover.v1.Controller/DetachNic",
+            request,
+            |_, DetachNicFromVmRequest { request_id, vm, nic }| {
+                (request_id, Kind::DetachNic(DetachNic { vm, nic }))
+            },
             |_, response| response.vm,
         )
         .await

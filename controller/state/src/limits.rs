@@ -65,6 +65,8 @@ pub const POOL_DEFAULT: &str = "default";
 pub const NETWORKS_MAX: usize = 4_000;
 /// NICs of one VM: what the VMM's bus has room for beside its disks.
 pub const NICS_MAX: usize = 4;
+/// Characters of a MAC.
+pub const MAC_CHARS: usize = 17;
 /// Networks that one host may report.
 pub const HOST_NETWORKS_MAX: usize = 64;
 /// The largest VXLAN number: 24 bits (RFC 7348, 5).

@@ -2,7 +2,7 @@
 //! network goes.
 //!
 //! An address is nobody's record: it is taken as long as a VM whose specification names it is there, so it is free when the VM is
-//! gone, and no entry can lose one. A MAC is derived from cluster, VM and slot, so that VMs of two clusters on one segment
+//! gone or has given the NIC up, and no entry can lose one. A MAC is derived from cluster, VM and slot, so that VMs of two clusters on one segment
 //! differ and a VM that is created again keeps its own; the next free one is taken where it is in use. An IP address is the first
 //! that is free in its subnet.
 
@@ -249,13 +249,7 @@ pub(crate) fn check_nics(spec: &mut VmSpec) -> Result<(), Fault> {
     for nic in &mut spec.nics {
         name("spec.nics.network", &nic.network)?;
         if !nic.mac.is_empty() {
-            nic.mac = unicast(&nic.mac).map(mac_text).ok_or_else(|| {
-                let message = format!(
-                    "spec.nics.mac is {}; six bytes as 52:54:00:12:34:56, of a unicast address (the first byte even), are possible",
-                    quoted(&nic.mac)
-                );
-                invalid("spec.nics.mac", message)
-            })?;
+            nic.mac = mac("spec.nics.mac", &nic.mac)?;
         }
         if !nic.ip.is_empty() {
             let ip = nic.ip.parse::<Ipv4Addr>().map_err(|_| {
@@ -266,6 +260,20 @@ pub(crate) fn check_nics(spec: &mut VmSpec) -> Result<(), Fault> {
         }
     }
     Ok(())
+}
+
+/// A MAC in its one spelling.
+///
+/// # Errors
+/// `invalid_argument`.
+pub(crate) fn mac(field: &str, text: &str) -> Result<String, Fault> {
+    unicast(text).map(mac_text).ok_or_else(|| {
+        let message = format!(
+            "{field} is {}; six bytes as 52:54:00:12:34:56, of a unicast address (the first byte even), are possible",
+            quoted(text)
+        );
+        invalid(field, message)
+    })
 }
 
 /// Reads a MAC that one interface can have: unicast, and not all zeros.
@@ -284,7 +292,7 @@ fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
-/// Gives the NICs of a VM that is to be created the addresses that they lack.
+/// Gives the NICs of a VM that is to be created, or one that it is to get, the addresses that they lack.
 ///
 /// # Errors
 /// `network_not_found`; `invalid_argument` for an address that its network does not have; `address_in_use` for one that another NIC

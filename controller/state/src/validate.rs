@@ -132,7 +132,9 @@ pub(crate) fn vm_spec(spec: Option<&VmSpec>) -> Result<VmSpec, Fault> {
     for disk in &mut spec.disks {
         (disk.slot, disk.attach_revision, disk.detach_revision) = (0, 0, 0);
     }
-    spec.nics.iter_mut().for_each(|nic| nic.slot = 0);
+    for nic in &mut spec.nics {
+        (nic.slot, nic.attach_revision, nic.detach_revision) = (0, 0, 0);
+    }
     Ok(spec)
 }
 

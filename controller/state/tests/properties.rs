@@ -11,8 +11,9 @@ use common::*;
 use drover_proto::Code;
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::{
-    Command, MigrationPhase, ReportSnapshotRequest, RestartPolicy, Snapshot, SnapshotNews, SnapshotPhase,
-    VmNic, VmState,
+    AttachDisk, AttachNic, Command, DetachDisk, DetachNic, MigrationPhase, ReportSnapshotRequest,
+    ReportVmRequest, RestartPolicy, Snapshot, SnapshotNews, SnapshotPhase, VmDevice, VmDeviceState,
+    VmDevices, VmDisk, VmNic, VmState,
 };
 use drover_state::{State, apply, desired, epoch_of, grants, host_of, into_result, is_committed};
 use proptest::prelude::*;
@@ -49,6 +50,12 @@ enum Step {
     Commit(u64, i64),
     Abort(u64, bool),
     Finish(u64),
+    AttachDisk(usize, usize),
+    AttachNic(usize, usize),
+    DetachDisk(usize, prop::sample::Index),
+    DetachNic(usize, prop::sample::Index),
+    /// What its VMM has: slots, by a bit each; how far behind it was told; whether it tells of NICs.
+    Has(usize, u32, u64, bool),
     Down(usize),
     Up(usize, bool),
     Take(usize),
@@ -95,7 +102,13 @@ fn step() -> impl Strategy<Value = Step> {
         6 => (vm.clone(), prop::option::weighted(0.2, host.clone()), skew.clone(), reported)
             .prop_map(|(v, h, s, r)| Step::Report(v, h, s, r)),
         4 => (vm.clone(), prop::option::of(host.clone())).prop_map(|(v, h)| Step::Plan(v, h)),
-        4 => (vm, prop::option::weighted(0.1, host.clone())).prop_map(|(v, h)| Step::Upgrade(v, h)),
+        4 => (vm.clone(), prop::option::weighted(0.1, host.clone())).prop_map(|(v, h)| Step::Upgrade(v, h)),
+        3 => (vm.clone(), 0..VOLUMES.len()).prop_map(|(v, d)| Step::AttachDisk(v, d)),
+        4 => (vm.clone(), 0..NETWORKS.len()).prop_map(|(v, n)| Step::AttachNic(v, n)),
+        3 => (vm.clone(), any::<prop::sample::Index>()).prop_map(|(v, i)| Step::DetachDisk(v, i)),
+        4 => (vm.clone(), any::<prop::sample::Index>()).prop_map(|(v, i)| Step::DetachNic(v, i)),
+        6 => (vm, any::<u32>(), prop_oneof![3 => Just(0_u64), 1 => 1..3_u64], prop::bool::weighted(0.8))
+            .prop_map(|(v, s, b, t)| Step::Has(v, s, b, t)),
         6 => (back.clone(), phase).prop_map(|(b, p)| Step::Advance(b, p)),
         4 => (back.clone(), skew).prop_map(|(b, s)| Step::Commit(b, s)),
         1 => (back.clone(), any::<bool>()).prop_map(|(b, c)| Step::Abort(b, c)),
@@ -123,6 +136,13 @@ fn recent(state: &State, back: usize) -> Snapshot {
         .rev()
         .nth(back)
         .map(|snapshot| (*snapshot).clone())
+        .unwrap_or_default()
+}
+
+fn spec(state: &State, vm: usize) -> drover_proto::v1::VmSpec {
+    state
+        .vm(VMS[vm])
+        .and_then(|vm| vm.spec.clone())
         .unwrap_or_default()
 }
 
@@ -243,6 +263,60 @@ fn resolve(state: &State, step: &Step) -> Kind {
                 news: SnapshotNews::Removed.into(),
                 removal: due.into_iter().next(),
                 ..ReportSnapshotRequest::default()
+            })
+        }
+        Step::AttachDisk(vm, volume) => Kind::AttachDisk(AttachDisk {
+            vm: VMS[vm].into(),
+            disk: Some(VmDisk {
+                volume: VOLUMES[volume].into(),
+                ..VmDisk::default()
+            }),
+        }),
+        Step::AttachNic(vm, network) => Kind::AttachNic(AttachNic {
+            vm: VMS[vm].into(),
+            nic: Some(VmNic {
+                network: NETWORKS[network].0.into(),
+                ..VmNic::default()
+            }),
+        }),
+        Step::DetachDisk(vm, which) => {
+            let disks = spec(state, vm).disks;
+            let disk = (!disks.is_empty()).then(|| disks[which.index(disks.len())].volume.clone());
+            Kind::DetachDisk(DetachDisk {
+                vm: VMS[vm].into(),
+                volume: disk.unwrap_or_default(),
+            })
+        }
+        Step::DetachNic(vm, which) => {
+            let nics = spec(state, vm).nics;
+            let nic = (!nics.is_empty()).then(|| nics[which.index(nics.len())].mac.clone());
+            Kind::DetachNic(DetachNic {
+                vm: VMS[vm].into(),
+                nic: nic.unwrap_or_default(),
+            })
+        }
+        Step::Has(vm, slots, behind, tells_nics) => {
+            let device = |slot| VmDevice {
+                slot,
+                state: VmDeviceState::Attached.into(),
+                ..VmDevice::default()
+            };
+            let revision = spec(state, vm).devices_revision.saturating_sub(behind);
+            Kind::ReportVm(ReportVmRequest {
+                host: state.vm(VMS[vm]).map_or("", host_of).into(),
+                vm: VMS[vm].into(),
+                epoch: epoch(vm),
+                state: VmState::Running.into(),
+                devices: Some(VmDevices {
+                    devices: (1..32)
+                        .filter(|slot| slots >> slot & 1 == 1)
+                        .map(device)
+                        .collect(),
+                    revision,
+                    tells_nics,
+                    ..VmDevices::default()
+                }),
+                ..ReportVmRequest::default()
             })
         }
         Step::Down(host) => host_down(HOSTS[host]),
@@ -470,6 +544,55 @@ fn contents_change_only_when_a_restored_run_begins(before: &State, after: &State
     }
 }
 
+/// Slots are all counted or all written down, each once; and while a run goes on, nothing leaves its specification but what was to be
+/// given up, by a report that was made after the VMM was told, and does not name it.
+fn what_a_run_has_leaves_by_its_vmms_word_only(before: &State, after: &State, kind: &Kind) {
+    let pieces = |spec: &drover_proto::v1::VmSpec| {
+        let disks = spec
+            .disks
+            .iter()
+            .map(|disk| (disk.volume.clone(), disk.slot, disk.detach_revision));
+        let nics = spec
+            .nics
+            .iter()
+            .map(|nic| (nic.mac.clone(), nic.slot, nic.detach_revision));
+        disks.chain(nics).collect::<Vec<_>>()
+    };
+    for vm in after.vms() {
+        let now = vm.spec.as_ref().unwrap();
+        let slots: Vec<u32> = pieces(now).iter().map(|(_, slot, _)| *slot).collect();
+        let distinct: BTreeSet<&u32> = slots.iter().collect();
+        assert!(
+            slots.iter().all(|slot| *slot == 0) || distinct.len() == slots.len() && !distinct.contains(&0),
+            "{slots:?}"
+        );
+        let Some(was) = before.vm(&now.name) else { continue };
+        let goes_on =
+            drover_state::occupies(was) && drover_state::occupies(vm) && epoch_of(was) == epoch_of(vm);
+        let stays: BTreeSet<String> = pieces(now).into_iter().map(|(name, ..)| name).collect();
+        for (name, slot, wish) in pieces(was.spec.as_ref().unwrap()) {
+            if !goes_on || stays.contains(&name) {
+                continue;
+            }
+            let Kind::ReportVm(ReportVmRequest {
+                devices: Some(told), ..
+            }) = kind
+            else {
+                panic!("{name} was taken by {kind:?}");
+            };
+            let named = told.devices.iter().any(|device| device.slot == slot);
+            assert!(
+                wish > 0 && told.revision >= wish && !named,
+                "{name} was taken by {told:?}"
+            );
+            assert!(
+                told.tells_nics || !name.contains(':'),
+                "{name} was taken by who does not know"
+            );
+        }
+    }
+}
+
 fn migrations_go_forward(before: &State, after: &State) {
     for migration in after.migrations() {
         let under_way = after
@@ -514,7 +637,8 @@ proptest! {
         let mut watch = Watch::default();
         for (at, step) in (0..).zip(&steps) {
             let before = state.clone();
-            let (response, _) = apply(&mut state, &command(at, String::new(), resolve(&before, step)));
+            let kind = resolve(&before, step);
+            let (response, _) = apply(&mut state, &command(at, String::new(), kind.clone()));
             if into_result(response).is_err() {
                 prop_assert_eq!(&state, &before, "a refusal changed the state");
             }
@@ -527,6 +651,7 @@ proptest! {
             nics_have_networks_and_addresses_of_their_own(&state);
             snapshots_are_of_a_run_that_nothing_moves(&state);
             contents_change_only_when_a_restored_run_begins(&before, &state, step);
+            what_a_run_has_leaves_by_its_vmms_word_only(&before, &state, &kind);
         }
     }
 

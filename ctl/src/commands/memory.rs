@@ -3,7 +3,7 @@
 use drover_proto::v1;
 
 use super::Session;
-use super::disks::{Yet, runs, until};
+use super::devices::{Yet, runs, until};
 use crate::args::{SetArgs, WithBalloon};
 use crate::client::Patience;
 use crate::failure::Result;

@@ -3,7 +3,7 @@
 mod bar;
 pub mod ca;
 pub mod console;
-mod disks;
+mod devices;
 mod dry_run;
 pub mod events;
 mod follow;

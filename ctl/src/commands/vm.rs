@@ -33,8 +33,14 @@ pub async fn run(session: &Session, command: &VmCommand) -> Result<()> {
             settle(session, args, vm, Goal::Stopped).await
         }
         VmCommand::Shutdown(args) => shutdown(session, args).await,
-        VmCommand::AttachDisk { vm, disk, wait } => super::disks::attach(session, vm, disk, wait).await,
-        VmCommand::DetachDisk { vm, volume, wait } => super::disks::detach(session, vm, volume, wait).await,
+        VmCommand::AttachDisk { vm, disk, wait } => {
+            super::devices::attach_disk(session, vm, disk, wait).await
+        }
+        VmCommand::DetachDisk { vm, volume, wait } => {
+            super::devices::detach_disk(session, vm, volume, wait).await
+        }
+        VmCommand::AttachNic { vm, nic, wait } => super::devices::attach_nic(session, vm, nic, wait).await,
+        VmCommand::DetachNic { vm, nic, wait } => super::devices::detach_nic(session, vm, nic, wait).await,
         VmCommand::Set(args) => super::memory::set(session, args).await,
         VmCommand::Snapshot(command) => super::snapshot::run(session, command).await,
         VmCommand::Delete(args) => {

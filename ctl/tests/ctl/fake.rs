@@ -479,6 +479,38 @@ impl Controller for Service {
             .into())
     }
 
+    async fn attach_nic(&self, request: Request<v1::AttachNicToVmRequest>) -> Answer<v1::Vm> {
+        let v1::AttachNicToVmRequest { request_id, vm, nic } = request.into_inner();
+        let mut state = self.enter("attach_nic", &request_id)?;
+        let Some((found, _)) = state.vms.get_mut(&vm) else {
+            return Err(no_vm(&vm));
+        };
+        let nic = v1::VmNic {
+            mac: "52:54:00:00:00:01".to_owned(),
+            ip: "10.1.0.2".to_owned(),
+            ..nic.unwrap_or_default()
+        };
+        found.spec.get_or_insert_default().nics.push(nic);
+        let found = found.clone();
+        answer(state, found)
+    }
+
+    async fn detach_nic(&self, request: Request<v1::DetachNicFromVmRequest>) -> Answer<v1::Vm> {
+        let v1::DetachNicFromVmRequest { request_id, vm, nic } = request.into_inner();
+        let mut state = self.enter("detach_nic", &request_id)?;
+        let Some((found, _)) = state.vms.get_mut(&vm) else {
+            return Err(no_vm(&vm));
+        };
+        let nics = &mut found.spec.get_or_insert_default().nics;
+        if !nics.iter().any(|has| has.mac == nic || has.network == nic) {
+            let fault = Fault::new(Code::NicNotFound, format!("{vm} has no NIC \"{nic}\""));
+            return Err(fault.field("nic").into());
+        }
+        nics.clear();
+        let found = found.clone();
+        answer(state, found)
+    }
+
     async fn resize_volume(&self, request: Request<v1::ResizeVolumeRequest>) -> Answer<v1::Volume> {
         let name = request.into_inner().name;
         Err(

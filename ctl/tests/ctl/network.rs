@@ -97,3 +97,23 @@ fn a_vm_is_created_with_its_nics_and_shows_them() {
         ])
     );
 }
+
+#[test]
+fn a_nic_comes_with_the_addresses_that_were_chosen_and_goes_by_its_network_or_mac() {
+    let fake = Fake::start();
+    assert_eq!(fake.run("vm create vm1 --image probe").code, Some(0));
+    let ended = fake.run("vm attach-nic vm1 lan");
+    assert_eq!(
+        ended.stdout, "vm1 has the NIC lan 52:54:00:00:00:01 10.1.0.2\n",
+        "{ended:?}"
+    );
+    let unknown = fake.run("vm detach-nic vm1 wide");
+    assert!(
+        unknown.code == Some(3) && unknown.stderr.contains("nic_not_found"),
+        "{unknown:?}"
+    );
+    let ended = fake.run("vm detach-nic vm1 52:54:00:00:00:01");
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(fake.run("vm attach-nic vm1 lan:speed=9").code, Some(2));
+    assert_eq!(fake.run("vm attach-nic vm9 lan").code, Some(3));
+}

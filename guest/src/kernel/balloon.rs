@@ -109,8 +109,8 @@ pub struct Balloon {
 impl Balloon {
     /// Finds the balloon and sets it up. `memory`: [`PAGES`] pages.
     pub fn open(memory: u64, plan: &'static Plan) -> Result<Balloon, &'static str> {
-        let registers =
-            virtio::find(BALLOON_ID, machine::DISK_VECTOR)?.ok_or("no virtio balloon on PCI's root bus")?;
+        let slot = virtio::find(BALLOON_ID).ok_or("no virtio balloon on PCI's root bus")?;
+        let registers = virtio::open(slot, machine::DISK_VECTOR)?;
         for word in 0..PAGES * PAGE / 8 {
             put(memory + 8 * word, 0u64);
         }

@@ -18,6 +18,7 @@ use drover_probe::report::{DiskFound, DiskSecond};
 
 use super::console::say;
 use super::machine;
+use super::slots::{self, Look};
 use super::time::Clock;
 use super::virtio::{self, NEXT, PAGE, Queue, Registers, WRITE, get, put};
 
@@ -73,21 +74,10 @@ enum Doing {
     Reading { block: u64 },
 }
 
-/// The slots' registers: the event's enable bits, what was filled, what is to be given up, giving up.
-const EVENTS_ENABLED: u16 = 0x622;
-const SLOTS_EVENT: u16 = 2;
-const SLOTS_FILLED: u16 = 0x640;
-const SLOTS_ASKED: u16 = 0x644;
-const SLOTS_GIVEN_UP: u16 = 0x648;
-/// Between two looks at them.
-const LOOK_MS: u64 = 20;
-
 /// The place of the one disk: always the same, or one that may come and go.
 pub struct Bay {
     memory: u64,
-    hot_plug: bool,
     clock_khz: u64,
-    next_look: u64,
     disk: Option<Disk>,
 }
 
@@ -95,46 +85,35 @@ impl Bay {
     /// Opens the disk that is there; without hot-plug there must be one. `memory`: [`PAGES`] pages.
     pub fn open(memory: u64, hot_plug: bool, clock: &Clock) -> Result<Bay, &'static str> {
         let clock_khz = clock.tsc_khz;
-        let disk = match Disk::open(memory, clock_khz) {
-            Ok(disk) => Some(disk),
-            Err(NO_DISK) if hot_plug => None,
-            Err(why) => return Err(why),
+        let disk = match virtio::find(DISK_ID) {
+            Some(slot) => Some(Disk::open(memory, clock_khz, slot)?),
+            None if hot_plug => None,
+            None => return Err(NO_DISK),
         };
-        if hot_plug {
-            // Nobody serves the interrupt, whose line stays masked; it says that the registers are looked at.
-            machine::port_write_word(EVENTS_ENABLED, SLOTS_EVENT);
-        }
         Ok(Bay {
             memory,
-            hot_plug,
             clock_khz,
-            next_look: 0,
             disk,
         })
     }
 
-    /// Does what is due, and says how the journal stands, where there is a disk.
+    /// Does what is due of the journal, and says how it stands, where there is a disk.
     pub fn step(&mut self) -> Option<DiskSecond> {
-        let now = machine::counter();
-        if self.hot_plug && now >= self.next_look {
-            self.next_look = now + LOOK_MS * self.clock_khz;
-            self.look();
-        }
         self.disk.as_mut().map(Disk::step)
     }
 
+    /// Gives the disk up that is to be, and takes the next.
     // Pages on the stack are large: the ways down are kept apart.
     #[inline(never)]
-    fn look(&mut self) {
-        let asked = machine::port_read_long(SLOTS_ASKED);
-        let leaves = |disk: &mut Disk| asked >> disk.registers.slot & 1 == 1 && disk.rests();
+    pub fn change(&mut self, slots: &Look) {
+        let leaves = |disk: &mut Disk| slots.asks(disk.registers.slot) && disk.rests();
         if let Some(disk) = self.disk.take_if(leaves) {
             disk.give_up();
         }
-        let filled = machine::port_read_long(SLOTS_FILLED);
-        if self.disk.is_none() && filled != 0 {
-            machine::port_write_long(SLOTS_FILLED, filled);
-            match Disk::open(self.memory, self.clock_khz) {
+        if self.disk.is_none()
+            && let Some(slot) = slots.take(DISK_ID)
+        {
+            match Disk::open(self.memory, self.clock_khz, slot) {
                 Ok(disk) => self.disk = Some(disk),
                 Err(why) => say!("probe no disk: {why}"),
             }
@@ -160,10 +139,10 @@ struct Disk {
 }
 
 impl Disk {
-    /// Finds the disk, sets it up, and reads the journal on it. `memory`: [`PAGES`] pages.
+    /// Sets the disk in `slot` up, and reads the journal on it. `memory`: [`PAGES`] pages.
     #[inline(never)]
-    fn open(memory: u64, clock_khz: u64) -> Result<Disk, &'static str> {
-        let registers = virtio::find(DISK_ID, machine::DISK_VECTOR)?.ok_or(NO_DISK)?;
+    fn open(memory: u64, clock_khz: u64, slot: u32) -> Result<Disk, &'static str> {
+        let registers = virtio::open(slot, machine::DISK_VECTOR)?;
         for word in 0..PAGES * PAGE / 8 {
             put(memory + 8 * word, 0u64);
         }
@@ -343,7 +322,7 @@ impl Disk {
     /// Ends the device's work, and gives its slot up.
     fn give_up(self) {
         virtio::reset(&self.registers);
-        machine::port_write_long(SLOTS_GIVEN_UP, 1 << self.registers.slot);
+        slots::give_up(self.registers.slot);
         let sequence = self.journal.acknowledged();
         say!("probe disk gone seq={sequence} lost={}", self.lost);
     }

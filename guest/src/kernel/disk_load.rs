@@ -50,7 +50,8 @@ pub struct LoadedDisk {
 impl LoadedDisk {
     /// Finds the disk, sets it up, and begins as many requests as are to be under way. `memory`: [`PAGES`] pages.
     pub fn open(plan: &'static Plan, memory: u64, bench: DiskBench) -> Result<LoadedDisk, &'static str> {
-        let registers = virtio::find(DISK_ID, machine::DISK_VECTOR)?.ok_or(NO_DISK)?;
+        let slot = virtio::find(DISK_ID).ok_or(NO_DISK)?;
+        let registers = virtio::open(slot, machine::DISK_VECTOR)?;
         for word in 0..DATA * PAGE / 8 {
             put(memory + 8 * word, 0u64);
         }

@@ -18,12 +18,14 @@ mod machine;
 mod net;
 mod net_load;
 mod plan;
+mod slots;
 mod time;
 mod virtio;
 mod worker;
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
+use drover_probe::params::Params;
 use drover_probe::report::Second;
 
 use self::balloon::Balloon;
@@ -32,9 +34,10 @@ use self::console::say;
 use self::desk::Desk;
 use self::disk::Bay;
 use self::disk_load::LoadedDisk;
-use self::net::Net;
+use self::net::Post;
 use self::net_load::LoadedNet;
 use self::plan::{PLAN, Plan};
+use self::slots::Slots;
 use self::time::Clock;
 use self::worker::Worker;
 
@@ -102,8 +105,10 @@ fn first(kind: u64, boot_address: u64) -> ! {
 
 /// What processor 0 drives beside its pages.
 struct Drivers {
+    params: &'static Params,
+    slots: Option<Slots>,
     bay: Option<Bay>,
-    net: Option<Net>,
+    post: Option<Post>,
     disk_load: Option<LoadedDisk>,
     net_load: Option<LoadedNet>,
     balloon: Option<Balloon>,
@@ -117,8 +122,10 @@ impl Drivers {
     ) -> Result<Drivers, (&'static str, &'static str)> {
         let params = &plan.params;
         let mut drivers = Drivers {
+            params,
+            slots: None,
             bay: None,
-            net: None,
+            post: None,
             disk_load: None,
             net_load: None,
             balloon: None,
@@ -139,7 +146,7 @@ impl Drivers {
                 drivers.net_load = Some(LoadedNet::open(plan, memory, bench).map_err(no_nic)?);
             }
             (Some(memory), None, Some(ip)) => {
-                drivers.net = Some(Net::open(memory, ip).map_err(no_nic)?);
+                drivers.post = Some(Post::open(memory, ip, params.net_hot_plug).map_err(no_nic)?);
             }
             _ => {}
         }
@@ -149,6 +156,7 @@ impl Drivers {
         if let Some(memory) = balloon {
             drivers.balloon = Some(Balloon::open(memory, plan).map_err(|why| ("balloon", why))?);
         }
+        drivers.slots = (params.hot_plug || params.net_hot_plug).then(|| Slots::watch(&plan.clock));
         Ok(drivers)
     }
 
@@ -159,9 +167,17 @@ impl Drivers {
 
     /// Does what is due, and says how far that is.
     fn step(&mut self) -> Second {
+        if let Some(look) = self.slots.as_mut().and_then(Slots::look) {
+            if let Some(bay) = self.bay.as_mut().filter(|_| self.params.hot_plug) {
+                bay.change(&look);
+            }
+            if let Some(post) = self.post.as_mut().filter(|_| self.params.net_hot_plug) {
+                post.change(&look);
+            }
+        }
         Second {
             disk: self.bay.as_mut().and_then(Bay::step),
-            net: self.net.as_mut().map(Net::step),
+            net: self.post.as_mut().and_then(Post::step),
             disk_load: self.disk_load.as_mut().map(LoadedDisk::step),
             net_load: self.net_load.as_mut().map(LoadedNet::step),
             balloon: self.balloon.as_mut().map(Balloon::step),

@@ -9,7 +9,9 @@ use core::sync::atomic::{Ordering, fence};
 use drover_probe::echo::{FRAME_MAX, Station};
 use drover_probe::report::NetSecond;
 
+use super::console::say;
 use super::machine;
+use super::slots::{self, Look};
 use super::virtio::{self, PAGE, Queue, Registers, WRITE, get, put};
 
 /// Virtio's vendor, and a NIC that follows the standard.
@@ -79,8 +81,51 @@ impl Ring {
     }
 }
 
+/// Why there is no NIC.
+pub const NO_NIC: &str = "no virtio NIC on PCI's root bus";
+
+/// The place of the one NIC: always the same, or one that may come and go.
+pub struct Post {
+    memory: u64,
+    ip: [u8; 4],
+    net: Option<Net>,
+}
+
+impl Post {
+    /// Opens the NIC that is there; without hot-plug there must be one. `memory`: [`PAGES`] pages.
+    pub fn open(memory: u64, ip: [u8; 4], hot_plug: bool) -> Result<Post, &'static str> {
+        let net = match virtio::find(NIC_ID) {
+            Some(slot) => Some(Net::open(memory, ip, slot)?),
+            None if hot_plug => None,
+            None => return Err(NO_NIC),
+        };
+        Ok(Post { memory, ip, net })
+    }
+
+    /// Answers what has come, where there is a NIC.
+    pub fn step(&mut self) -> Option<NetSecond> {
+        self.net.as_mut().map(Net::step)
+    }
+
+    /// Gives the NIC up that is to be, and takes the next.
+    #[inline(never)]
+    pub fn change(&mut self, slots: &Look) {
+        if let Some(net) = self.net.take_if(|net| slots.asks(net.registers.slot)) {
+            net.give_up();
+        }
+        if self.net.is_none()
+            && let Some(slot) = slots.take(NIC_ID)
+        {
+            match Net::open(self.memory, self.ip, slot) {
+                Ok(net) => self.net = Some(net),
+                Err(why) => say!("probe no nic: {why}"),
+            }
+        }
+    }
+}
+
 /// The NIC with its station.
-pub struct Net {
+struct Net {
     registers: Registers,
     station: Station,
     receive: Ring,
@@ -90,10 +135,10 @@ pub struct Net {
 }
 
 impl Net {
-    /// Finds the NIC and sets it up for `ip`. `memory`: [`PAGES`] pages.
-    pub fn open(memory: u64, ip: [u8; 4]) -> Result<Net, &'static str> {
-        let registers =
-            virtio::find(NIC_ID, machine::NET_VECTOR)?.ok_or("no virtio NIC on PCI's root bus")?;
+    /// Sets the NIC in `slot` up for `ip`. `memory`: [`PAGES`] pages.
+    #[inline(never)]
+    fn open(memory: u64, ip: [u8; 4], slot: u32) -> Result<Net, &'static str> {
+        let registers = virtio::open(slot, machine::NET_VECTOR)?;
         for word in 0..PAGES * PAGE / 8 {
             put(memory + 8 * word, 0u64);
         }
@@ -128,8 +173,15 @@ impl Net {
         Ok(net)
     }
 
+    /// Ends the device's work, and gives its slot up.
+    fn give_up(self) {
+        virtio::reset(&self.registers);
+        slots::give_up(self.registers.slot);
+        say!("probe nic gone answered={}", self.answered);
+    }
+
     /// Answers what has come, and says how much that was.
-    pub fn step(&mut self) -> NetSecond {
+    fn step(&mut self) -> NetSecond {
         let (mut came, mut goes) = (false, false);
         for _ in 0..BATCH {
             let Some((slot, written)) = self.receive.take() else {

@@ -15,7 +15,7 @@ use drover_probe::params::NetBench;
 use drover_probe::report::NetLoad;
 
 use super::machine;
-use super::net::{F_MAC, HEADER, NIC_ID, RECEIVE, TRANSMIT};
+use super::net::{F_MAC, HEADER, NIC_ID, NO_NIC, RECEIVE, TRANSMIT};
 use super::plan::Plan;
 use super::virtio::{self, PAGE, Registers, Ring, WRITE, get, put};
 
@@ -57,8 +57,8 @@ fn frame(at: u64, bytes: usize) -> &'static mut [u8] {
 impl LoadedNet {
     /// Finds the NIC and sets it up. `memory`: [`PAGES`] pages.
     pub fn open(plan: &'static Plan, memory: u64, bench: NetBench) -> Result<LoadedNet, &'static str> {
-        let registers =
-            virtio::find(NIC_ID, machine::NET_VECTOR)?.ok_or("no virtio NIC on PCI's root bus")?;
+        let slot = virtio::find(NIC_ID).ok_or(NO_NIC)?;
+        let registers = virtio::open(slot, machine::NET_VECTOR)?;
         for word in 0..PAGES * PAGE / 8 {
             put(memory + 8 * word, 0u64);
         }

@@ -112,11 +112,18 @@ pub fn reset(registers: &Registers) {
     put(registers.common + 20, 0u8);
 }
 
-/// Finds the first device of `id`, vendor below, places what of it is nowhere, and switches it on. Its messages are of interrupt `vector`.
-pub fn find(id: u32, vector: u32) -> Result<Option<Registers>, &'static str> {
-    let Some(slot) = (0..SLOTS_OF_BUS).find(|&slot| machine::config_read(config(slot, 0)) == id) else {
-        return Ok(None);
-    };
+/// What is in the slot: the vendor below.
+pub fn id(slot: u32) -> u32 {
+    machine::config_read(config(slot, 0))
+}
+
+/// The slot of the first device of `id`.
+pub fn find(id: u32) -> Option<u32> {
+    (0..SLOTS_OF_BUS).find(|&slot| self::id(slot) == id)
+}
+
+/// Switches the device in `slot` on, and places only what is nowhere. Its messages are of interrupt `vector`.
+pub fn open(slot: u32, vector: u32) -> Result<Registers, &'static str> {
     place(slot);
     let bar = |index: u32| u64::from(machine::config_read(config(slot, 0x10 + 4 * index)) & !0xf);
     let mut found = Registers {
@@ -162,7 +169,7 @@ pub fn find(id: u32, vector: u32) -> Result<Option<Registers>, &'static str> {
         // SAFETY: its messages go to the local APIC of processor 0.
         unsafe { machine::config_write(config(slot, at), head & 0xffff | MSIX_ENABLE) };
     }
-    Ok(Some(found))
+    Ok(found)
 }
 
 /// Whether the device offers event indexes.

@@ -4,70 +4,168 @@
 //!   the specification has, the VMM has not ──► attach        has it, smaller ──► grow
 //!   is to be given up, or is in no specification ──► detach  ──► (the guest gives it up)
 //!   less or more memory is wanted than the VMM was told ──► set it
+//!   a NIC's TAP is kept, the NIC is neither wanted nor there ──► release
 //!   what the VMM has, changed ──► report
 //! ```
 //!
 //! A volume is known by the folder that its file is in, not by the whole path: a pool may be mounted elsewhere by now, and no disk is to
-//! be taken from its guest for that. While a migration of the run is under way the VMM takes no disk, so nothing of the kind is asked of it.
+//! be taken from its guest for that. A NIC is known by its MAC, and its TAP by its name. While a migration of the run is under way the
+//! VMM takes no disk and no NIC, so nothing of the kind is asked of it.
+//!
+//! A TAP outlives its NIC in the VMM: it goes when the VMM says that it has the NIC no more, and was told of the wish, so that no call
+//! on its way can want it again.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use drover_proto::Code;
 use drover_proto::v1::{
-    DetachDiskRequest, MigrationPhase, SetMemoryRequest, VmDesired, VmDevice, VmDeviceState, VmDevices,
-    VmDisk, VmSpec, VmmDevice, VmmDeviceState, VmmDevices, VmmState,
+    DetachDiskRequest, DetachNicRequest, MigrationPhase, Network, Reason, SetMemoryRequest, VmDesired,
+    VmDevice, VmDeviceState, VmDevices, VmDisk, VmNic, VmSpec, VmmDevice, VmmDeviceState, VmmDevices,
+    VmmState, Volume,
 };
 
-use super::{Action, Alive, Observed, Seen};
+use super::{Action, Alive, Detach, Observed, Piece, Seen, reason};
 
 const SLOTS_MAX: u32 = 31;
+const DISK: &str = "disk";
+const NIC: &str = "nic";
 
-/// The specification's disks with their slots: as told, else counted as a VMM does.
-pub fn with_slots(spec: &VmSpec) -> Vec<VmDisk> {
-    let told = spec.disks.iter().map(|disk| disk.slot);
-    let told: BTreeSet<u32> = told.chain(spec.nics.iter().map(|nic| nic.slot)).collect();
+/// The specification with a slot for each disk and NIC: as told, else counted as a VMM does.
+pub fn with_slots(spec: &VmSpec) -> VmSpec {
+    let mut spec = spec.clone();
+    let disks = spec.disks.iter_mut().map(|disk| &mut disk.slot);
+    let slots: Vec<&mut u32> = disks
+        .chain(spec.nics.iter_mut().map(|nic| &mut nic.slot))
+        .collect();
+    let told: BTreeSet<u32> = slots.iter().map(|slot| **slot).collect();
     let mut free = (1..=SLOTS_MAX).filter(|slot| !told.contains(slot));
-    let slotted = |disk: &VmDisk| VmDisk {
-        slot: if disk.slot == 0 {
-            free.next().unwrap_or(0)
-        } else {
-            disk.slot
-        },
-        ..disk.clone()
-    };
-    spec.disks.iter().map(slotted).collect()
+    for slot in slots.into_iter().filter(|slot| **slot == 0) {
+        *slot = free.next().unwrap_or(0);
+    }
+    spec
 }
 
-/// The volume whose file this is.
-fn volume_of(device: &VmmDevice) -> &str {
+/// One thing of the specification.
+struct Wanted<'a> {
+    slot: u32,
+    detach_revision: u64,
+    what: What<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum What<'a> {
+    Disk(&'a VmDisk, Option<&'a Volume>),
+    Nic(&'a VmNic, Option<&'a Network>),
+}
+
+impl<'a> Wanted<'a> {
+    fn disk(disk: &'a VmDisk, volumes: &'a [Volume]) -> Self {
+        let volume = volumes.iter().find(|volume| volume.name == disk.volume);
+        Self {
+            slot: disk.slot,
+            detach_revision: disk.detach_revision,
+            what: What::Disk(disk, volume),
+        }
+    }
+
+    fn nic(nic: &'a VmNic, networks: &'a [Network]) -> Self {
+        let network = networks.iter().find(|network| network.name == nic.network);
+        Self {
+            slot: nic.slot,
+            detach_revision: nic.detach_revision,
+            what: What::Nic(nic, network),
+        }
+    }
+
+    fn name(&self) -> &'a str {
+        match self.what {
+            What::Disk(disk, _) => &disk.volume,
+            What::Nic(nic, _) => &nic.mac,
+        }
+    }
+
+    fn kind(&self) -> &'static str {
+        match self.what {
+            What::Disk(..) => DISK,
+            What::Nic(..) => NIC,
+        }
+    }
+
+    fn is(&self, device: &VmmDevice) -> bool {
+        device.slot == self.slot && device.kind == self.kind() && name_of(device) == self.name()
+    }
+
+    /// With what it is made of, unless the controllers did not say.
+    fn piece(&self) -> Option<Piece> {
+        Some(match self.what {
+            What::Disk(disk, volume) => Piece::Disk(disk.clone(), volume?.clone()),
+            What::Nic(nic, network) => Piece::Nic(nic.clone(), network?.clone()),
+        })
+    }
+
+    /// As a VMM would have it, where it has nothing.
+    fn nobody(&self) -> VmmDevice {
+        VmmDevice {
+            slot: self.slot,
+            kind: self.kind().to_owned(),
+            mac: match self.what {
+                What::Disk(..) => String::new(),
+                What::Nic(nic, _) => nic.mac.clone(),
+            },
+            ..VmmDevice::default()
+        }
+    }
+
+    /// Why it is not attached, as far as it is known.
+    fn failed(&self, seen: &Seen, has: &VmmDevices) -> Option<Reason> {
+        if self.kind() == NIC && !has.changes_nics {
+            let message = "the VMM that runs it is of a version that takes no NIC while it runs: upgrade it";
+            return Some(reason(Code::ProtocolVersion, message));
+        }
+        seen.attaching.failed.get(self.name()).cloned()
+    }
+}
+
+/// The volume whose file this is, or the MAC.
+fn name_of(device: &VmmDevice) -> &str {
+    if device.kind == NIC {
+        return &device.mac;
+    }
     let folder = Path::new(&device.path).parent().and_then(Path::file_name);
     folder.and_then(|name| name.to_str()).unwrap_or_default()
 }
 
-fn report(seen: &Seen, has: &VmmDevices, wanted: &[VmDisk]) -> VmDevices {
-    let disks = has.devices.iter().filter(|device| device.kind == "disk");
-    let mut devices: Vec<VmDevice> = disks
+fn report(seen: &Seen, has: &VmmDevices, wanted: &[Wanted<'_>]) -> VmDevices {
+    let told = has
+        .devices
+        .iter()
+        .filter(|device| [DISK, NIC].contains(&device.kind.as_str()));
+    let mut devices: Vec<VmDevice> = told
         .map(|device| VmDevice {
             slot: device.slot,
-            volume: volume_of(device).to_owned(),
+            volume: if device.kind == DISK { name_of(device) } else { "" }.to_owned(),
+            mac: device.mac.clone(),
             state: match device.state() {
                 VmmDeviceState::Attached => VmDeviceState::Attached,
                 _ => VmDeviceState::Ejecting,
             }
             .into(),
             size_bytes: device.size_bytes,
-            reason: seen.attaching.failed.get(volume_of(device)).cloned(),
+            reason: seen.attaching.failed.get(name_of(device)).cloned(),
         })
         .collect();
-    let lacks = |disk: &&VmDisk| !has.devices.iter().any(|device| device.slot == disk.slot);
-    for disk in wanted.iter().filter(lacks) {
-        if let Some(reason) = seen.attaching.failed.get(&disk.volume) {
+    let lacks = |wanted: &&Wanted<'_>| !has.devices.iter().any(|device| device.slot == wanted.slot);
+    for wanted in wanted.iter().filter(lacks) {
+        if let Some(reason) = wanted.failed(seen, has) {
+            let nobody = wanted.nobody();
             devices.push(VmDevice {
-                slot: disk.slot,
-                volume: disk.volume.clone(),
+                slot: wanted.slot,
+                volume: if wanted.kind() == DISK { wanted.name() } else { "" }.to_owned(),
+                mac: nobody.mac,
                 state: VmDeviceState::Failed.into(),
                 size_bytes: 0,
-                reason: Some(reason.clone()),
+                reason: Some(reason),
             });
         }
     }
@@ -80,6 +178,7 @@ fn report(seen: &Seen, has: &VmmDevices, wanted: &[VmDisk]) -> VmDevices {
         device_model: has.device_model,
         pressed: has.pressed,
         memory: has.memory,
+        tells_nics: true,
     }
 }
 
@@ -100,22 +199,30 @@ pub fn target_mib(spec: &VmSpec) -> u64 {
     }
 }
 
-fn detach(seen: &Seen, revision: u64, volume: &str, device: &VmmDevice) -> Action {
+fn detach(seen: &Seen, revision: u64, name: &str, device: &VmmDevice) -> Action {
+    let slot = device.slot;
     Action::Detach {
         key: seen.key.clone(),
-        volume: volume.to_owned(),
-        request: DetachDiskRequest {
-            revision,
-            slot: device.slot,
-            path: device.path.clone(),
+        name: name.to_owned(),
+        request: if device.kind == NIC {
+            let mac = device.mac.clone();
+            Detach::Nic(DetachNicRequest { revision, slot, mac })
+        } else {
+            let path = device.path.clone();
+            Detach::Disk(DetachDiskRequest { revision, slot, path })
         },
     }
+}
+
+/// Whether the VMM can be given and asked for what is of this kind.
+fn changes(has: &VmmDevices, kind: &str) -> bool {
+    kind == DISK || kind == NIC && has.changes_nics
 }
 
 /// The next step, if there is one.
 pub fn next(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired) -> Option<Action> {
     let has = alive.devices.as_ref()?;
-    let spec = wanted.spec.as_ref()?;
+    let spec = with_slots(wanted.spec.as_ref()?);
     if alive.state != VmmState::Running || !seen.had_right {
         return None;
     }
@@ -124,11 +231,13 @@ pub fn next(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired)
         let request = wanted.shutdown;
         return Some(Action::Press { key, request });
     }
-    if let Some(request) = memory(has, spec) {
+    if let Some(request) = memory(has, &spec) {
         return Some(Action::SetMemory { key, request });
     }
-    let disks = with_slots(spec);
-    let devices = report(seen, has, &disks);
+    let disks = spec.disks.iter().map(|disk| Wanted::disk(disk, &wanted.volumes));
+    let nics = spec.nics.iter().map(|nic| Wanted::nic(nic, &wanted.networks));
+    let all: Vec<Wanted<'_>> = disks.chain(nics).collect();
+    let devices = report(seen, has, &all);
     if seen.attaching.reported.as_ref() != Some(&devices) {
         return Some(Action::ReportDevices { key, devices });
     }
@@ -140,57 +249,100 @@ pub fn next(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired)
         return None;
     }
     let revision = spec.devices_revision;
-    let stays = |device: &&VmmDevice| device.state() == VmmDeviceState::Attached;
-    let in_slot = |slot: u32| has.devices.iter().find(|device| device.slot == slot);
     // Whoever is in a slot that is another's, or nobody's, goes first.
-    let is_wanted = |device: &&VmmDevice| {
-        let mut here = disks.iter().filter(|disk| disk.slot == device.slot);
-        here.any(|disk| disk.volume == volume_of(device))
-    };
-    let strangers = has.devices.iter().filter(|device| device.kind == "disk");
-    if let Some(stranger) = strangers.filter(stays).find(|device| !is_wanted(device)) {
-        return Some(detach(seen, revision, volume_of(stranger), stranger));
+    let stranger = has.devices.iter().find(|device| {
+        let known = all.iter().any(|wanted| wanted.is(device));
+        stays(device) && !known && changes(has, &device.kind)
+    });
+    if let Some(stranger) = stranger {
+        return Some(detach(seen, revision, name_of(stranger), stranger));
+    }
+    if let Some(release) = release(seen, has, &spec) {
+        return Some(release);
     }
     // What failed waits for the others, so that it holds up none of them.
-    let mut turns: Vec<&VmDisk> = disks.iter().collect();
-    turns.sort_by_key(|disk| {
-        let failed = seen.attaching.failed.contains_key(&disk.volume);
-        (disk.detach_revision == 0, failed)
+    let mut turns: Vec<&Wanted<'_>> = all.iter().filter(|wanted| changes(has, wanted.kind())).collect();
+    turns.sort_by_key(|wanted| {
+        let failed = seen.attaching.failed.contains_key(wanted.name());
+        (wanted.detach_revision == 0, failed)
     });
-    turns.into_iter().find_map(|disk| {
-        let volume = wanted.volumes.iter().find(|volume| volume.name == disk.volume)?;
-        match in_slot(disk.slot) {
-            here if disk.detach_revision > 0 => {
-                let told = has.revision >= disk.detach_revision;
-                let attached = here.filter(stays);
-                let nobody = VmmDevice {
-                    slot: disk.slot,
-                    ..VmmDevice::default()
-                };
-                // Also where nothing is there: what was sent to attach it must not come after this.
-                (!told || attached.is_some())
-                    .then(|| detach(seen, revision, &disk.volume, here.unwrap_or(&nobody)))
-            }
-            None => Some(Action::Attach {
-                key: key.clone(),
-                revision,
-                disk: disk.clone(),
-                volume: volume.clone(),
-            }),
-            Some(device) if stays(&device) && device.size_bytes < volume.size_bytes => Some(Action::Resize {
-                key: key.clone(),
-                slot: disk.slot,
+    turns
+        .into_iter()
+        .find_map(|wanted| turn(seen, has, revision, wanted))
+}
+
+fn stays(device: &VmmDevice) -> bool {
+    device.state() == VmmDeviceState::Attached
+}
+
+/// What is to be done about one thing that is in its own slot, or nowhere.
+fn turn(seen: &Seen, has: &VmmDevices, revision: u64, wanted: &Wanted<'_>) -> Option<Action> {
+    let here = has.devices.iter().find(|device| device.slot == wanted.slot);
+    let key = seen.key.clone();
+    if wanted.detach_revision > 0 {
+        let told = has.revision >= wanted.detach_revision;
+        let attached = here.is_some_and(stays);
+        let nobody = wanted.nobody();
+        // Also where nothing is there: what was sent to attach it must not come after this.
+        return (!told || attached).then(|| detach(seen, revision, wanted.name(), here.unwrap_or(&nobody)));
+    }
+    match (here, wanted.what) {
+        (None, _) => Some(Action::Attach {
+            key,
+            revision,
+            piece: wanted.piece()?,
+        }),
+        (Some(device), What::Disk(_, Some(volume)))
+            if stays(device) && device.size_bytes < volume.size_bytes =>
+        {
+            Some(Action::Resize {
+                key,
+                slot: wanted.slot,
                 volume: volume.clone(),
                 path: device.path.clone(),
+            })
+        }
+        (Some(_), _) => None,
+    }
+}
+
+/// A TAP that is kept for nothing: its NIC is wanted no more, and the VMM does not have it and will not be given it.
+fn release(seen: &Seen, has: &VmmDevices, spec: &VmSpec) -> Option<Action> {
+    let key = seen.key.clone();
+    let mut idle = seen.nics.iter().filter(|held| {
+        let there = has.devices.iter().any(|device| device.tap == held.tap);
+        changes(has, NIC) && !there
+    });
+    idle.find_map(|held| {
+        let mac = held.mac_text();
+        let of_spec = spec
+            .nics
+            .iter()
+            .find(|nic| nic.mac == mac && nic.attach_revision == held.revision);
+        match of_spec {
+            Some(nic) if nic.detach_revision == 0 => None,
+            // Told of with the others.
+            Some(nic) if has.revision < nic.detach_revision => None,
+            None if has.revision < spec.devices_revision => {
+                let nobody = VmmDevice {
+                    slot: held.slot.max(1),
+                    kind: NIC.to_owned(),
+                    mac: mac.clone(),
+                    ..VmmDevice::default()
+                };
+                Some(detach(seen, spec.devices_revision, &mac, &nobody))
+            }
+            _ => Some(Action::Release {
+                key: key.clone(),
+                tap: held.tap.clone(),
             }),
-            Some(_) => None,
         }
     })
 }
 
 #[cfg(test)]
 mod tests {
-    use drover_proto::v1::{Migration, Reason, VmMemory, Volume};
+    use drover_proto::v1::{Migration, VmMemory};
 
     use super::*;
     use crate::converge::{Attaching, Life};
@@ -276,6 +428,7 @@ mod tests {
                     .collect(),
                 reported: None,
             },
+            nics: Vec::new(),
         };
         let observed = Observed {
             host: "host1".into(),
@@ -315,8 +468,8 @@ mod tests {
         let mut disks = [disk("a", 1), disk("b", 2), disk("c", 3)];
         let next =
             |disks: &[VmDisk], failed: &[&str]| match step_after(failed, disks, 9, has(8, &[]), untouched) {
-                Some(Action::Attach { disk, .. }) => format!("attach {}", disk.volume),
-                Some(Action::Detach { volume, .. }) => format!("detach {volume}"),
+                Some(Action::Attach { piece, .. }) => format!("attach {}", piece.name()),
+                Some(Action::Detach { name, .. }) => format!("detach {name}"),
                 other => format!("{other:?}"),
             };
         assert_eq!(next(&disks, &[]), "attach a");
@@ -332,7 +485,7 @@ mod tests {
         let disks = [disk("a", 1), disk("b", 5)];
         let attached = step(&disks, 7, has(0, &[device("a", 1, Attached)]), untouched);
         assert!(
-            matches!(&attached, Some(Action::Attach { revision: 7, disk, .. }) if disk.slot == 5),
+            matches!(&attached, Some(Action::Attach { revision: 7, piece: Piece::Disk(disk, _), .. }) if disk.slot == 5),
             "{attached:?}"
         );
         let both = [device("a", 1, Attached), device("b", 5, Attached)];
@@ -340,7 +493,9 @@ mod tests {
         // Its slot is another's until that has been given up, and no disk that is still wanted is taken away.
         let taken = [device("a", 1, Attached), device("c", 5, Attached)];
         let detached = step(&disks, 7, has(6, &taken), untouched);
-        assert!(matches!(&detached, Some(Action::Detach { request, .. }) if request.slot == 5));
+        assert!(
+            matches!(&detached, Some(Action::Detach { request: Detach::Disk(request), .. }) if request.slot == 5)
+        );
         let leaving = [device("a", 1, Attached), device("c", 5, Ejecting)];
         assert_eq!(step(&disks, 7, has(7, &leaving), untouched), None);
         let counted = [disk("a", 0), disk("b", 0)];
@@ -371,7 +526,7 @@ mod tests {
             (has(8, &[device("a", 1, Ejecting)]), false),
         ] {
             let next = step(&wish, 8, has.clone(), untouched);
-            let detaches = matches!(&next, Some(Action::Detach { request, .. }) if request.revision == 8);
+            let detaches = matches!(&next, Some(Action::Detach { request: Detach::Disk(request), .. }) if request.revision == 8);
             assert_eq!((detaches, next.is_some()), (told, told), "{has:?}");
         }
     }
@@ -447,8 +602,10 @@ mod tests {
             snapshot_taken: None,
             snapshot_told: None,
             attaching,
+            nics: Vec::new(),
         };
-        let reported = report(&seen, &VmmDevices::default(), &[disk("a", 4)]);
+        let lacks = disk("a", 4);
+        let reported = report(&seen, &VmmDevices::default(), &[Wanted::disk(&lacks, &[])]);
         assert_eq!(
             (reported.devices[0].slot, reported.devices[0].state()),
             (4, VmDeviceState::Failed)

@@ -54,6 +54,7 @@ pub fn next(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired)
                 key,
                 snapshot: Box::new(asked.clone()),
                 disks: with_slots(spec)
+                    .disks
                     .into_iter()
                     .filter(|disk| !disk.read_only)
                     .map(|disk| disk.slot)
@@ -145,6 +146,7 @@ mod tests {
 
     fn seen(state: VmmState, snapshot: Option<VmmSnapshot>) -> Seen {
         Seen {
+            nics: Vec::new(),
             key: Key::start("vm1", 3),
             life: Life::Alive(Alive {
                 state,

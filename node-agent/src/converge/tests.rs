@@ -73,6 +73,7 @@ fn seen(key: Key, life: Life) -> Seen {
         attaching: Attaching::default(),
         snapshot_taken: None,
         snapshot_told: None,
+        nics: Vec::new(),
     }
 }
 
@@ -753,7 +754,7 @@ prop_compose! {
             key, life, commit_refused, end_reported,
             outgoing_taken: ids[0].map(|_| "m1".into()),
             switch_taken: None,
-            commit_taken: ids[1] == Some(true), attaching: Attaching::default(), snapshot_taken: None, snapshot_told: None, }
+            commit_taken: ids[1] == Some(true), attaching: Attaching::default(), snapshot_taken: None, snapshot_told: None, nics: Vec::new(), }
     }
 }
 

@@ -343,6 +343,17 @@ pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
         .write_all(content)
 }
 
+/// Puts a file in place of the one that is there: whoever reads sees one or the other, also when this process is killed. What a reboot
+/// would lose nobody needs by then.
+pub fn replace_private(path: &Path, content: &[u8]) -> io::Result<()> {
+    let staged = path.with_extension("new");
+    match fs::remove_file(&staged) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => write_private(&staged, content)?,
+    }
+    fs::rename(&staged, path)
+}
+
 fn write_synced(path: &Path, content: &[u8]) -> Result<(), StoreError> {
     let write = || {
         let mut file = OpenOptions::new()

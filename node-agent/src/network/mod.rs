@@ -11,7 +11,9 @@
 //! there, so it repairs what others changed and clears what an agent left that was killed. Rules come first, then devices, then a
 //! TAP's place in its bridge: no frame of a guest passes unseen. Only devices with this agent's own names are made or removed.
 //!
-//! The NICs of a VMM stand in its folder (`nics.json`) from before its start, so a later agent keeps them whatever is desired by then.
+//! The NICs of a VMM stand in its folder (`nics.json`) from before its start, so a later agent keeps them whatever is desired by then. One
+//! that comes while it runs ([`Networks::add`]) stands there before the VMM is told, and until the VMM has it no more
+//! ([`Networks::remove`]): whatever moment an agent is killed in, the file names every TAP that a VMM may have open.
 
 pub mod config;
 pub mod links;
@@ -26,11 +28,12 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use drover_proto::v1::{NetworkPeers, VmDesired};
+use drover_proto::v1::{Network, NetworkPeers, VmDesired, VmNic};
 use drover_proto::{Code, Fault};
 use tokio::sync::{Notify, watch};
 
 use crate::config::Config;
+use crate::host::store::replace_private;
 use crate::key::Key;
 use crate::sandbox;
 use config::NetworksConfig;
@@ -64,12 +67,21 @@ pub struct Networks {
     config: NetworksConfig,
     /// How its devices are called.
     pub names: Names,
-    runs: Mutex<BTreeMap<Key, Vec<Nic>>>,
+    runs: Mutex<Runs>,
     peers: Mutex<Option<BTreeMap<String, BTreeSet<IpAddr>>>>,
     offer: watch::Sender<Offer>,
     again: Notify,
     /// Held while something is changed.
     kernel: tokio::sync::Mutex<Hands>,
+}
+
+/// The VMMs that live or are about to.
+#[derive(Clone, Default)]
+struct Runs {
+    /// Each with its NICs, also one without.
+    nics: BTreeMap<Key, Vec<Nic>>,
+    /// Whose file cannot be read: which TAPs they have nobody knows.
+    unreadable: BTreeSet<Key>,
 }
 
 /// What things are changed with.
@@ -110,14 +122,21 @@ impl Networks {
     pub fn know(&self, key: &Key, folder: &Path) {
         let nics = match std::fs::read(folder.join(NICS_FILE)) {
             Ok(text) => serde_json::from_slice(&text).map_err(io::Error::other),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
             Err(error) => Err(error),
         };
+        let mut runs = self.runs();
         let nics = nics.unwrap_or_else(|error| {
             tracing::error!(vmm = %key, "{NICS_FILE}: {error}; its TAPs are left alone");
+            runs.unreadable.insert(key.clone());
             Vec::new()
         });
-        self.runs().insert(key.clone(), nics);
+        runs.nics.insert(key.clone(), nics);
+    }
+
+    /// The NICs that the VMM has, or may have.
+    pub fn held(&self, key: &Key) -> Vec<Nic> {
+        self.runs().nics.get(key).cloned().unwrap_or_default()
     }
 
     /// Makes what the VMM's NICs hang on; all of it is there when this returns. Returns the NICs.
@@ -127,35 +146,109 @@ impl Networks {
     pub async fn attach(&self, key: &Key, desired: &VmDesired) -> Result<Vec<Nic>, Fault> {
         let asked = desired.spec.as_ref().map_or(&[][..], |spec| &spec.nics);
         let nics = plan::nics(&self.names, key, asked, &desired.networks)?;
+        self.runs().nics.insert(key.clone(), nics.clone());
         if nics.is_empty() {
             return Ok(nics);
         }
-        self.runs().insert(key.clone(), nics.clone());
-        let problems = self.settle().await;
-        let of_run = plan::wanted(
-            &self.names,
-            &self.config,
-            &BTreeMap::from([(key.clone(), nics.clone())]),
-        );
-        let needed = of_run
-            .taps
-            .keys()
-            .chain(of_run.ports.values())
-            .chain(of_run.vxlans.keys());
-        for device in needed {
-            if let Some(problem) = problems.get(device).or(problems.get("")) {
-                self.runs().remove(key);
-                self.again.notify_one();
-                let message = format!("a NIC of {} cannot be made: {device}: {problem}", key.vm);
-                return Err(Fault::new(Code::NetworkUnavailable, message).field("nics"));
-            }
+        if let Err(fault) = self.made(key, &nics).await {
+            self.detach(key);
+            return Err(fault);
         }
         Ok(nics)
     }
 
+    /// Makes what these NICs of the VMM, which are known by now, hang on.
+    async fn made(&self, key: &Key, nics: &[Nic]) -> Result<(), Fault> {
+        let problems = self.settle().await;
+        let of_run = BTreeMap::from([(key.clone(), nics.to_vec())]);
+        let of_run = plan::wanted(&self.names, &self.config, &of_run);
+        let mut needed = of_run
+            .taps
+            .keys()
+            .chain(of_run.ports.values())
+            .chain(of_run.vxlans.keys());
+        let problem = needed.find_map(|device| {
+            let problem = problems.get(device).or(problems.get(""))?;
+            Some(format!("a NIC of {} cannot be made: {device}: {problem}", key.vm))
+        });
+        match problem {
+            None => Ok(()),
+            Some(message) => Err(Fault::new(Code::NetworkUnavailable, message).field("nics")),
+        }
+    }
+
+    /// Makes what one more NIC of a VMM that runs hangs on, unless it is there. It stands in the VMM's folder before anything is made.
+    ///
+    /// # Errors
+    /// `network_unavailable`, with what could not be made; nothing is left of it then. `host_unreachable`: the VMM is gone.
+    pub async fn add(
+        &self,
+        key: &Key,
+        folder: &Path,
+        asked: &VmNic,
+        network: &Network,
+    ) -> Result<Nic, Fault> {
+        let mut new = plan::nics(
+            &self.names,
+            key,
+            std::slice::from_ref(asked),
+            std::slice::from_ref(network),
+        )?;
+        let new = new.remove(0);
+        let is_it = |held: &&Nic| held.mac == new.mac && held.revision == new.revision;
+        let held = self.held(key);
+        let known = held.iter().find(is_it).cloned();
+        let nic = known.clone().unwrap_or(new.clone());
+        if known.is_none() {
+            self.keep_nics(key, folder, |nics| nics.push(nic.clone()))?;
+        }
+        if let Err(fault) = self.made(key, std::slice::from_ref(&nic)).await {
+            if known.is_none() {
+                self.remove(key, folder, &nic.tap)?;
+            }
+            return Err(fault);
+        }
+        Ok(nic)
+    }
+
+    /// The VMM has the NIC on this TAP no more, and nothing that is under way gives it back: the TAP goes.
+    ///
+    /// # Errors
+    /// `internal`: that cannot be written down, and the TAP stays.
+    pub fn remove(&self, key: &Key, folder: &Path, tap: &str) -> Result<(), Fault> {
+        self.keep_nics(key, folder, |nics| nics.retain(|nic| nic.tap != tap))?;
+        self.again.notify_one();
+        Ok(())
+    }
+
+    /// Changes the NICs of a VMM that lives, in its folder first.
+    fn keep_nics(&self, key: &Key, folder: &Path, change: impl FnOnce(&mut Vec<Nic>)) -> Result<(), Fault> {
+        let mut runs = self.runs();
+        if runs.unreadable.contains(key) {
+            let message = format!("{NICS_FILE} of {key} cannot be read: its NICs stay as they are");
+            return Err(Fault::new(Code::NetworkUnavailable, message).field("nics"));
+        }
+        let Some(nics) = runs.nics.get_mut(key) else {
+            return Err(Fault::new(
+                Code::HostUnreachable,
+                format!("the VMM of {key} is gone"),
+            ));
+        };
+        let mut changed = nics.clone();
+        change(&mut changed);
+        let written = serde_json::to_vec(&changed)
+            .map_err(io::Error::other)
+            .and_then(|text| replace_private(&folder.join(NICS_FILE), &text));
+        written.map_err(|error| Fault::new(Code::Internal, format!("{NICS_FILE} of {key}: {error}")))?;
+        *nics = changed;
+        Ok(())
+    }
+
     /// The VMM is gone, and so shall be what only it needed.
     pub fn detach(&self, key: &Key) {
-        if self.runs().remove(key).is_some() {
+        let mut runs = self.runs();
+        runs.unreadable.remove(key);
+        if runs.nics.remove(key).is_some() {
             self.again.notify_one();
         }
     }
@@ -193,7 +286,7 @@ impl Networks {
         }
     }
 
-    fn runs(&self) -> std::sync::MutexGuard<'_, BTreeMap<Key, Vec<Nic>>> {
+    fn runs(&self) -> std::sync::MutexGuard<'_, Runs> {
         self.runs.lock().expect("nobody panics with the runs")
     }
 
@@ -232,6 +325,8 @@ impl Networks {
                 vxlan: None,
                 mtu: 1500,
                 allow_spoofing: false,
+                revision: 0,
+                slot: 0,
             };
             rules::apply(&rules::script(&self.names, [&sample].into_iter()), true).await?;
         }
@@ -252,20 +347,18 @@ impl Networks {
         }
     }
 
-    async fn try_settle(
-        &self,
-        hands: &mut Hands,
-        runs: &BTreeMap<Key, Vec<Nic>>,
-    ) -> io::Result<BTreeMap<String, String>> {
-        let wanted = plan::wanted(&self.names, &self.config, runs);
+    async fn try_settle(&self, hands: &mut Hands, runs: &Runs) -> io::Result<BTreeMap<String, String>> {
+        let mut wanted = plan::wanted(&self.names, &self.config, &runs.nics);
+        wanted.spares_taps = !runs.unreadable.is_empty();
         let kernel = hands.kernel()?;
         let mut links = kernel.links().await?;
-        let nothing_to_do = runs.is_empty() && !links.iter().any(|link| self.names.owns(&link.name));
+        let no_nics = runs.nics.values().all(Vec::is_empty);
+        let nothing_to_do = no_nics && !links.iter().any(|link| self.names.owns(&link.name));
         if nothing_to_do && (self.config.is_empty() || hands.rules_are_gone()) {
             return Ok(BTreeMap::new());
         }
         hands
-            .write_rules(rules::script(&self.names, runs.values().flatten()))
+            .write_rules(rules::script(&self.names, runs.nics.values().flatten()))
             .await?;
         let kernel = hands.kernel()?;
         let mut problems = BTreeMap::new();

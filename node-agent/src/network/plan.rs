@@ -9,7 +9,7 @@
 //! All that is made here is named by [`Names`]; nothing else is ever removed. A device's name holds what it is made of, so a device
 //! of a name is the wanted one, or is not wanted.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 use drover_proto::v1::{Network, NetworkKind, VmNic};
@@ -41,6 +41,12 @@ pub struct Nic {
     pub mtu: u32,
     /// Whether the guest may send with any source address.
     pub allow_spoofing: bool,
+    /// By which revision of the specification it came; 0: with the VM.
+    #[serde(default)]
+    pub revision: u64,
+    /// Its slot; 0: counted.
+    #[serde(default)]
+    pub slot: u32,
 }
 
 impl Nic {
@@ -82,9 +88,9 @@ impl Names {
         format!("{}t", self.prefix)
     }
 
-    /// The TAP of a VMM's NIC.
-    pub fn tap(&self, key: &Key, at: usize) -> String {
-        self.name('t', &format!("{key}/{at}"))
+    /// The TAP of a VMM's NIC: no other that the VMM ever has is called so, also one with the same MAC that comes when this has gone.
+    pub fn tap(&self, key: &Key, mac: [u8; MAC_BYTES], revision: u64) -> String {
+        self.name('t', &format!("{key}/{mac:02x?}/{revision}"))
     }
 
     fn bridge(&self, nic: &Nic) -> String {
@@ -126,7 +132,8 @@ pub fn nics(names: &Names, key: &Key, nics: &[VmNic], networks: &[Network]) -> R
     if nics.len() > NICS_MAX {
         return Err(bad(format!("{} NICs; at most {NICS_MAX}", nics.len())));
     }
-    let one = |(at, nic): (usize, &VmNic)| {
+    let one = |nic: &VmNic| {
+        let mac = mac(&nic.mac).ok_or_else(|| bad(format!("{:?} is no MAC", nic.mac)))?;
         let network = networks.iter().find(|network| network.name == nic.network);
         let network = network
             .filter(|network| is_name(&network.name))
@@ -144,16 +151,18 @@ pub fn nics(names: &Names, key: &Key, nics: &[VmNic], networks: &[Network]) -> R
             port.map(|port| (vni, port))
         };
         Ok(Nic {
-            tap: names.tap(key, at),
-            mac: mac(&nic.mac).ok_or_else(|| bad(format!("{:?} is no MAC", nic.mac)))?,
+            tap: names.tap(key, mac, nic.attach_revision),
+            mac,
             ip,
             network: network.name.clone(),
             vxlan: vxlan.map(port).transpose()?,
             mtu: network.mtu,
             allow_spoofing: network.allow_spoofing,
+            revision: nic.attach_revision,
+            slot: nic.slot,
         })
     };
-    nics.iter().enumerate().map(one).collect()
+    nics.iter().map(one).collect()
 }
 
 fn mac(text: &str) -> Option<[u8; MAC_BYTES]> {
@@ -188,8 +197,8 @@ pub struct Wanted {
     pub taps: BTreeMap<String, Tap>,
     /// What is to be a port of which bridge: TAPs, tunnels, uplinks.
     pub ports: BTreeMap<String, String>,
-    /// Names that are not to be removed, wanted or not.
-    pub spared: BTreeSet<String>,
+    /// No TAP is to be removed: of some it is not known whether they are wanted.
+    pub spares_taps: bool,
 }
 
 /// A tunnel.
@@ -224,7 +233,6 @@ pub struct Tap {
 pub fn wanted(names: &Names, config: &NetworksConfig, runs: &BTreeMap<Key, Vec<Nic>>) -> Wanted {
     let mut wanted = Wanted::default();
     for (key, nics) in runs {
-        wanted.spared.extend((0..NICS_MAX).map(|at| names.tap(key, at)));
         for nic in nics {
             let tap = Tap {
                 mac: port_mac(nic.mac),
@@ -355,11 +363,12 @@ pub fn steps(names: &Names, wanted: &Wanted, links: &[Link]) -> (Vec<Step>, BTre
             }),
         }
     }
+    let tap_prefix = names.tap_prefix();
     let is_wanted = |name: &String| {
         wanted.bridges.contains_key(name)
             || wanted.vxlans.contains_key(name)
             || wanted.taps.contains_key(name)
-            || wanted.spared.contains(name)
+            || (wanted.spares_taps && name.starts_with(&tap_prefix))
     };
     let unwanted = links
         .iter()
@@ -370,6 +379,8 @@ pub fn steps(names: &Names, wanted: &Wanted, links: &[Link]) -> (Vec<Step>, BTre
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use proptest::prelude::*;
 
     use super::super::config::{BridgeConfig, VxlanConfig};
@@ -395,15 +406,22 @@ mod tests {
     }
 
     fn nic(names: &Names, key: &Key, at: usize, network: &str) -> Nic {
+        let mac = [0x52, 0x54, 0, 0, 0, u8::try_from(at).unwrap()];
         Nic {
-            tap: names.tap(key, at),
-            mac: [0x52, 0x54, 0, 0, 0, u8::try_from(at).unwrap()],
+            tap: names.tap(key, mac, 0),
+            mac,
             ip: None,
             network: network.into(),
             vxlan: (network == "wide").then_some((7, 4789)),
             mtu: 1400,
             allow_spoofing: false,
+            revision: 0,
+            slot: 0,
         }
+    }
+
+    fn tap(names: &Names, key: &Key, at: usize) -> String {
+        nic(names, key, at, "").tap
     }
 
     fn link(index: u32, name: &str) -> Link {
@@ -451,17 +469,16 @@ mod tests {
     }
 
     #[test]
-    fn names_fit_and_differ_by_agent_run_and_slot() {
+    fn names_fit_and_differ_by_agent_run_mac_and_time() {
         let (one, other) = (Names::new("c", "host1"), Names::new("c", "host2"));
         let key = Key::start(&"v".repeat(63), u64::MAX);
-        assert_eq!(one.tap(&key, 0).len(), 15);
-        assert!(one.owns(&one.tap(&key, 0)) && !other.owns(&one.tap(&key, 0)));
-        let of = |key: &Key, at| one.tap(key, at);
+        let of = |key: &Key, at: u8, revision| one.tap(key, [0x52, 0x54, 0, 0, 0, at], revision);
+        let name = of(&key, 0, 0);
+        assert_eq!(name.len(), 15);
+        assert!(one.owns(&name) && !other.owns(&name));
         let target = Key::incoming(&key.vm, u64::MAX, "m1");
-        assert_eq!(
-            BTreeSet::from([of(&key, 0), of(&key, 1), of(&target, 0)]).len(),
-            3
-        );
+        let all = [name, of(&key, 1, 0), of(&key, 0, 1), of(&target, 0, 0)];
+        assert_eq!(BTreeSet::from(all).len(), 4);
     }
 
     #[test]
@@ -492,12 +509,12 @@ mod tests {
             let bridge = links.iter().find(|link| Some(link.index) == master);
             bridge.map(|link| link.name.clone())
         };
-        assert_eq!(master(&links, &names.tap(&one, 0)).as_deref(), Some("br0"));
+        assert_eq!(master(&links, &tap(&names, &one, 0)).as_deref(), Some("br0"));
         assert_eq!(
-            master(&links, &names.tap(&one, 1)),
-            master(&links, &names.tap(&other, 0))
+            master(&links, &tap(&names, &one, 1)),
+            master(&links, &tap(&names, &other, 0))
         );
-        assert_eq!(master(&links, "eth1"), master(&links, &names.tap(&other, 1)));
+        assert_eq!(master(&links, "eth1"), master(&links, &tap(&names, &other, 1)));
         assert_eq!(
             links.len(),
             before.len() + 4 + 2 + 1,

@@ -51,6 +51,8 @@ struct Config {
     incoming: Option<Incoming>,
     #[serde(default)]
     disks: Vec<serde_json::Value>,
+    nics: Vec<serde_json::Value>,
+    #[serde(default)]
     balloon: Option<Balloon>,
     #[serde(default)]
     restore: Option<Restored>,
@@ -355,7 +357,43 @@ impl Vmm for Fake {
                 path: request.path,
                 read_only: request.read_only,
                 state: VmmDeviceState::Attached.into(),
+                ..VmmDevice::default()
             });
+        })))
+    }
+
+    async fn attach_nic(&self, request: Request<AttachNicRequest>) -> Result<Response<VmmInfo>, Status> {
+        let request = request.into_inner();
+        self.note(format!("attach {} {}", request.slot, request.revision));
+        // As the real one finds it.
+        if nix::net::if_::if_nametoindex(request.tap.as_str()).is_err() {
+            let message = format!("tap {} is not there", request.tap);
+            return Err(Fault::new(Code::NicUnusable, message).into());
+        }
+        Ok(Response::new(self.change(|info| {
+            let devices = info.devices.get_or_insert_default();
+            devices.revision = request.revision;
+            devices.devices.retain(|device| device.slot != request.slot);
+            devices.devices.push(VmmDevice {
+                slot: request.slot,
+                kind: "nic".to_owned(),
+                mac: request.mac,
+                tap: request.tap,
+                state: VmmDeviceState::Attached.into(),
+                ..VmmDevice::default()
+            });
+        })))
+    }
+
+    async fn detach_nic(&self, request: Request<DetachNicRequest>) -> Result<Response<VmmInfo>, Status> {
+        let DetachNicRequest { revision, slot, mac } = request.into_inner();
+        self.note(format!("detach {slot} {revision}"));
+        Ok(Response::new(self.change(|info| {
+            let devices = info.devices.get_or_insert_default();
+            devices.revision = revision;
+            for device in devices.devices.iter_mut().filter(|device| device.mac == mac) {
+                device.set_state(VmmDeviceState::Ejecting);
+            }
         })))
     }
 
@@ -481,6 +519,24 @@ pub fn build() -> VmmBuild {
     }
 }
 
+/// What a VMM has that was given these NICs.
+fn devices(nics: &[serde_json::Value]) -> VmmDevices {
+    let text = |nic: &serde_json::Value, field: &str| nic[field].as_str().unwrap().to_owned();
+    let device = |(slot, nic)| VmmDevice {
+        slot,
+        kind: "nic".to_owned(),
+        mac: text(nic, "mac"),
+        tap: text(nic, "tap"),
+        state: VmmDeviceState::Attached.into(),
+        ..VmmDevice::default()
+    };
+    VmmDevices {
+        devices: (1..).zip(nics).map(device).collect(),
+        changes_nics: true,
+        ..VmmDevices::default()
+    }
+}
+
 /// The process's whole life.
 pub fn live() {
     // Orphans of a test that failed end with it.
@@ -520,7 +576,7 @@ pub fn live() {
     });
     let info = VmmInfo {
         seq: 1,
-        vm: config.vm,
+        vm: config.vm.clone(),
         epoch: config.epoch,
         state: if receiving.is_some() {
             VmmState::Incoming
@@ -534,10 +590,10 @@ pub fn live() {
         }),
         build: Some(build()),
         migration,
-        devices: config
-            .balloon
-            .as_ref()
-            .map(|balloon| balloon.devices(config.memory_mib)),
+        devices: match &config.balloon {
+            Some(balloon) => Some(balloon.devices(config.memory_mib)),
+            None => (config.cmdline == "devices").then(|| devices(&config.nics)),
+        },
         pid: std::process::id(),
         snapshot_files_handed: cage.as_deref() == Some(INSIDE),
         ..VmmInfo::default()

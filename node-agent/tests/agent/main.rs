@@ -13,6 +13,7 @@ mod fake_vmm;
 mod fleet_tests;
 mod memory_tests;
 mod migration_tests;
+mod nic_tests;
 mod snapshot_tests;
 mod vm_tests;
 mod volume_tests;
@@ -78,6 +79,9 @@ tests! {
     snapshot_tests::an_agent_that_dies_before_the_beginning_leaves_it_to_the_next,
     snapshot_tests::a_restored_run_that_ends_before_its_beginning_is_reported_and_nothing_was_written_over,
     snapshot_tests::what_a_restore_has_replaced_is_removed_when_the_controllers_order_it,
+    nic_tests::a_tap_is_there_before_its_nic_and_goes_after_the_guest_has_given_it_up,
+    nic_tests::an_agent_that_is_killed_between_any_two_steps_leaves_what_the_next_makes_good,
+    nic_tests::a_network_that_is_not_there_gives_no_nic_and_is_reported,
     migration_tests::a_target_prepares_commits_and_runs_by_the_commits_lease,
     migration_tests::a_commit_is_asked_for_until_it_is_answered_also_by_the_next_agent,
     migration_tests::a_target_whose_commit_is_refused_ends_without_a_report,
@@ -135,7 +139,7 @@ fn main() -> ExitCode {
 }
 
 fn passes(name: &str, test: fn() -> Boxed) -> bool {
-    let run = || {
+    let run = move || {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
@@ -144,7 +148,20 @@ fn passes(name: &str, test: fn() -> Boxed) -> bool {
         runtime.block_on(test());
         runtime.shutdown_background();
     };
-    let passed = catch_unwind(AssertUnwindSafe(run)).is_ok();
+    let passed = if name.starts_with("nic_tests::") {
+        if !nix::unistd::geteuid().is_root() {
+            println!("SKIPPED: network namespaces need root");
+            return true;
+        }
+        std::thread::spawn(move || {
+            nic_tests::enter_namespace();
+            run();
+        })
+        .join()
+        .is_ok()
+    } else {
+        catch_unwind(AssertUnwindSafe(run)).is_ok()
+    };
     println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
     passed
 }

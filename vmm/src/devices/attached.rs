@@ -78,6 +78,8 @@ pub enum About {
     Nic {
         /// Its address.
         mac: Mac,
+        /// Its tap's name.
+        tap: String,
     },
     /// A balloon.
     Balloon,
@@ -142,9 +144,9 @@ impl Prepared {
                 (About::Disk { path, read_only }, Kind::Disk(Arc::new(disk)))
             }
             Gear::Nic(Nic { tap, mac, mtu }) => {
-                let tap = Arc::new(tap);
+                let (name, tap) = (tap.name().to_owned(), Arc::new(tap));
                 let net = Arc::new(Net::new(tap.clone(), mac, mtu));
-                (About::Nic { mac }, Kind::Nic(net, tap))
+                (About::Nic { mac, tap: name }, Kind::Nic(net, tap))
             }
             Gear::Balloon(target, pages) => (
                 About::Balloon,
@@ -157,6 +159,11 @@ impl Prepared {
             kind,
             taken: false,
         })
+    }
+
+    /// What it is.
+    pub fn about(&self) -> &About {
+        &self.about
     }
 
     /// Takes what it needs to work, for a VM that runs already. May wait for seconds.

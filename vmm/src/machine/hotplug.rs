@@ -1,28 +1,30 @@
 //! Devices that come and go while the VM runs, and its power button.
 //!
 //! ```text
-//!   AttachDisk ─► open, lock ─► plug, fill the slot ─► the guest finds it
-//!   DetachDisk ─► ask ───────────────► the guest gives the slot up ─► off the bus ─► ended, unlocked: not listed any more
+//!   AttachDisk, AttachNic ─► open, take ─► plug, fill the slot ─► the guest finds it
+//!   DetachDisk, DetachNic ─► ask ───────────────► the guest gives the slot up ─► off the bus ─► ended, given back: not listed any more
 //! ```
 //!
-//! A disk is opened and locked before the machine's lock is taken, since storage may hang and grants must not wait for it; whether the
-//! VM may still have it is asked again under the lock, under which a migration begins too. So an attach is whole or nothing, and a VM
+//! A disk is opened and locked, and a tap opened, before the machine's lock is taken, since storage may hang and grants must not wait for
+//! it; whether the VM may still have it is asked again under the lock, under which a migration begins too. So an attach is whole or nothing, and a VM
 //! that is being moved gets none. What the guest was asked to give up stays asked for: that travels with the VM.
 
 use std::path::PathBuf;
 
 use drover_proto::v1::{
-    AttachDiskRequest, DetachDiskRequest, PowerButtonRequest, ResizeDiskRequest, VmmDevice, VmmDeviceState,
-    VmmDevices, VmmInfo,
+    AttachDiskRequest, AttachNicRequest, DetachDiskRequest, DetachNicRequest, PowerButtonRequest,
+    ResizeDiskRequest, VmmDevice, VmmDeviceState, VmmDevices, VmmInfo,
 };
 use drover_proto::{Code, Fault};
 use tracing::info;
 
 use super::{Core, Machine};
-use crate::config::DiskConfig;
+use crate::config::{DiskConfig, NicConfig};
 use crate::devices::acpi::Registers;
-use crate::devices::attached::{About, At, Gear, Prepared};
+use crate::devices::attached::{About, At, Gear, Nic, Prepared};
 use crate::devices::pci::SLOTS;
+use crate::devices::virtio::net;
+use crate::devices::virtio::net::tap::{Early, Tap};
 use crate::time::boottime_ns;
 use crate::vm::Vm;
 
@@ -58,20 +60,26 @@ impl Machine {
                 (_, true) => VmmDeviceState::Ejecting,
                 _ => VmmDeviceState::Attached,
             };
-            let (kind, path, read_only) = match at.about {
-                About::Rng => ("rng", String::new(), false),
-                About::Nic { .. } => ("nic", String::new(), false),
-                About::Balloon => ("balloon", String::new(), false),
-                About::Disk { path, read_only } => ("disk", path.to_string_lossy().into_owned(), read_only),
-            };
-            VmmDevice {
+            let mut told = VmmDevice {
                 slot: u32::try_from(at.slot).expect("a bus has few slots"),
-                kind: kind.to_owned(),
-                path,
-                read_only,
                 size_bytes: at.size_bytes,
                 state: state.into(),
-            }
+                ..VmmDevice::default()
+            };
+            let kind = match at.about {
+                About::Rng => "rng",
+                About::Balloon => "balloon",
+                About::Nic { mac, tap } => {
+                    (told.mac, told.tap) = (net::text(mac), tap);
+                    "nic"
+                }
+                About::Disk { path, read_only } => {
+                    (told.path, told.read_only) = (path.to_string_lossy().into_owned(), read_only);
+                    "disk"
+                }
+            };
+            kind.clone_into(&mut told.kind);
+            told
         };
         VmmDevices {
             devices: vm.devices().attached.list().into_iter().map(device).collect(),
@@ -81,6 +89,7 @@ impl Machine {
             heeds_button: false,
             device_model: vm.device_model(),
             memory: Self::memory_told(core, vm),
+            changes_nics: true,
         }
     }
 
@@ -126,17 +135,74 @@ impl Machine {
         Err(Fault::new(Code::DeviceBusy, message).field("revision"))
     }
 
-    /// Whether the disk is in the slot already.
-    fn has_disk(vm: &Vm, slot: usize, path: &str) -> Result<bool, Fault> {
+    /// Whether what is meant is in the slot already.
+    fn has(vm: &Vm, slot: usize, is_it: impl Fn(&At) -> bool) -> Result<bool, Fault> {
         let Some(at) = vm.devices().attached.at(slot) else {
             return Ok(false);
         };
         let stays = !at.leaves && !vm.devices().acpi.registers().leaves(slot);
-        if stays && is_disk(&at, path) {
+        if stays && is_it(&at) {
             return Ok(true);
         }
         let message = format!("slot {slot} has {:?}, which was not given up yet", at.about);
         Err(Fault::new(Code::DeviceBusy, message).field("slot"))
+    }
+
+    /// Gives the running VM what `open` opens, unless it has it in the slot already. On return it is on the bus, and the guest was told.
+    fn attach(
+        &self,
+        slot: usize,
+        revision: u64,
+        is_it: impl Fn(&At) -> bool,
+        open: impl FnOnce() -> Result<Gear, Fault>,
+    ) -> Result<VmmInfo, Fault> {
+        let _one = self.plugging.lock().expect("no holder of this lock panics");
+        {
+            let mut core = self.core();
+            let vm = self.changeable(&core)?;
+            Self::check_revision(&core, revision)?;
+            vm.can_route()?;
+            if Self::has(vm, slot, is_it)? {
+                core.asked.revision = revision;
+                self.publish(&core);
+                drop(core);
+                return Ok(self.info());
+            }
+        }
+        let mut prepared = Prepared::new(open()?)?;
+        prepared.take()?;
+        {
+            let mut core = self.core();
+            let vm = self.changeable(&core)?;
+            Self::check_revision(&core, revision)?;
+            let about = prepared.about().clone();
+            vm.devices().attached.plug(slot, prepared)?;
+            vm.devices().acpi.change(|registers| registers.fill(slot));
+            core.asked.revision = revision;
+            info!(slot, ?about, "attached");
+            self.publish(&core);
+        }
+        Ok(self.info())
+    }
+
+    /// Asks the guest to give up what is in the slot, if that is what is meant.
+    fn detach(&self, slot: usize, revision: u64, is_it: impl Fn(&At) -> bool) -> Result<VmmInfo, Fault> {
+        {
+            let mut core = self.core();
+            let vm = self.changeable(&core)?;
+            Self::check_revision(&core, revision)?;
+            let at = vm.devices().attached.at(slot);
+            if let Some(at) = at.filter(|at| is_it(at) && !at.leaves) {
+                let reminds = revision > core.asked.revision;
+                if reminds || !vm.devices().acpi.registers().leaves(slot) {
+                    vm.devices().acpi.change(|registers| registers.ask(slot));
+                    info!(slot, about = ?at.about, "the guest is asked to give it up");
+                }
+            }
+            core.asked.revision = revision;
+            self.publish(&core);
+        }
+        Ok(self.info())
     }
 
     /// Gives the running VM a disk. On return it is on the bus, and the guest was told.
@@ -149,53 +215,60 @@ impl Machine {
             slot: Some(slot),
         };
         disk.check()?;
-        let _one = self.plugging.lock().expect("no holder of this lock panics");
-        {
-            let mut core = self.core();
-            let vm = self.changeable(&core)?;
-            Self::check_revision(&core, request.revision)?;
-            vm.can_route()?;
-            if Self::has_disk(vm, slot, &request.path)? {
-                core.asked.revision = request.revision;
-                self.publish(&core);
-                drop(core);
-                return Ok(self.info());
-            }
-        }
-        let mut prepared = Prepared::new(Gear::Disk(disk.open()?))?;
-        prepared.take()?;
-        {
-            let mut core = self.core();
-            let vm = self.changeable(&core)?;
-            Self::check_revision(&core, request.revision)?;
-            vm.devices().attached.plug(slot, prepared)?;
-            vm.devices().acpi.change(|registers| registers.fill(slot));
-            core.asked.revision = request.revision;
-            info!(slot, path = request.path, "attached");
-            self.publish(&core);
-        }
-        Ok(self.info())
+        let is_it = |at: &At| is_disk(at, &request.path);
+        self.attach(slot, request.revision, is_it, || Ok(Gear::Disk(disk.open()?)))
     }
 
     /// Asks the guest to give up a disk, if it has it.
     pub fn detach_disk(&self, request: &DetachDiskRequest) -> Result<VmmInfo, Fault> {
         let slot = slot_of(request.slot)?;
-        {
-            let mut core = self.core();
-            let vm = self.changeable(&core)?;
-            Self::check_revision(&core, request.revision)?;
-            let at = vm.devices().attached.at(slot);
-            if let Some(at) = at.filter(|at| is_disk(at, &request.path) && !at.leaves) {
-                let reminds = request.revision > core.asked.revision;
-                if reminds || !vm.devices().acpi.registers().leaves(slot) {
-                    vm.devices().acpi.change(|registers| registers.ask(slot));
-                    info!(slot, about = ?at.about, "the guest is asked to give it up");
-                }
-            }
-            core.asked.revision = request.revision;
-            self.publish(&core);
-        }
-        Ok(self.info())
+        self.detach(slot, request.revision, |at| is_disk(at, &request.path))
+    }
+
+    /// Gives the running VM a NIC on a tap that is there. On return it is on the bus, and the guest was told.
+    pub fn attach_nic(&self, request: &AttachNicRequest) -> Result<VmmInfo, Fault> {
+        let slot = slot_of(request.slot)?;
+        let mtu = u16::try_from(request.mtu).map_err(|_| {
+            let message = format!("mtu is {}, must be at most {}", request.mtu, u16::MAX);
+            Fault::new(Code::InvalidArgument, message).field("mtu")
+        })?;
+        let config = NicConfig {
+            tap: request.tap.clone(),
+            mac: request.mac.clone(),
+            mtu,
+            slot: Some(slot),
+        };
+        let mac = config.check()?;
+        let is_it =
+            |at: &At| matches!(&at.about, About::Nic { mac: own, tap } if *own == mac && *tap == request.tap);
+        self.attach(slot, request.revision, is_it, || {
+            self.no_other_has(mac)?;
+            let tap = Tap::find(&config.tap, Early::No)?;
+            Ok(Gear::Nic(Nic { tap, mac, mtu }))
+        })
+    }
+
+    /// No two NICs of a VM have an address; that no two have a tap the kernel sees to.
+    fn no_other_has(&self, mac: net::Mac) -> Result<(), Fault> {
+        let here = self.vm().map(|vm| vm.devices().attached.list());
+        let has = |at: &At| matches!(at.about, About::Nic { mac: own, .. } if own == mac);
+        let Some(other) = here.into_iter().flatten().find(has) else {
+            return Ok(());
+        };
+        let message = format!(
+            "the NIC in slot {} has the address {}",
+            other.slot,
+            net::text(mac)
+        );
+        Err(Fault::new(Code::DeviceBusy, message).field("mac"))
+    }
+
+    /// Asks the guest to give up a NIC, if it has it.
+    pub fn detach_nic(&self, request: &DetachNicRequest) -> Result<VmmInfo, Fault> {
+        let slot = slot_of(request.slot)?;
+        let mac = net::parse(&request.mac);
+        let is_it = |at: &At| matches!(at.about, About::Nic { mac: own, .. } if Some(own) == mac);
+        self.detach(slot, request.revision, is_it)
     }
 
     /// Tells the guest that a disk has grown, as its file has.

@@ -1,8 +1,9 @@
 //! A guest answers by its address wherever its VM is, and what its NIC hangs on is there exactly as long as a VMM is.
 
+use drover_chaos_cluster::points::{AFTER_ATTACH, AFTER_TAP};
 use drover_chaos_cluster::{await_some, cluster::host_ip};
 use drover_proto::Code;
-use drover_proto::v1::{Network, NetworkKind, VmNic, VmSpec};
+use drover_proto::v1::{Network, NetworkKind, RestartPolicy, VmDeviceState, VmNic, VmSpec, VmState};
 
 use super::*;
 
@@ -165,4 +166,141 @@ fn a_guest_is_reached_by_its_address_before_and_after_its_vm_moves() {
             .delete_network("wide")
             .map_err(|fault| fault.to_string())
     });
+}
+
+/// A VM without a NIC on the first host, whose guest uses one that comes.
+fn boot_without_nic(cluster: &Cluster) {
+    cluster
+        .client
+        .create_network(&wide())
+        .expect("a network is created");
+    let parameters = format!("own=16M hot=4M rate=2000 net=hot-plug ip={ADDRESS}");
+    let spec = VmSpec {
+        restart: RestartPolicy::OnFailure.into(),
+        ..probe_spec(VM, &host_name(0), 64, 1, &parameters)
+    };
+    cluster.client.create_vm(&spec, true).expect("the VM is created");
+    cluster.client.await_running(VM);
+    Console::new(VM).await_more(&cluster.client, 1);
+}
+
+/// The MACs that the VMM has by its agent's report.
+fn reported(vm: &Vm) -> Vec<&str> {
+    let devices = vm.devices.iter().flat_map(|devices| &devices.devices);
+    let attached = devices.filter(|device| device.state() == VmDeviceState::Attached);
+    attached.map(|device| device.mac.as_str()).collect()
+}
+
+/// Gives the VM a NIC and waits until its VMM has it; its MAC.
+fn attach(cluster: &Cluster) -> String {
+    let vm = cluster.client.attach_nic(VM, "wide").expect("the VM runs");
+    let nic = vm
+        .spec
+        .and_then(|spec| spec.nics.last().cloned())
+        .expect("it has one");
+    assert_eq!(nic.ip, ADDRESS);
+    await_attached(cluster, &nic.mac);
+    nic.mac
+}
+
+fn await_attached(cluster: &Cluster, mac: &str) {
+    let what = format!("seen with {mac}");
+    cluster.client.await_vm(VM, &what, |vm| reported(vm) == [mac]);
+}
+
+fn await_no_nic(cluster: &Cluster) {
+    cluster.client.await_vm(VM, "without NICs", |vm| {
+        vm.spec.as_ref().is_some_and(|spec| spec.nics.is_empty())
+    });
+}
+
+#[test]
+fn a_nic_that_comes_to_a_running_vm_moves_and_restarts_with_it_until_its_guest_gives_it_up() {
+    let Some(mut cluster) = cluster() else { return };
+    boot_without_nic(&cluster);
+    let last = PARTIES - 1;
+    add_pinger(&cluster, last, &[0, 1]);
+    assert_eq!(devices(&cluster, 0), (0, 0, 0));
+    let mac = attach(&cluster);
+    assert_eq!(devices(&cluster, 0), (1, 1, 1));
+    await_answer(&cluster, last);
+
+    let fault = cluster
+        .client
+        .migrate(VM, &host_name(last))
+        .expect_err("that host offers no network");
+    assert_eq!(fault.code, Code::NoHostFits);
+    let moved = cluster
+        .client
+        .migrate(VM, &host_name(1))
+        .expect("both hosts offer the network");
+    assert_done(&cluster.client.await_end(&moved.id));
+    await_attached(&cluster, &mac);
+    await_answer(&cluster, last);
+    await_devices(&cluster, 0, (0, 0, 0));
+    assert_eq!(devices(&cluster, 1), (1, 1, 1));
+
+    cluster.client.detach_nic(VM, "wide").expect("it has one");
+    await_no_nic(&cluster);
+    await_devices(&cluster, 1, (0, 0, 0));
+    let mut console = Console::new(VM);
+    console.await_more(&cluster.client, 1);
+    let gone = console
+        .lines
+        .iter()
+        .filter(|line| line.contains("probe nic gone"));
+    assert_eq!(gone.count(), 1);
+
+    let mac = attach(&cluster);
+    await_answer(&cluster, last);
+    let (host, epoch) = cluster.await_runs_exactly_once(VM);
+    assert_eq!(cluster.kill_vmms_for(host, VM, epoch), 1);
+    cluster.client.await_vm(VM, "running again", |vm| {
+        vm.state() == VmState::Running && vm.placement.as_ref().is_some_and(|at| at.epoch == epoch + 1)
+    });
+    await_attached(&cluster, &mac);
+    await_answer(&cluster, last);
+    assert_sound_at_the_end(&cluster, &mut Console::new(VM));
+}
+
+#[test]
+fn an_agent_that_dies_while_a_nic_comes_or_goes_leaves_one_tap_or_none() {
+    let Some(mut cluster) = cluster() else { return };
+    boot_without_nic(&cluster);
+    // The TAP is there, and the VMM was not told: the next agent tells it.
+    cluster.hold(AFTER_TAP);
+    let vm = cluster.client.attach_nic(VM, "wide").expect("the VM runs");
+    let mac = vm.spec.expect("it has one").nics[0].mac.clone();
+    cluster.await_reached(AFTER_TAP);
+    assert_eq!(devices(&cluster, 0), (1, 1, 1));
+    cluster.kill_agent(0);
+    cluster.release(AFTER_TAP);
+    cluster.hold(AFTER_ATTACH);
+    cluster.start_agent(0);
+    // The VMM has it, and no controller was told.
+    cluster.await_reached(AFTER_ATTACH);
+    cluster
+        .client
+        .await_vm(VM, "not seen with it", |vm| reported(vm).is_empty());
+    cluster.kill_agent(0);
+    cluster.release(AFTER_ATTACH);
+    cluster.start_agent(0);
+    await_attached(&cluster, &mac);
+    assert_eq!(devices(&cluster, 0), (1, 1, 1));
+    let last = PARTIES - 1;
+    add_pinger(&cluster, last, &[0, 1]);
+    await_answer(&cluster, last);
+    // The guest gives it up while no agent watches.
+    let fault = cluster
+        .client
+        .detach_nic(VM, "none")
+        .expect_err("it has none there");
+    assert_eq!(fault.code, Code::NicNotFound);
+    cluster.kill_agent(0);
+    cluster.client.detach_nic(VM, &mac).expect("it has it");
+    assert_eq!(devices(&cluster, 0), (1, 1, 1));
+    cluster.start_agent(0);
+    await_no_nic(&cluster);
+    await_devices(&cluster, 0, (0, 0, 0));
+    assert_sound_at_the_end(&cluster, &mut Console::new(VM));
 }

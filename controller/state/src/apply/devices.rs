@@ -7,22 +7,33 @@
 //! ```
 //!
 //! The specification says what a VM is to have, so that starts, migrations and restarts agree; a disk stays in it, and its volume
-//! the VM's, until no VMM can have it any more. That takes a report made after the VMM was told of the wish: each change has a
+//! the VM's, until no VMM can have it any more, and so does a NIC with its addresses. That takes a report made after the VMM was told of the wish: each change has a
 //! revision, the VMM refuses what is older than what it was told last, and a report says which that is. A run's end removes what was
 //! to be given up as well: nothing has it then.
 
 use std::collections::BTreeSet;
 
-use drover_proto::v1::{AttachDisk, DetachDisk, VmDevice, VmDeviceState, VmDevices, VmDisk, VmSpec, VmState};
+use drover_proto::v1::{
+    AttachDisk, AttachNic, DetachDisk, DetachNic, Vm, VmDevice, VmDeviceState, VmDevices, VmDisk, VmNic,
+    VmSpec, VmState,
+};
 use drover_proto::{Code, Fault};
 
 use super::snapshots::{not_restored, not_taken};
 use super::{Applied, Tx, bounded};
-use crate::limits::{NAME_BYTES_MAX, SLOTS_MAX};
+use crate::limits::{MAC_CHARS, NAME_BYTES_MAX, SLOTS_MAX};
+use crate::networks;
 use crate::placement::{self, Purpose};
 use crate::state::{host_of, occupies, spec_of};
 use crate::validate::{self, quoted};
 use crate::volumes;
+
+/// What may come and go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Disk,
+    Nic,
+}
 
 /// The slots of all that a VM has, in the order in which those without a number are counted.
 fn slots_mut(spec: &mut VmSpec) -> impl Iterator<Item = &mut u32> {
@@ -38,6 +49,54 @@ pub(super) fn fix_slots(spec: &mut VmSpec) -> Option<u32> {
         taken.insert(*slot);
     }
     (1..=SLOTS_MAX).find(|free| !taken.contains(free))
+}
+
+/// The next revision of what a VM has, and the slot that something new in it gets.
+fn one_more(spec: &mut VmSpec) -> Result<(u64, u32), Fault> {
+    spec.devices_revision += 1;
+    let Some(slot) = fix_slots(spec) else {
+        let message = format!(
+            "vm is {}, which has something in each of its {SLOTS_MAX} slots",
+            spec.name
+        );
+        return Err(Fault::new(Code::InvalidArgument, message).field("vm"));
+    };
+    Ok((spec.devices_revision, slot))
+}
+
+/// Whether the VM is wanted without something that it still has, for a message.
+fn still(detach_revision: u64) -> &'static str {
+    if detach_revision > 0 {
+        "; its guest was asked to give it up and has not yet"
+    } else {
+        ""
+    }
+}
+
+/// The NIC that is meant: by its MAC, or by the network where there is one in it.
+fn meant<'a>(vm: &'a Vm, asked: &str) -> Result<&'a VmNic, Fault> {
+    let spec = spec_of(vm);
+    let lacks = |what: String| {
+        let message = format!("nic is {}; {} has no NIC {what}", quoted(asked), spec.name);
+        Fault::new(Code::NicNotFound, message).field("nic")
+    };
+    if asked.contains(':') {
+        let mac = networks::mac("nic", asked)?;
+        let found = spec.nics.iter().find(|nic| nic.mac == mac);
+        return found.ok_or_else(|| lacks("with this MAC".to_owned()));
+    }
+    let mut found = spec.nics.iter().filter(|nic| nic.network == asked);
+    match (found.next(), found.next()) {
+        (Some(nic), None) => Ok(nic),
+        (None, _) => Err(lacks("in a network of this name".to_owned())),
+        (Some(one), Some(other)) => {
+            let message = format!(
+                "nic is {asked}; {} has several NICs in this network, {} and {} among them: name one by its MAC",
+                spec.name, one.mac, other.mac
+            );
+            Err(Fault::new(Code::InvalidArgument, message).field("nic"))
+        }
+    }
 }
 
 impl Tx<'_> {
@@ -74,44 +133,28 @@ impl Tx<'_> {
         let vm = self.known_vm("vm", name)?;
         let old = spec_of(vm);
         if let Some(has) = old.disks.iter().find(|disk| disk.volume == asked.volume) {
-            let still = if has.detach_revision > 0 {
-                "; its guest was asked to give it up and has not yet"
-            } else {
-                ""
-            };
+            let still = still(has.detach_revision);
             let message = format!("disk.volume is {}, which {name} has{still}", has.volume);
             return Err(Fault::new(Code::VolumeInUse, message).field("disk.volume"));
         }
         let mut spec = old.clone();
-        let revision = spec.devices_revision + 1;
-        spec.devices_revision = revision;
-        let slot = fix_slots(&mut spec);
+        let (revision, slot) = one_more(&mut spec)?;
         spec.disks.push(VmDisk {
             volume: asked.volume,
             read_only: asked.read_only,
             serial: asked.serial,
-            slot: slot.unwrap_or(0),
+            slot,
             attach_revision: revision,
             detach_revision: 0,
         });
         validate::disks(&spec)?;
-        if slot.is_none() {
-            let message = format!("{name} has something in each of its {SLOTS_MAX} slots");
-            return Err(Fault::new(Code::InvalidArgument, message).field("disk"));
-        }
         let only = VmSpec {
             name: name.clone(),
             disks: spec.disks.last().cloned().into_iter().collect(),
             ..VmSpec::default()
         };
         volumes::may_have(self.state, &only)?;
-        match self.state.host(host_of(vm)).filter(|_| occupies(vm)) {
-            Some(host) => volumes::reaches(self.state, &only, host).map_err(|fault| {
-                let message = format!("{name} is on {}, which {}", host_of(vm), fault.message);
-                Fault::new(fault.code, message).field("disk.volume")
-            })?,
-            None => placement::could_ever_fit(self.state, &spec, Purpose::Start, |_| Ok(()))?,
-        }
+        self.place_has(vm, &only, &spec, "disk.volume")?;
         let volume = only.disks[0].volume.clone();
         self.note_writer(&only);
         *self.spec_mut(name) = spec;
@@ -124,6 +167,78 @@ impl Tx<'_> {
         Ok(self.vm_response(name, true))
     }
 
+    pub(super) fn attach_nic(&mut self, attach: &AttachNic) -> Applied {
+        let name = &attach.vm;
+        self.changeable_vm(name)?;
+        let asked = attach.nic.clone().unwrap_or_default();
+        let vm = self.known_vm("vm", name)?;
+        let mut spec = spec_of(vm).clone();
+        let (revision, slot) = one_more(&mut spec)?;
+        let mut only = VmSpec {
+            name: name.clone(),
+            nics: vec![VmNic {
+                network: asked.network,
+                mac: asked.mac,
+                ip: asked.ip,
+                slot,
+                attach_revision: revision,
+                detach_revision: 0,
+            }],
+            ..VmSpec::default()
+        };
+        networks::check_nics(&mut only)?;
+        spec.nics.append(&mut only.nics);
+        // All of them: what the VM has itself is taken as well.
+        networks::address(self.state, &mut spec)?;
+        networks::check_nics(&mut spec)?;
+        only.nics.extend(spec.nics.last().cloned());
+        self.place_has(vm, &only, &spec, "nic.network")?;
+        *self.spec_mut(name) = spec;
+        let VmNic { network, mac, .. } = &only.nics[0];
+        let message = format!("{} gives {name} the NIC {mac} in {network}", self.caller);
+        self.vm_event("vm.attach", name, message);
+        Ok(self.vm_response(name, true))
+    }
+
+    /// Whether the VM's host reaches what `only` adds, or, where nothing runs, any host all of `spec`.
+    fn place_has(&self, vm: &Vm, only: &VmSpec, spec: &VmSpec, field: &str) -> Result<(), Fault> {
+        let Some(host) = self.state.host(host_of(vm)).filter(|_| occupies(vm)) else {
+            return placement::could_ever_fit(self.state, spec, Purpose::Start, |_| Ok(()));
+        };
+        let reaches = volumes::reaches(self.state, only, host);
+        let reaches = reaches.and_then(|()| networks::reaches(self.state, only, host));
+        reaches.map_err(|fault| {
+            let message = format!("{} is on {}, which {}", spec.name, host_of(vm), fault.message);
+            Fault::new(fault.code, message).field(field)
+        })
+    }
+
+    pub(super) fn detach_nic(&mut self, detach: &DetachNic) -> Applied {
+        let name = &detach.vm;
+        self.changeable_vm(name)?;
+        let VmNic { mac, network, .. } = meant(self.known_vm("vm", name)?, &detach.nic)?.clone();
+        self.give_up(name, &format!("the NIC {mac} in {network}"), |spec, revision| {
+            let nic = spec.nics.iter_mut().find(|nic| nic.mac == mac);
+            nic.expect("it was just found").detach_revision = revision;
+        });
+        Ok(self.vm_response(name, true))
+    }
+
+    /// Wants the VM without what `mark` marks with a revision: the guest is asked, or it goes at once where nothing runs.
+    fn give_up(&mut self, name: &str, what: &str, mark: impl Fn(&mut VmSpec, u64)) {
+        let runs = occupies(self.vm_mut(name));
+        let spec = self.spec_mut(name);
+        fix_slots(spec);
+        spec.devices_revision += 1;
+        let revision = spec.devices_revision;
+        mark(spec, revision);
+        let message = format!("{} wants {name} to give {what} up", self.caller);
+        self.vm_event("vm.detach", name, message);
+        if !runs {
+            self.drop_detached(name, |_, _| true);
+        }
+    }
+
     pub(super) fn detach_disk(&mut self, detach: &DetachDisk) -> Applied {
         let (name, volume) = (&detach.vm, &detach.volume);
         self.changeable_vm(name)?;
@@ -132,34 +247,28 @@ impl Tx<'_> {
             let message = format!("volume is {}, which {name} does not have", quoted(volume));
             return Err(Fault::new(Code::VolumeNotFound, message).field("volume"));
         }
-        let runs = occupies(vm);
-        let spec = self.spec_mut(name);
-        fix_slots(spec);
-        spec.devices_revision += 1;
-        let revision = spec.devices_revision;
-        if let Some(disk) = spec.disks.iter_mut().find(|disk| disk.volume == *volume) {
-            disk.detach_revision = revision;
-        }
-        let caller = self.caller;
-        self.vm_event(
-            "vm.detach",
-            name,
-            format!("{caller} wants {name} to give the volume {volume} up"),
-        );
-        if !runs {
-            self.drop_detached(name, |_| true);
-        }
+        self.give_up(name, &format!("the volume {volume}"), |spec, revision| {
+            let disk = spec.disks.iter_mut().find(|disk| disk.volume == *volume);
+            disk.expect("it was just found").detach_revision = revision;
+        });
         Ok(self.vm_response(name, true))
     }
 
-    /// Takes the disks that are to be given up and that nothing has any more out of the specification.
-    pub(super) fn drop_detached(&mut self, name: &str, gone: impl Fn(&VmDisk) -> bool) {
-        let detached = |disk: &VmDisk| disk.detach_revision > 0 && gone(disk);
+    /// Takes what is to be given up, and is gone by its slot and the revision of the wish, out of the specification.
+    pub(super) fn drop_detached(&mut self, name: &str, gone: impl Fn(Kind, (u32, u64)) -> bool) {
+        let detached = |kind, slot, revision| revision > 0 && gone(kind, (slot, revision));
         let spec = self.vm_mut(name).spec.get_or_insert_default();
-        let dropped: Vec<VmDisk> = spec.disks.extract_if(.., |disk| detached(disk)).collect();
-        for disk in dropped {
-            let message = format!("{name} has the volume {} no more", disk.volume);
-            self.vm_event("vm.detached", name, message);
+        let disks = spec
+            .disks
+            .extract_if(.., |disk| detached(Kind::Disk, disk.slot, disk.detach_revision));
+        let disks = disks.map(|disk| format!("the volume {}", disk.volume));
+        let nics = spec
+            .nics
+            .extract_if(.., |nic| detached(Kind::Nic, nic.slot, nic.detach_revision));
+        let nics = nics.map(|nic| format!("the NIC {} in {}", nic.mac, nic.network));
+        let dropped: Vec<String> = disks.chain(nics).collect();
+        for what in dropped {
+            self.vm_event("vm.detached", name, format!("{name} has {what} no more"));
         }
     }
 
@@ -171,14 +280,14 @@ impl Tx<'_> {
     /// The agent has said what the run's VMM has.
     pub(super) fn note_devices(&mut self, name: &str, reported: &VmDevices) {
         let reported = within_bounds(reported);
-        let has = |disk: &VmDisk| {
-            reported
-                .devices
-                .iter()
-                .any(|device| device.slot == disk.slot && device.state() != VmDeviceState::Failed)
+        let has = |slot: u32| {
+            let mut here = reported.devices.iter().filter(|device| device.slot == slot);
+            here.any(|device| device.state() != VmDeviceState::Failed)
         };
-        self.drop_detached(name, |disk| {
-            reported.revision >= disk.detach_revision && !has(disk)
+        self.drop_detached(name, |kind, (slot, revision)| {
+            // An agent of a version before it says nothing of NICs, and what it does not name may be there.
+            let told = kind == Kind::Disk || reported.tells_nics;
+            told && reported.revision >= revision && !has(slot)
         });
         let is_there = |device: &&VmDevice| device.state() == VmDeviceState::Attached;
         for device in reported.devices.iter().filter(is_there) {
@@ -219,6 +328,9 @@ fn within_bounds(reported: &VmDevices) -> VmDevices {
     for device in &mut reported.devices {
         if device.volume.len() > NAME_BYTES_MAX {
             device.volume.clear();
+        }
+        if device.mac.len() > MAC_CHARS {
+            device.mac.clear();
         }
         device.reason = device.reason.as_ref().map(bounded);
     }

@@ -180,6 +180,8 @@ impl Tx<'_> {
             Some(Kind::ResizeVolume(resize)) => self.resize_volume(resize),
             Some(Kind::AttachDisk(attach)) => self.attach_disk(attach),
             Some(Kind::DetachDisk(detach)) => self.detach_disk(detach),
+            Some(Kind::AttachNic(attach)) => self.attach_nic(attach),
+            Some(Kind::DetachNic(detach)) => self.detach_nic(detach),
             Some(Kind::ShutdownVm(shutdown)) => self.shutdown_vm(&shutdown.name),
             Some(Kind::SetVmMemory(set)) => self.set_vm_memory(set),
             Some(Kind::CreateSnapshot(create)) => self.create_snapshot(create),

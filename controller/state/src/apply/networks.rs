@@ -43,7 +43,8 @@ impl Tx<'_> {
 
     pub(super) fn delete_network(&mut self, name: &str) -> Applied {
         if let Some((vm, _)) = self.state.nics().find(|(_, nic)| nic.network == name) {
-            let message = format!("name is {name}, in which VM {vm} has a NIC; delete the VM first");
+            let message =
+                format!("name is {name}, in which VM {vm} has a NIC; detach it or delete the VM first");
             return Err(Fault::new(Code::NetworkInUse, message).field("name"));
         }
         let Some(network) = self.state.networks.remove(name) else {

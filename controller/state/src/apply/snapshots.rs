@@ -2,8 +2,8 @@
 
 use drover_proto::v1::{
     BeginRestoreRequest, CommandResponse, CreateSnapshot, DeleteSnapshot, Reason, Removal,
-    ReportSnapshotRequest, Restore, RestoreVm, Snapshot, SnapshotNews, SnapshotPhase, Vm, VmDeviceState,
-    VmSpec, VmState, Volume,
+    ReportSnapshotRequest, Restore, RestoreVm, Snapshot, SnapshotNews, SnapshotPhase, Vm, VmDevice,
+    VmDeviceState, VmSpec, VmState, Volume,
 };
 use drover_proto::{Code, Fault};
 
@@ -32,6 +32,9 @@ impl Tx<'_> {
         fix_slots(&mut spec);
         for disk in &mut spec.disks {
             (disk.attach_revision, disk.detach_revision) = (0, 0);
+        }
+        for nic in &mut spec.nics {
+            (nic.attach_revision, nic.detach_revision) = (0, 0);
         }
         let host = self.state.host(host_of(vm)).and_then(|host| host.spec.as_ref());
         let needs = vm.devices.as_ref().map(|devices| devices.device_model);
@@ -540,20 +543,8 @@ fn may_be_taken(state: &State, vm: &Vm) -> Result<String, Fault> {
     if vm.state() != VmState::Running || !vm.wanted_running || vm.deleting {
         return Err(unfit(name, vm, "only of one that runs a snapshot is taken"));
     }
-    let devices = vm.devices.as_ref().map_or(&[][..], |devices| &devices.devices);
-    let has = |volume: &str| {
-        let mut of_volume = devices.iter().filter(|device| device.volume == volume);
-        of_volume.any(|device| device.state() == VmDeviceState::Attached)
-    };
-    let changes = spec
-        .disks
-        .iter()
-        .find(|disk| disk.detach_revision > 0 || disk.attach_revision > 0 && !has(&disk.volume));
-    if let Some(disk) = changes {
-        let message = format!(
-            "vm is {name}, which is about to get or to give up volume {}; wait for that",
-            disk.volume
-        );
+    if let Some(what) = changing(vm) {
+        let message = format!("vm is {name}, which is about to get or to give up {what}; wait for that");
         return refused(Code::DeviceBusy, message);
     }
     let writes = spec.disks.iter().find(|disk| !disk.read_only);
@@ -575,6 +566,26 @@ fn may_be_taken(state: &State, vm: &Vm) -> Result<String, Fault> {
             refused(Code::SnapshotUnavailable, message)
         }
     }
+}
+
+/// What the VM that runs was given, or is to give up, and its VMM has not told that it is so.
+fn changing(vm: &Vm) -> Option<String> {
+    let devices = vm.devices.as_ref().map_or(&[][..], |devices| &devices.devices);
+    let has = |is_it: &dyn Fn(&VmDevice) -> bool| {
+        let mut those = devices.iter().filter(|device| is_it(device));
+        those.any(|device| device.state() == VmDeviceState::Attached)
+    };
+    let spec = spec_of(vm);
+    let disk = spec.disks.iter().find(|disk| {
+        let here = || has(&|device| device.volume == disk.volume);
+        disk.detach_revision > 0 || disk.attach_revision > 0 && !here()
+    });
+    let nic = spec.nics.iter().find(|nic| {
+        let here = || has(&|device| device.mac == nic.mac);
+        nic.detach_revision > 0 || nic.attach_revision > 0 && !here()
+    });
+    let disk = disk.map(|disk| format!("volume {}", disk.volume));
+    disk.or_else(|| nic.map(|nic| format!("the NIC {} in {}", nic.mac, nic.network)))
 }
 
 /// Whether no snapshot is being taken of the VM.

@@ -353,7 +353,7 @@ impl Tx<'_> {
 
     /// The run has ended, and with it what was asked of it.
     fn nothing_has_it(&mut self, name: &str) {
-        self.drop_detached(name, |_| true);
+        self.drop_detached(name, |_, _| true);
         self.forget_devices(name);
         self.vm_mut(name).shutdown = 0;
     }

@@ -108,6 +108,11 @@ impl Tap {
         Ok(())
     }
 
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no holder of a tap's lock panics")
     }
