@@ -5,6 +5,7 @@
 //! stop:  reconcilers ─▶ no new connections, open calls get a moment ─▶ consensus ─▶ store
 //! ```
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -165,7 +166,12 @@ fn claim(config: &Config) -> anyhow::Result<()> {
         cluster_id: config.cluster_id.clone(),
         id: config.id,
     };
-    std::fs::create_dir_all(folder).with_context(|| format!("data_dir is {}", folder.display()))?;
+    // Users' secrets are in the log.
+    let mut private = std::fs::DirBuilder::new();
+    private.recursive(true).mode(0o700);
+    private
+        .create(folder)
+        .with_context(|| format!("data_dir is {}", folder.display()))?;
     let file = folder.join(OWNER_FILE);
     let found = match std::fs::read(&file) {
         Ok(found) => found,

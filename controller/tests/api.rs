@@ -41,6 +41,7 @@ async fn a_vm_is_created_run_and_handed_over_through_any_controller() {
     let read = v1::GetVmRequest {
         name: "vm1".into(),
         allow_stale: false,
+        with_user_data: false,
     };
     assert_eq!(
         user(&cluster, far)
@@ -193,6 +194,7 @@ async fn a_vm_is_created_run_and_handed_over_through_any_controller() {
         .get_vm(v1::GetVmRequest {
             name: "vm1".into(),
             allow_stale: false,
+            with_user_data: false,
         })
         .await;
     let gone = fault(gone);
@@ -511,6 +513,7 @@ async fn a_dry_run_changes_nothing_and_what_it_expected_goes_along_with_the_migr
     let get = v1::GetVmRequest {
         name: "vm1".into(),
         allow_stale: false,
+        with_user_data: false,
     };
     let before = client.get_vm(get.clone()).await.unwrap().into_inner();
     let told = client

@@ -181,6 +181,9 @@ pub enum VmCommand {
     Show {
         /// Its name
         vm: String,
+        /// Print its user data for cloud-init as it is, and nothing else; it may hold secrets
+        #[arg(long)]
+        user_data: bool,
     },
     /// Start a VM, and wait until it runs
     Start(ActArgs),
@@ -359,6 +362,9 @@ pub struct CreateArgs {
     /// Start on this host only [default: placement decides]
     #[arg(long, value_name = "HOST")]
     pub host: Option<String>,
+    /// What its guest's cloud-init is told
+    #[command(flatten)]
+    pub cloud: CloudArgs,
     /// Start it at once
     #[arg(long)]
     pub start: bool,
@@ -368,6 +374,23 @@ pub struct CreateArgs {
     /// Give up waiting after this long
     #[arg(long, value_parser = parse_duration, default_value = WAIT_DEFAULT, value_name = "LENGTH")]
     pub timeout: Duration,
+}
+
+/// What a guest's cloud-init is told, by a seed disk; without any of these the VM has none.
+#[derive(Debug, Default, Args)]
+pub struct CloudArgs {
+    /// User data for cloud-init: #cloud-config, a script, or what else it takes; at most 16 KiB
+    #[arg(long, value_name = "FILE")]
+    pub user_data: Option<PathBuf>,
+    /// The guest's name [default: the VM's]
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<String>,
+    /// Public keys that may log in, a line each, as in ~/.ssh/id_ed25519.pub; may be repeated
+    #[arg(long = "ssh-key", value_name = "FILE")]
+    pub ssh_keys: Vec<PathBuf>,
+    /// A network-config of your own [default: the NICs' addresses as the cluster chose them]
+    #[arg(long, value_name = "FILE")]
+    pub network_config: Option<PathBuf>,
 }
 
 /// Whether a VM starts again by itself after it failed.

@@ -226,9 +226,15 @@ impl Client {
 
     /// One VM.
     pub async fn vm(&self, name: &str) -> Result<v1::Vm> {
+        self.vm_shown(name, false).await
+    }
+
+    /// One VM, with its user data for cloud-init if that is asked for.
+    pub async fn vm_shown(&self, name: &str, with_user_data: bool) -> Result<v1::Vm> {
         let request = v1::GetVmRequest {
             name: name.to_owned(),
             allow_stale: false,
+            with_user_data,
         };
         self.plain(async |mut grpc| grpc.get_vm(request.clone()).await)
             .await

@@ -41,6 +41,7 @@ use crate::agent::Context;
 use crate::clock::boottime_ns;
 use crate::converge::{target_mib, with_slots};
 use crate::host::process::{self, Abandoned};
+use crate::host::seed::{self, SEED_FILE, SEED_SERIAL, SEED_SLOT};
 use crate::host::store::{is_restored, note_granted, note_restored, was_granted, write_private};
 use crate::host::volumes;
 use crate::key::Key;
@@ -252,6 +253,10 @@ async fn start(context: &Arc<Context>, link: &Arc<Link>, desired: &VmDesired) ->
     if let Some(cage) = context.sandbox.of_vmm().await? {
         config["sandbox"] = cage;
     }
+    let seed = desired.seed.clone();
+    if seed.is_some() {
+        add_seed(&mut config, &link.folder);
+    }
     let begun = tokio::task::spawn_blocking({
         let (context, link) = (context.clone(), link.clone());
         move || {
@@ -271,6 +276,9 @@ async fn start(context: &Arc<Context>, link: &Arc<Link>, desired: &VmDesired) ->
             if !nics.is_empty() {
                 let text = serde_json::to_vec(&nics).map_err(|error| failed(NICS_FILE, &error))?;
                 write_private(&folder.join(NICS_FILE), &text).map_err(|error| failed(NICS_FILE, &error))?;
+            }
+            if let Some(seed) = seed {
+                seed::write(&folder, &seed).map_err(|error| failed(SEED_FILE, &error))?;
             }
             write_private(&folder.join("config.json"), config.to_string().as_bytes())
                 .map_err(|error| failed("config.json", &error))
@@ -420,6 +428,17 @@ fn balloon(spec: &VmSpec) -> Option<serde_json::Value> {
             "slot": BALLOON_SLOT, "target_mib": target_mib(spec), "revision": spec.memory_revision,
         })
     })
+}
+
+/// Gives the VM its seed disk, whose file is in the VMM's own folder, beside whatever disks it has.
+fn add_seed(config: &mut serde_json::Value, folder: &Path) {
+    let disk = serde_json::json!({
+        "path": folder.join(SEED_FILE), "read_only": true, "serial": SEED_SERIAL, "slot": SEED_SLOT,
+    });
+    match config.get_mut("disks").and_then(serde_json::Value::as_array_mut) {
+        Some(disks) => disks.push(disk),
+        None => config["disks"] = serde_json::json!([disk]),
+    }
 }
 
 /// Puts the NICs, in the specification's order, into the slots that were written down, if they were.

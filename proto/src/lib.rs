@@ -36,6 +36,29 @@ impl std::fmt::Display for v1::VmmBuild {
     }
 }
 
+/// May hold secrets, which no log is to have.
+impl std::fmt::Debug for v1::CloudInit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CloudInit")
+            .field("user_data_bytes", &self.user_data.len())
+            .field("hostname", &self.hostname)
+            .field("ssh_keys", &self.ssh_keys.len())
+            .field("network_config_bytes", &self.network_config.len())
+            .finish()
+    }
+}
+
+/// As of [`v1::CloudInit`].
+impl std::fmt::Debug for v1::CloudSeed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CloudSeed")
+            .field("user_data_bytes", &self.user_data.len())
+            .field("meta_data_bytes", &self.meta_data.len())
+            .field("network_config_bytes", &self.network_config.len())
+            .finish()
+    }
+}
+
 impl From<Fault> for v1::Reason {
     fn from(fault: Fault) -> Self {
         Self {

@@ -28,8 +28,8 @@ pub const VCPUS_MAX: u32 = 32;
 pub const MEMORY_MIB_MIN: u64 = 16;
 /// Most memory of a VM, MiB.
 pub const MEMORY_MIB_MAX: u64 = 1 << 20;
-/// Most disks of a VM; the bus has 31 slots.
-pub const DISKS_MAX: usize = 24;
+/// Most disks of a VM, a seed disk among them; the bus has 31 slots.
+pub const DISKS_MAX: usize = 25;
 /// Most NICs of a VM: with random numbers and all disks the bus is full, and has no slot for a balloon.
 pub const NICS_MAX: usize = 6;
 /// Pages of 4 KiB in a MiB.

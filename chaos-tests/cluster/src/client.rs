@@ -357,6 +357,7 @@ impl Client {
             let request = GetVmRequest {
                 name: name.to_owned(),
                 allow_stale: false,
+                with_user_data: false,
             };
             async move { client.get_vm(request).await }
         })

@@ -16,8 +16,8 @@ const MODULES: [(&str, bool); 8] = [
     ("stp", true),
     ("bridge", true),
 ];
-/// What the guest needs for its disk, its NIC, its random numbers and its power button, in loading order; hot-plug of slots is built in. `virtio_pci_legacy_dev` exists in newer kernels only.
-const GUEST_MODULES: [(&str, bool); 12] = [
+/// What the guest needs for its disks and the seed's file system, its NIC, its random numbers and its power button, in loading order; hot-plug of slots is built in. `virtio_pci_legacy_dev` exists in newer kernels only.
+const GUEST_MODULES: [(&str, bool); 16] = [
     ("virtio_ring", true),
     ("virtio", true),
     ("virtio_pci_modern_dev", true),
@@ -30,6 +30,10 @@ const GUEST_MODULES: [(&str, bool); 12] = [
     ("failover", true),
     ("net_failover", true),
     ("virtio_net", true),
+    ("nls_cp437", true),
+    ("nls_ascii", true),
+    ("fat", true),
+    ("vfat", true),
 ];
 
 /// An unpacked kernel package.

@@ -47,6 +47,24 @@ pub enum Report {
         /// Of the first disk, which grew, sectors of 512 bytes as the guest has it.
         grown_sectors: u64,
     },
+    /// The guest's kernel read its seed disk.
+    Seeded {
+        /// What it was told, as `grep .` prints files, before the migration and after it.
+        files: [String; 2],
+        /// The volume, by `blkid`.
+        volume: String,
+    },
+    /// A NIC came and went while the guest ran.
+    NicHotPlugged {
+        /// Echoes that came back over it before the guest moved and after it, of three.
+        echoes: [u64; 2],
+        /// As of a disk.
+        given_up: String,
+        /// Whether the guest still has an interface of it.
+        remains: bool,
+        /// Whether its tap can be opened by others again.
+        tap_is_free: bool,
+    },
     /// The guest shut itself down when its power button was pressed.
     PoweredOff {
         /// Its driver heeded the button before.

@@ -167,6 +167,26 @@ fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
     });
     let both = [before.digest.clone(), before.digest.clone()];
     assert_eq!(came_and_went, Some((&both, "0", false, 49152)), "{reports:#?}");
+    // The kernel mounts the seed disk and reads what cloud-init would, before the guest moved and after.
+    let seeded = reports.iter().find_map(|report| match report {
+        Report::Seeded { files, volume } => Some((files, volume)),
+        _ => None,
+    });
+    let (files, volume) = seeded.expect("a seed disk");
+    let told = "meta-data:instance-id: \"linux-1\"\nnetwork-config:version: 2\nuser-data:#cloud-config\nuser-data:hostname: linux";
+    assert_eq!(files, &[told.to_owned(), told.to_owned()]);
+    assert!(
+        volume.contains("LABEL=\"cidata\"") && volume.contains("vfat"),
+        "{volume}"
+    );
+    // So did a NIC.
+    let nic = Report::NicHotPlugged {
+        echoes: [3, 3],
+        given_up: "0".to_owned(),
+        remains: false,
+        tap_is_free: true,
+    };
+    assert!(reports.contains(&nic), "{reports:#?}");
     assert!(
         reports.contains(&Report::PoweredOff { heeded: true }),
         "{reports:#?}"

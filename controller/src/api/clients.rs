@@ -170,7 +170,9 @@ impl Controller for Api {
         let stale = request.get_ref().allow_stale;
         self.read("/drover.v1.Controller/ListVms", request, stale, |api, _| {
             Ok(ListVmsResponse {
-                vms: api.consensus.read(|state| state.vms().cloned().collect()),
+                vms: api
+                    .consensus
+                    .read(|state| state.vms().map(drover_state::without_secrets).collect()),
             })
         })
         .await
@@ -179,7 +181,14 @@ impl Controller for Api {
     async fn get_vm(&self, request: Request<GetVmRequest>) -> Answer<Vm> {
         let stale = request.get_ref().allow_stale;
         self.read("/drover.v1.Controller/GetVm", request, stale, |api, message| {
-            let vm = api.consensus.read(|state| state.vm(&message.name).cloned());
+            let shown = |vm: &Vm| match message.with_user_data {
+                true => Vm {
+                    seed: None,
+                    ..vm.clone()
+                },
+                false => drover_state::without_secrets(vm),
+            };
+            let vm = api.consensus.read(|state| state.vm(&message.name).map(shown));
             let vm = vm.map(|vm| api.memory.snapshots.merge_vm(vm));
             vm.ok_or_else(|| not_found(Code::VmNotFound, "name", &message.name, "no VM has this name"))
         })

@@ -11,6 +11,7 @@ use drover_proto::v1::{
     SnapshotPhase, SnapshotProgress, Vm, VmState,
 };
 use drover_proto::{Code, Fault};
+use drover_state::snapshot_without_secrets;
 
 use super::Shared;
 use super::on_leader::Call;
@@ -62,9 +63,13 @@ impl SnapshotTable {
 
 pub(super) fn list(api: &Shared, request: &ListSnapshotsRequest) -> Result<ListSnapshotsResponse, Fault> {
     let asked = |snapshot: &&Snapshot| request.vm.is_empty() || snapshot.vm == request.vm;
-    let snapshots: Vec<Snapshot> = api
-        .consensus
-        .read(|state| state.snapshots().filter(asked).cloned().collect());
+    let snapshots: Vec<Snapshot> = api.consensus.read(|state| {
+        state
+            .snapshots()
+            .filter(asked)
+            .map(snapshot_without_secrets)
+            .collect()
+    });
     let merged = snapshots
         .into_iter()
         .map(|snapshot| api.memory.snapshots.merge(snapshot));
@@ -74,9 +79,11 @@ pub(super) fn list(api: &Shared, request: &ListSnapshotsRequest) -> Result<ListS
 }
 
 pub(super) fn get(api: &Shared, request: &GetSnapshotRequest) -> Result<Snapshot, Fault> {
-    let found = api
-        .consensus
-        .read(|state| state.snapshot_of(&request.vm, &request.name, "name").cloned());
+    let found = api.consensus.read(|state| {
+        state
+            .snapshot_of(&request.vm, &request.name, "name")
+            .map(snapshot_without_secrets)
+    });
     Ok(api.memory.snapshots.merge(found?))
 }
 

@@ -8,10 +8,12 @@
 use std::collections::BTreeSet;
 
 use drover_proto::v1::{
-    HostDesired, Migration, MigrationPhase, Network, Vm, VmDesired, VmRef, VmRole, VmState, Volume,
+    CloudSeed, HostDesired, Migration, MigrationPhase, Network, Vm, VmDesired, VmRef, VmRole, VmSpec,
+    VmState, Volume,
 };
 use prost::Message;
 
+use crate::cloud;
 use crate::snapshots;
 use crate::state::{State, epoch_of, host_of, is_committed, is_ended, spec_of};
 
@@ -24,14 +26,15 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
             vms.push(VmDesired {
                 vm: name.clone(),
                 epoch: epoch_of(vm),
-                spec: vm.spec.clone(),
+                spec: Some(spec_without_cloud(vm)),
+                seed: seed_of(vm),
                 role: VmRole::Run.into(),
                 migration: migration_of_run(state, vm).cloned(),
                 arrived_by: arrived_by(vm).to_owned(),
                 volumes: volumes_of(state, vm),
                 networks: networks_of(state, vm),
                 shutdown: vm.shutdown,
-                snapshot: state.taken_of(vm).cloned(),
+                snapshot: state.taken_of(vm).map(cloud::for_agents),
                 restore: snapshots::told(state, vm),
             });
         }
@@ -39,7 +42,8 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
             vms.push(VmDesired {
                 vm: name.clone(),
                 epoch: migration.epoch,
-                spec: vm.spec.clone(),
+                spec: Some(spec_without_cloud(vm)),
+                seed: seed_of(vm),
                 role: VmRole::Incoming.into(),
                 migration: Some(migration.clone()),
                 arrived_by: String::new(),
@@ -52,7 +56,8 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
             vms.push(VmDesired {
                 vm: name.clone(),
                 epoch: migration.epoch.saturating_sub(1),
-                spec: vm.spec.clone(),
+                spec: Some(spec_without_cloud(vm)),
+                seed: seed_of(vm),
                 role: VmRole::Serving.into(),
                 migration: Some(migration.clone()),
                 arrived_by: String::new(),
@@ -109,6 +114,23 @@ fn has_run(vm: &Vm) -> bool {
         vm.state(),
         VmState::Starting | VmState::Running | VmState::Paused | VmState::Unknown
     )
+}
+
+/// The specification, but for what its host is told as the files of the seed disk.
+fn spec_without_cloud(vm: &Vm) -> VmSpec {
+    VmSpec {
+        cloud_init: None,
+        ..spec_of(vm).clone()
+    }
+}
+
+/// The files of the run's seed disk.
+fn seed_of(vm: &Vm) -> Option<CloudSeed> {
+    let cloud = spec_of(vm).cloud_init.as_ref()?;
+    Some(CloudSeed {
+        user_data: cloud.user_data.clone(),
+        ..vm.seed.clone()?
+    })
 }
 
 /// The volumes of the VM's disks, in their order.

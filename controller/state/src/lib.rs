@@ -16,6 +16,7 @@
 //! reconcilers'; they propose commands like everybody else.
 
 mod apply;
+mod cloud;
 mod desired;
 pub mod limits;
 mod networks;
@@ -28,6 +29,7 @@ mod validate;
 mod volumes;
 
 pub use apply::{Effect, apply, into_result, may_restart, refusal};
+pub use cloud::{snapshot_without_secrets, without_secrets};
 pub use desired::{desired, grants};
 pub use snapshot::DecodeError;
 pub use snapshots::{purpose_of_start, snapshot_number};

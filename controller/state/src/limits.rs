@@ -50,6 +50,8 @@ pub const VOLUMES_MAX: usize = 40_000;
 pub const DISKS_MAX: usize = 24;
 /// Slots of a VM's bus, numbered from 1.
 pub const SLOTS_MAX: u32 = 31;
+/// The last slot that is given to a disk or NIC: 30 is a seed disk's, 31 a balloon's. Whatever a VM has otherwise has room before.
+pub const SLOTS_GIVEN_MAX: u32 = 29;
 /// Bytes of a disk's serial number: what virtio's `GET_ID` carries.
 pub const SERIAL_BYTES_MAX: usize = 20;
 /// A volume is a multiple of this, bytes, and at least one.
@@ -88,6 +90,16 @@ pub const SNAPSHOTS_OF_VM_MAX: usize = 64;
 pub const SNAPSHOTS_MAX: usize = 10_000;
 /// Contents of volumes that are still to be removed; beyond it one is left where it lies.
 pub const REMOVALS_MAX: usize = 10_000;
+/// Bytes of a VM's user data: what other clouds take as well.
+pub const USER_DATA_BYTES_MAX: usize = 16 << 10;
+/// Bytes of a VM's SSH keys, all of them.
+pub const SSH_KEYS_BYTES_MAX: usize = 8 << 10;
+/// Bytes of a network-config that is given.
+pub const NETWORK_CONFIG_BYTES_MAX: usize = 8 << 10;
+/// Bytes of a hostname (RFC 1035, 2.3.4).
+pub const HOSTNAME_BYTES_MAX: usize = 253;
+/// What cloud-init is told in all VMs together, bytes: an eighth of a snapshot.
+pub const CLOUD_CLUSTER_BYTES_MAX: usize = 64 << 20;
 
 /// vCPUs placed on a host for each of its CPUs: beyond it guests starve each other.
 pub const VCPUS_PER_CPU_MAX: u32 = 8;

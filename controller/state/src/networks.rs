@@ -149,6 +149,11 @@ impl Subnet {
     }
 }
 
+/// The length of the prefix of a network's subnet, if it has one.
+pub(crate) fn prefix(network: &Network) -> Option<u32> {
+    Subnet::parse(&network.subnet).map(|subnet| subnet.prefix)
+}
+
 /// Checks what is asked for of a network and fills in its defaults.
 ///
 /// # Errors

@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use drover_proto::v1::{Host, HostState, Removal, Restore, Snapshot, SnapshotPhase, Vm, VmSpec, Volume};
 use drover_proto::{Code, Fault};
 
+use crate::cloud;
 use crate::placement::Purpose;
 use crate::state::{State, epoch_of, host_of, spec_of};
 use crate::validate::quoted;
@@ -205,7 +206,7 @@ pub(crate) fn spec_then(snapshot: &Snapshot) -> &VmSpec {
 pub(crate) fn told(state: &State, vm: &Vm) -> Option<Restore> {
     let (restore, snapshot) = state.source_of(vm)?;
     Some(Restore {
-        source: Some(snapshot.clone()),
+        source: Some(cloud::for_agents(snapshot)),
         ..restore.clone()
     })
 }

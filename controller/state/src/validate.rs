@@ -14,8 +14,8 @@ use crate::limits::{
     NAME_BYTES_MAX, POOL_DEFAULT, POST_COPY_CHARS_MAX, SERIAL_BYTES_MAX, STREAMS_MAX, TEXT_BYTES_MAX,
     THROTTLE_PERCENT_MAX, VCPUS_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_UNIT,
 };
-use crate::networks;
 use crate::state::default_settings;
+use crate::{cloud, networks};
 
 /// CPU profiles by name; the first is the default.
 pub(crate) const CPU_PROFILES: [&str; 4] = ["baseline", "x86-64-v2", "x86-64-v3", "host"];
@@ -126,9 +126,13 @@ pub(crate) fn vm_spec(spec: Option<&VmSpec>) -> Result<VmSpec, Fault> {
     }
     disks(&spec)?;
     networks::check_nics(&mut spec)?;
+    cloud::check(&spec)?;
     // The cluster's own to say.
     spec.devices_revision = 0;
     (spec.memory_target_mib, spec.memory_revision) = (0, 0);
+    if let Some(cloud) = &mut spec.cloud_init {
+        cloud.user_data_bytes = 0;
+    }
     for disk in &mut spec.disks {
         (disk.slot, disk.attach_revision, disk.detach_revision) = (0, 0, 0);
     }

@@ -2,6 +2,7 @@
 
 mod bar;
 pub mod ca;
+mod cloud;
 pub mod console;
 mod devices;
 mod dry_run;

@@ -23,7 +23,8 @@ pub async fn run(session: &Session, command: &VmCommand) -> Result<()> {
                 .out
                 .list(&vms.into_iter().map(VmView::from).collect::<Vec<_>>())
         }
-        VmCommand::Show { vm } => show(session, vm).await,
+        VmCommand::Show { vm, user_data: false } => show(session, vm).await,
+        VmCommand::Show { vm, user_data: true } => super::cloud::show(session, vm).await,
         VmCommand::Start(args) => {
             let vm = session.client.start_vm(&args.vm).await?;
             settle(session, args, vm, Goal::Running).await
@@ -98,6 +99,7 @@ async fn create(session: &Session, args: &CreateArgs) -> Result<()> {
         disks: args.disks.clone(),
         nics: args.nics.clone(),
         balloon: balloon.into(),
+        cloud_init: super::cloud::read(&args.cloud)?,
         ..v1::VmSpec::default()
     };
     let mut vm = session.client.create_vm(spec, args.start).await?;

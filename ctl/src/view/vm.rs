@@ -82,6 +82,8 @@ pub struct SpecView {
     pub balloon: bool,
     /// Of `memory_mib`, what its guest is to have, MiB.
     pub memory_target_mib: u64,
+    /// What its cloud-init is told; null: it has no seed disk.
+    pub cloud_init: Option<CloudView>,
 }
 
 /// Memory of a VM that runs with a balloon.
@@ -101,6 +103,30 @@ impl From<v1::VmMemory> for MemoryView {
             target_mib: memory.target_mib,
             actual_mib: memory.actual_mib,
             driver: memory.driver,
+        }
+    }
+}
+
+/// What a guest's cloud-init is told, but what may be secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CloudView {
+    /// The size of its user data, which `--user-data` prints.
+    pub user_data_bytes: u32,
+    /// The guest's name; null: the VM's.
+    pub hostname: Option<String>,
+    /// Public keys that may log in.
+    pub ssh_keys: Vec<String>,
+    /// Whether it has a network-config of its own.
+    pub own_network_config: bool,
+}
+
+impl From<v1::CloudInit> for CloudView {
+    fn from(cloud: v1::CloudInit) -> Self {
+        Self {
+            user_data_bytes: cloud.user_data_bytes,
+            hostname: some(cloud.hostname),
+            ssh_keys: cloud.ssh_keys,
+            own_network_config: !cloud.network_config.is_empty(),
         }
     }
 }
@@ -206,6 +232,7 @@ impl From<v1::Vm> for VmView {
                     0 => all,
                     target => target,
                 },
+                cloud_init: spec.cloud_init.map(CloudView::from),
             },
             restarts: vm.restarts,
             deleting: vm.deleting,
@@ -263,6 +290,24 @@ impl VmView {
         };
         let nics: Vec<String> = self.spec.nics.iter().map(one).collect();
         dash(some(nics.join(", ")).as_deref())
+    }
+
+    /// What cloud-init is told in a line.
+    fn cloud_init(&self) -> String {
+        let line = self.spec.cloud_init.as_ref().map(|cloud| {
+            let network = if cloud.own_network_config {
+                ", a network-config of its own"
+            } else {
+                ""
+            };
+            format!(
+                "{} bytes of user data, hostname {}, {} SSH keys{network}",
+                cloud.user_data_bytes,
+                cloud.hostname.as_deref().unwrap_or(&self.name),
+                cloud.ssh_keys.len()
+            )
+        });
+        dash(line.as_deref())
     }
 
     /// State and placement in a sentence: `vm1 is running on host1 (epoch 3)`.
@@ -356,6 +401,7 @@ impl Detailed for VmView {
             ),
             ("disks", self.disks()),
             ("nics", self.nics()),
+            ("cloud-init", self.cloud_init()),
             ("pinned to", dash(self.spec.host.as_deref())),
             ("migration", dash(self.migration.as_deref())),
             ("last migration", dash(self.last_migration.as_deref())),

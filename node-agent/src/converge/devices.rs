@@ -26,6 +26,7 @@ use drover_proto::v1::{
 };
 
 use super::{Action, Alive, Detach, Observed, Piece, Seen, reason};
+use crate::host::seed::{SEED_FILE, SEED_SLOT};
 
 const SLOTS_MAX: u32 = 31;
 const DISK: &str = "disk";
@@ -140,7 +141,7 @@ fn report(seen: &Seen, has: &VmmDevices, wanted: &[Wanted<'_>]) -> VmDevices {
     let told = has
         .devices
         .iter()
-        .filter(|device| [DISK, NIC].contains(&device.kind.as_str()));
+        .filter(|device| [DISK, NIC].contains(&device.kind.as_str()) && !is_seed(device));
     let mut devices: Vec<VmDevice> = told
         .map(|device| VmDevice {
             slot: device.slot,
@@ -214,6 +215,14 @@ fn detach(seen: &Seen, revision: u64, name: &str, device: &VmmDevice) -> Action 
     }
 }
 
+/// Whether it is the run's seed disk, which comes and goes with the VMM.
+fn is_seed(device: &VmmDevice) -> bool {
+    device.slot == SEED_SLOT
+        && Path::new(&device.path)
+            .file_name()
+            .is_some_and(|name| name == SEED_FILE)
+}
+
 /// Whether the VMM can be given and asked for what is of this kind.
 fn changes(has: &VmmDevices, kind: &str) -> bool {
     kind == DISK || kind == NIC && has.changes_nics
@@ -252,7 +261,7 @@ pub fn next(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired)
     // Whoever is in a slot that is another's, or nobody's, goes first.
     let stranger = has.devices.iter().find(|device| {
         let known = all.iter().any(|wanted| wanted.is(device));
-        stays(device) && !known && changes(has, &device.kind)
+        stays(device) && !known && changes(has, &device.kind) && !is_seed(device)
     });
     if let Some(stranger) = stranger {
         return Some(detach(seen, revision, name_of(stranger), stranger));
@@ -508,6 +517,18 @@ mod tests {
             ),
             None
         );
+    }
+
+    #[test]
+    fn a_seed_disk_is_nobodys_to_take_and_not_the_clusters_to_know() {
+        let mut seed = device("e3-start", SEED_SLOT, VmmDeviceState::Attached);
+        seed.path = "/data/vms/vm1/e3-start/seed.img".into();
+        let there = has(7, &[device("a", 1, VmmDeviceState::Attached), seed.clone()]);
+        assert_eq!(step(&[disk("a", 1)], 7, there.clone(), untouched), None);
+        // Only where the cluster puts it: a disk of that name elsewhere is one like others.
+        seed.slot = 3;
+        let taken = step(&[], 7, has(7, &[seed]), untouched);
+        assert!(matches!(&taken, Some(Action::Detach { .. })), "{taken:?}");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Volumes on their way from the desired state to a VMM's configuration.
 
+use std::os::unix::fs::PermissionsExt;
+
 use drover_proto::Code;
 use drover_proto::v1::*;
 use serde_json::json;
@@ -84,4 +86,33 @@ pub async fn a_volume_that_cannot_be_had_fails_the_start_with_its_code_and_start
         assert!(!pool.join("data").exists());
         assert_eq!(std::fs::read(pool.join("small/data.raw")).unwrap(), b"somebody's");
     }
+}
+
+pub async fn a_vm_with_a_seed_gets_it_as_a_disk_beside_its_volumes_and_for_the_agents_eyes_only() {
+    let world = World::new().await;
+    let _agent = world.agent().await;
+    let mut desired = with_disks(vec![volume("data", "default", false)]);
+    desired.vms[0].seed = Some(CloudSeed {
+        user_data: b"#!/bin/sh\n".to_vec(),
+        meta_data: "instance-id: \"vm1-7\"\n".to_owned(),
+        network_config: String::new(),
+    });
+    world.fleet.say(|script| {
+        script.desired = desired;
+        script.grants = vec![("vm1".into(), 1)];
+    });
+    world.until_state("e1-start", VmmState::Running).await;
+    let config = std::fs::read(world.folder("e1-start").join("config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    let seed = world.folder("e1-start").join("seed.img");
+    assert_eq!(config["disks"].as_array().unwrap().len(), 2);
+    assert_eq!(
+        config["disks"][1],
+        json!({"path": seed, "read_only": true, "serial": "cidata", "slot": 30})
+    );
+    let found = seed.metadata().unwrap();
+    assert_eq!(
+        (found.len(), found.permissions().mode() & 0o777),
+        (256 << 10, 0o600)
+    );
 }

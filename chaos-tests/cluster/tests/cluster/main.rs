@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod cancel;
+mod cloud;
 mod dry_run;
 mod follow;
 mod harness;

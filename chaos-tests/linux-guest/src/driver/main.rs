@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use drover_linux_guest::report::Report;
+use drover_node_agent::host::seed::{self, SEED_FILE, SEED_SERIAL, SEED_SLOT};
 use drover_pki::{ClusterCa, Role, TlsFiles};
 use drover_proto::v1::{
-    AttachDiskRequest, DetachDiskRequest, MigrationOptions, PowerButtonRequest, ResizeDiskRequest,
-    StartOutgoingRequest, VmmInfo, VmmState,
+    AttachDiskRequest, AttachNicRequest, CloudSeed, DetachDiskRequest, DetachNicRequest, MigrationOptions,
+    PowerButtonRequest, ResizeDiskRequest, StartOutgoingRequest, VmmInfo, VmmState,
 };
 use serde_json::json;
 
@@ -39,6 +40,8 @@ const LATE_SLOT: u32 = 4;
 /// The longest that the guest may take to give a disk up, or to shut down: about 10 s on an idle machine, and everything here may be
 /// many times slower.
 const HEED_MAX: Duration = Duration::from_secs(150);
+/// Where the NIC comes that comes while it runs.
+const LATE_NIC_SLOT: u32 = 5;
 /// What the guest sends at least before it moves, and after.
 const STREAM_BYTES: u64 = 512 << 10;
 /// The longest that booting may take in an emulated host.
@@ -94,6 +97,9 @@ async fn drive() -> Result<()> {
 
     net::set_up().context("making the network")?;
 
+    for vmm in ["source", "target"] {
+        seed::write(&folder(vmm)?, &seed_files()).context("writing a seed disk")?;
+    }
     let started = Instant::now();
     let [tap1, tap2] = net::TAPS;
     let mut source = Vmm::start(&folder("source")?, &config("host1", 1, &host1, tap1, None)).await?;
@@ -127,9 +133,13 @@ async fn drive() -> Result<()> {
         asked,
     });
 
+    let [volume, seeded] = shell.seed().await?;
     attach_late(&source).await?;
     shell.use_second_disk().await?;
     let attached = shell.second_disk().await?;
+    attach_late_nic(&source).await?;
+    shell.use_second_nic().await?;
+    let echoes = shell.second_echoes().await?;
 
     let incoming = json!({ "migration": MIGRATION, "from_host": "host1", "listen_ip": "127.0.0.1" });
     let stream = Stream::open(folder("stream")?, shell.begin_stream()).await?;
@@ -156,10 +166,24 @@ async fn drive() -> Result<()> {
         guest: after,
         asked,
     });
+    let [_, seeded_after] = shell.seed().await?;
+    let files = [seeded, seeded_after];
+    say(&Report::Seeded { files, volume });
     let moved = shell.second_disk().await?;
+    let echoes = [echoes, shell.second_echoes().await?];
+    say(&give_nic_up(&mut target, &mut shell, echoes).await?);
     say(&give_up_and_grow(&mut target, &mut shell, [attached, moved]).await?);
     say(&power_off(&mut target, &mut shell).await?);
     Ok(())
+}
+
+/// What the guest's seed disk holds.
+fn seed_files() -> CloudSeed {
+    CloudSeed {
+        user_data: b"#cloud-config\nhostname: linux\n".to_vec(),
+        meta_data: "instance-id: \"linux-1\"\n".to_owned(),
+        network_config: "version: 2\n".to_owned(),
+    }
 }
 
 fn path_of(disk: &str) -> String {
@@ -181,9 +205,48 @@ async fn attach_late(vmm: &Vmm) -> Result<()> {
     Ok(())
 }
 
+async fn attach_late_nic(vmm: &Vmm) -> Result<()> {
+    let request = AttachNicRequest {
+        revision: 2,
+        slot: LATE_NIC_SLOT,
+        tap: net::LATE_TAPS[0].to_owned(),
+        mac: net::LATE_MAC.to_owned(),
+        mtu: 1500,
+    };
+    let attached = vmm.client().attach_nic(request).await;
+    attached.context("attaching a NIC")?;
+    Ok(())
+}
+
+async fn await_given_up(vmm: &mut Vmm, what: &str, slot: u32) -> Result<()> {
+    vmm.until(&format!("the guest to give the {what} up"), HEED_MAX, |info| {
+        let devices = info.devices.as_ref().map(|devices| devices.devices.as_slice());
+        devices.is_some_and(|devices| devices.iter().all(|device| device.slot != slot))
+    })
+    .await
+    .map(drop)
+}
+
+async fn give_nic_up(vmm: &mut Vmm, shell: &mut Shell, echoes: [u64; 2]) -> Result<Report> {
+    let request = DetachNicRequest {
+        revision: 2,
+        slot: LATE_NIC_SLOT,
+        mac: net::LATE_MAC.to_owned(),
+    };
+    let asked = vmm.client().detach_nic(request).await;
+    asked.context("detaching the NIC")?;
+    await_given_up(vmm, "NIC", LATE_NIC_SLOT).await?;
+    Ok(Report::NicHotPlugged {
+        echoes,
+        given_up: shell.slot_power(LATE_NIC_SLOT).await?,
+        remains: shell.has_second_nic().await?,
+        tap_is_free: net::is_free(net::LATE_TAPS[1])?,
+    })
+}
+
 async fn give_up_and_grow(vmm: &mut Vmm, shell: &mut Shell, digests: [String; 2]) -> Result<Report> {
     let request = DetachDiskRequest {
-        revision: 2,
+        revision: 3,
         slot: LATE_SLOT,
         path: path_of(LATE_DISK),
     };
@@ -191,11 +254,7 @@ async fn give_up_and_grow(vmm: &mut Vmm, shell: &mut Shell, digests: [String; 2]
         .detach_disk(request)
         .await
         .context("detaching the disk")?;
-    vmm.until("the guest to give the disk up", HEED_MAX, |info| {
-        let devices = info.devices.as_ref().map(|devices| devices.devices.as_slice());
-        devices.is_some_and(|devices| devices.iter().all(|device| device.slot != LATE_SLOT))
-    })
-    .await?;
+    await_given_up(vmm, "disk", LATE_SLOT).await?;
     let file = std::fs::File::options().write(true).open(path_of(DISK))?;
     file.set_len(GROWN_BYTES)?;
     let request = ResizeDiskRequest {
@@ -258,15 +317,19 @@ fn config(
     tap: &str,
     incoming: Option<serde_json::Value>,
 ) -> serde_json::Value {
-    let mut disks = vec![json!({ "path": path_of(DISK), "serial": "vol-1" })];
+    // Of an agent's VMM, which is in its folder.
+    let seed = json!({ "path": SEED_FILE, "read_only": true, "serial": SEED_SERIAL, "slot": SEED_SLOT });
+    let mut disks = vec![json!({ "path": path_of(DISK), "serial": "vol-1" }), seed];
+    let mut nics = vec![json!({ "tap": tap, "mac": net::MAC })];
     if incoming.is_some() {
         disks.push(json!({ "path": path_of(LATE_DISK), "serial": "vol-2", "slot": LATE_SLOT }));
+        nics.push(json!({ "tap": net::LATE_TAPS[1], "mac": net::LATE_MAC, "slot": LATE_NIC_SLOT }));
     }
     json!({
         "cluster_id": CLUSTER, "host": host, "vm": "linux", "epoch": epoch, "vcpus": GUEST_VCPUS, "memory_mib": GUEST_MEMORY_MIB,
         "kernel": "/guest/vmlinuz", "initrd": "/guest/initrd", "cmdline": "console=ttyS0 quiet panic=-1",
         "cpu_profile": "host", "socket": "vmm.sock", "tls": tls, "incoming": incoming,
-        "rng": true, "disks": disks, "nics": [{ "tap": tap, "mac": net::MAC }],
+        "rng": true, "disks": disks, "nics": nics,
     })
 }
 

@@ -38,6 +38,14 @@ const PROGRESS_MAX: Duration = Duration::from_secs(90);
 
 /// The taps of the two VMMs.
 pub const TAPS: [&str; 2] = ["tap1", "tap2"];
+/// A NIC that comes while the guest runs: the host's address in its network, the guest's, its own, and its taps.
+pub const LATE_HOST: &str = "10.0.1.1";
+/// See there.
+pub const LATE_GUEST: &str = "10.0.1.2";
+/// See there.
+pub const LATE_MAC: &str = "52:54:00:0a:01:02";
+/// See there.
+pub const LATE_TAPS: [&str; 2] = ["tap3", "tap4"];
 
 fn run(line: &str) -> Result<()> {
     let mut words = line.split(' ');
@@ -49,16 +57,19 @@ fn run(line: &str) -> Result<()> {
     Ok(())
 }
 
-/// Makes taps and bridge.
+/// Makes taps and bridges.
 pub fn set_up() -> Result<()> {
-    run("brctl addbr br0")?;
-    for tap in TAPS {
-        run(&format!("tunctl -t {tap}"))?;
-        run(&format!("brctl addif br0 {tap}"))?;
-        run(&format!("ip link set {tap} up"))?;
+    for (bridge, taps, address) in [("br0", TAPS, HOST), ("br1", LATE_TAPS, LATE_HOST)] {
+        run(&format!("brctl addbr {bridge}"))?;
+        for tap in taps {
+            run(&format!("tunctl -t {tap}"))?;
+            run(&format!("brctl addif {bridge} {tap}"))?;
+            run(&format!("ip link set {tap} up"))?;
+        }
+        run(&format!("ip addr add {address}/24 dev {bridge}"))?;
+        run(&format!("ip link set {bridge} up"))?;
     }
-    run(&format!("ip addr add {HOST}/24 dev br0"))?;
-    run("ip link set br0 up")
+    Ok(())
 }
 
 /// The digest of a file, as `md5sum` prints it of its input.
@@ -182,4 +193,11 @@ async fn write(mut to: OwnedWriteHalf, copy: PathBuf, over: Arc<AtomicBool>) -> 
     to.shutdown().await?;
     std::fs::write(copy, &written)?;
     Ok(u64::try_from(written.len())?)
+}
+
+/// Whether nobody has the tap open: only then is its carrier down.
+pub fn is_free(tap: &str) -> Result<bool> {
+    let carrier =
+        std::fs::read_to_string(format!("/sys/class/net/{tap}/carrier")).context("a tap's carrier")?;
+    Ok(carrier.trim() == "0")
 }

@@ -110,10 +110,10 @@ impl Shell {
     /// Waits for the second disk, which comes while the guest runs, and writes the file to it.
     pub async fn use_second_disk(&mut self) -> Result<()> {
         let found =
-            "for i in $(seq 100); do test -b /dev/vdb && break; usleep 100000; done; test -b /dev/vdb";
+            "for i in $(seq 100); do test -b /dev/vdc && break; usleep 100000; done; test -b /dev/vdc";
         let answer = self
             .ask(&format!(
-                "{found} && dd if=/tmp/file of=/dev/vdb bs=1M conv=fsync 2>/dev/null && echo ok"
+                "{found} && dd if=/tmp/file of=/dev/vdc bs=1M conv=fsync 2>/dev/null && echo ok"
             ))
             .await?;
         if answer != "ok" {
@@ -123,6 +123,13 @@ impl Shell {
             bail!("the disk that was attached cannot be written: {answer:?}; {log}");
         }
         Ok(())
+    }
+
+    /// What the guest's kernel makes of the seed disk, read past the cache: label and type, then each file's name and content.
+    pub async fn seed(&mut self) -> Result<[String; 2]> {
+        let volume = self.ask("blkid /dev/vdb").await?;
+        let files = "echo 3 >/proc/sys/vm/drop_caches; mkdir -p /tmp/seed; mount -t vfat -o ro /dev/vdb /tmp/seed && cd /tmp/seed && grep . *; cd /; umount /tmp/seed";
+        Ok([volume, self.ask(files).await?.replace('\r', "")])
     }
 
     /// Gives the NIC its address.
@@ -141,9 +148,41 @@ impl Shell {
         Ok(())
     }
 
+    /// Waits for the second NIC, which comes while the guest runs, and gives it its address.
+    pub async fn use_second_nic(&mut self) -> Result<()> {
+        let found = "for i in $(seq 100); do test -e /sys/class/net/eth1 && break; usleep 100000; done";
+        let address = net::LATE_GUEST;
+        let answer = self
+            .ask(&format!(
+                "{found}; ip addr add {address}/24 dev eth1 && ip link set eth1 up && cat /sys/class/net/eth1/address"
+            ))
+            .await?;
+        if answer != net::LATE_MAC {
+            let log = self
+                .ask("ls /sys/class/net /sys/bus/pci/slots; dmesg | grep -i -E 'pci|virtio|eth' | tail -60")
+                .await?;
+            bail!("the NIC that was attached cannot be set up: {answer:?}; {log}");
+        }
+        Ok(())
+    }
+
+    /// Echoes of the host that come back over the second NIC, of three.
+    pub async fn second_echoes(&mut self) -> Result<u64> {
+        self.number(&format!(
+            "ping -c 3 -W 20 -I eth1 {} | grep -c 'bytes from'",
+            net::LATE_HOST
+        ))
+        .await
+    }
+
+    /// Whether the guest has a second NIC.
+    pub async fn has_second_nic(&mut self) -> Result<bool> {
+        Ok(self.ask("test -e /sys/class/net/eth1 && echo yes").await? == "yes")
+    }
+
     /// The digest of what is on the second disk, read past the cache.
     pub async fn second_disk(&mut self) -> Result<String> {
-        self.ask("echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vdb bs=1M count=8 2>/dev/null | md5sum")
+        self.ask("echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vdc bs=1M count=8 2>/dev/null | md5sum")
             .await
     }
 
@@ -154,7 +193,7 @@ impl Shell {
 
     /// Whether the guest has a second disk.
     pub async fn has_second_disk(&mut self) -> Result<bool> {
-        Ok(self.ask("test -e /sys/block/vdb && echo yes").await? == "yes")
+        Ok(self.ask("test -e /sys/block/vdc && echo yes").await? == "yes")
     }
 
     /// The first disk's size, sectors.

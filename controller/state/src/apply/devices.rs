@@ -21,7 +21,7 @@ use drover_proto::{Code, Fault};
 
 use super::snapshots::{not_restored, not_taken};
 use super::{Applied, Tx, bounded};
-use crate::limits::{MAC_CHARS, NAME_BYTES_MAX, SLOTS_MAX};
+use crate::limits::{MAC_CHARS, NAME_BYTES_MAX, SLOTS_GIVEN_MAX, SLOTS_MAX};
 use crate::networks;
 use crate::placement::{self, Purpose};
 use crate::state::{host_of, occupies, spec_of};
@@ -45,10 +45,10 @@ fn slots_mut(spec: &mut VmSpec) -> impl Iterator<Item = &mut u32> {
 pub(super) fn fix_slots(spec: &mut VmSpec) -> Option<u32> {
     let mut taken: BTreeSet<u32> = slots_mut(spec).map(|slot| *slot).collect();
     for slot in slots_mut(spec).filter(|slot| **slot == 0) {
-        *slot = (1..=SLOTS_MAX).find(|free| !taken.contains(free))?;
+        *slot = (1..=SLOTS_GIVEN_MAX).find(|free| !taken.contains(free))?;
         taken.insert(*slot);
     }
-    (1..=SLOTS_MAX).find(|free| !taken.contains(free))
+    (1..=SLOTS_GIVEN_MAX).find(|free| !taken.contains(free))
 }
 
 /// The next revision of what a VM has, and the slot that something new in it gets.
@@ -56,7 +56,7 @@ fn one_more(spec: &mut VmSpec) -> Result<(u64, u32), Fault> {
     spec.devices_revision += 1;
     let Some(slot) = fix_slots(spec) else {
         let message = format!(
-            "vm is {}, which has something in each of its {SLOTS_MAX} slots",
+            "vm is {}, which has something in each of the {SLOTS_GIVEN_MAX} slots that there are for disks and NICs",
             spec.name
         );
         return Err(Fault::new(Code::InvalidArgument, message).field("vm"));

@@ -22,6 +22,7 @@ use drover_proto::v1::{Command, CommandResponse, Event, Reason, RequestRecord};
 use drover_proto::{Code, Fault};
 use prost::Message;
 
+use crate::cloud::without_secrets;
 use crate::desired::digest;
 use crate::limits::{EVENTS_MAX, REASON_BYTES_MAX, REQUEST_ID_BYTES_MAX, REQUESTS_MAX};
 use crate::state::State;
@@ -220,7 +221,7 @@ impl Tx<'_> {
     /// The answer that shows the VM as it now stands.
     fn vm_response(&self, name: &str, current: bool) -> CommandResponse {
         CommandResponse {
-            vm: self.state.vm(name).cloned(),
+            vm: self.state.vm(name).map(without_secrets),
             current,
             ..CommandResponse::default()
         }

@@ -9,6 +9,7 @@ use drover_proto::{Code, Fault};
 
 use super::devices::fix_slots;
 use super::{Applied, Tx, bounded, reason, unfit};
+use crate::cloud::{self, snapshot_without_secrets};
 use crate::limits::{
     NAME_BYTES_MAX, POOL_DEFAULT, REMOVALS_MAX, SERIAL_BYTES_MAX, SNAPSHOTS_MAX, SNAPSHOTS_OF_VM_MAX,
     VOLUMES_MAX,
@@ -36,6 +37,7 @@ impl Tx<'_> {
         for nic in &mut spec.nics {
             (nic.attach_revision, nic.detach_revision) = (0, 0);
         }
+        cloud::room(self.state, &spec, "vm")?;
         let host = self.state.host(host_of(vm)).and_then(|host| host.spec.as_ref());
         let needs = vm.devices.as_ref().map(|devices| devices.device_model);
         let needs = needs.filter(|model| *model > 0);
@@ -57,6 +59,7 @@ impl Tx<'_> {
                 .map(|host| placement::seen_there(&spec.cpu_profile, &host.cpu_features))
                 .unwrap_or_default(),
             spec: Some(spec),
+            seed: vm.seed.clone(),
             ..Snapshot::default()
         };
         snapshot.set_phase(SnapshotPhase::Creating);
@@ -353,6 +356,7 @@ impl Tx<'_> {
             let message = format!("clone is {name}; the cluster takes {VOLUMES_MAX} volumes in all");
             return Err(Fault::new(Code::InvalidArgument, message).field("clone"));
         }
+        cloud::room(self.state, &spec, "snapshot")?;
         self.could_be_restored(&mut spec, snapshot, &pools)?;
         Ok(spec)
     }
@@ -509,7 +513,7 @@ impl Tx<'_> {
 
     fn snapshot_response(&self, number: u64, current: bool) -> CommandResponse {
         CommandResponse {
-            snapshot: self.state.snapshots.get(&number).cloned(),
+            snapshot: self.state.snapshots.get(&number).map(snapshot_without_secrets),
             current,
             ..CommandResponse::default()
         }

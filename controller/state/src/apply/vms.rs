@@ -20,6 +20,7 @@ use drover_proto::v1::{
 use drover_proto::{Code, Fault};
 
 use super::{Applied, Tx, bounded, reason};
+use crate::cloud;
 use crate::limits::{RESTARTS_MAX, RETIRED_MAX, VMS_MAX};
 use crate::networks;
 use crate::placement::{self, Purpose};
@@ -43,6 +44,7 @@ impl Tx<'_> {
         placement::images_exist(self.state, &spec)?;
         volumes::may_have(self.state, &spec)?;
         networks::address(self.state, &mut spec)?;
+        cloud::room(self.state, &spec, "spec.cloud_init")?;
         placement::could_ever_fit(self.state, &spec, Purpose::Start, |_| Ok(()))?;
         self.insert_vm(spec, create.start);
         Ok(self.vm_response(&name, true))
@@ -127,7 +129,7 @@ impl Tx<'_> {
         let mut response = self.vm_response(name, true);
         self.end_wanted(name);
         if let Some(vm) = self.state.vm(name) {
-            response.vm = Some(vm.clone());
+            response.vm = Some(cloud::without_secrets(vm));
         } else if let Some(vm) = response.vm.as_mut() {
             vm.wanted_running = false;
             vm.set_state(VmState::Stopped);
@@ -178,8 +180,10 @@ impl Tx<'_> {
         let purpose = purpose_of_start(self.state, vm);
         placement::fits(self.state, &spec, purpose, &place.host).map_err(host_field)?;
         self.note_writer(&spec);
+        let seed = cloud::seed(self.state, self.known_vm("vm", &place.vm)?);
         let vm = self.vm_mut(&place.vm);
         let epoch = epoch_of(vm) + 1;
+        vm.seed = seed;
         vm.placement = Some(Placement {
             host: place.host.clone(),
             epoch,
@@ -355,7 +359,8 @@ impl Tx<'_> {
     fn nothing_has_it(&mut self, name: &str) {
         self.drop_detached(name, |_, _| true);
         self.forget_devices(name);
-        self.vm_mut(name).shutdown = 0;
+        let vm = self.vm_mut(name);
+        (vm.shutdown, vm.seed) = (0, None);
     }
 
     /// Remembers a deleted VM's last epoch, so that a VM of the same name never runs at one that was used.
