@@ -4,6 +4,7 @@
 //! broken, and by asking the guest whether it lost anything.
 
 mod bad_input;
+mod balloon;
 mod cancel;
 mod cloud;
 mod dry_run;
