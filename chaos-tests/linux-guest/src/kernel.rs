@@ -16,8 +16,8 @@ const MODULES: [(&str, bool); 8] = [
     ("stp", true),
     ("bridge", true),
 ];
-/// What the guest needs for its disks and the seed's file system, its NIC, its random numbers and its power button, in loading order; hot-plug of slots is built in. `virtio_pci_legacy_dev` exists in newer kernels only.
-const GUEST_MODULES: [(&str, bool); 16] = [
+/// What the guest needs for its disks and the seed's file system, its NIC, its random numbers, its balloon and its power button, in loading order; hot-plug of slots is built in. `virtio_pci_legacy_dev` exists in newer kernels only.
+const GUEST_MODULES: [(&str, bool); 17] = [
     ("virtio_ring", true),
     ("virtio", true),
     ("virtio_pci_modern_dev", true),
@@ -25,6 +25,7 @@ const GUEST_MODULES: [(&str, bool); 16] = [
     ("virtio_pci", true),
     ("virtio_blk", true),
     ("virtio-rng", true),
+    ("virtio_balloon", true),
     ("button", true),
     ("evdev", true),
     ("failover", true),

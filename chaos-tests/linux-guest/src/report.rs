@@ -65,6 +65,15 @@ pub enum Report {
         /// Whether its tap can be opened by others again.
         tap_is_free: bool,
     },
+    /// The guest gave memory up before it moved and took it back after it.
+    Ballooned {
+        /// What it was asked to give up, KiB.
+        asked_kib: u64,
+        /// Memory that is available by `/proc/meminfo`: before, once it was given up, after the move, once it was taken back, KiB.
+        available_kib: [u64; 4],
+        /// The features that its driver has accepted, bit 0 first, as digits.
+        features: String,
+    },
     /// The guest shut itself down when its power button was pressed.
     PoweredOff {
         /// Its driver heeded the button before.

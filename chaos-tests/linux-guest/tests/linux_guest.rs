@@ -73,6 +73,36 @@ fn assert_time_is_true(what: &str, guest_ms: u64, slack_ms: u64, first: Asked, s
     );
 }
 
+/// The guest's own driver gave memory up, had it up after the move as well, and took it back.
+fn assert_ballooned(reports: &[Report]) {
+    let ballooned = reports.iter().find_map(|report| match report {
+        Report::Ballooned {
+            asked_kib,
+            available_kib,
+            features,
+        } => Some((*asked_kib, *available_kib, features)),
+        _ => None,
+    });
+    let (asked, [before, given_up, moved, back], features) = ballooned.expect("a balloon");
+    println!(
+        "available {before} KiB, {given_up} once {asked} were given up, {moved} after the move, {back} at last"
+    );
+    // Caches come and go meanwhile.
+    let slack = asked / 4;
+    for (less, more) in [(given_up, before), (moved, before), (moved, back)] {
+        let differ = more.saturating_sub(less);
+        assert!((asked - slack..=asked + slack).contains(&differ), "{reports:#?}");
+    }
+    // It deflates where memory is short, and reports what is free (VIRTIO 1.2, 5.5.3).
+    for feature in [2, 5] {
+        assert_eq!(
+            features.as_bytes().get(feature),
+            Some(&b'1'),
+            "feature {feature}: {features}"
+        );
+    }
+}
+
 #[test]
 fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
     let reports = match reports() {
@@ -187,6 +217,7 @@ fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
         tap_is_free: true,
     };
     assert!(reports.contains(&nic), "{reports:#?}");
+    assert_ballooned(&reports);
     assert!(
         reports.contains(&Report::PoweredOff { heeded: true }),
         "{reports:#?}"

@@ -17,7 +17,7 @@ use drover_node_agent::host::seed::{self, SEED_FILE, SEED_SERIAL, SEED_SLOT};
 use drover_pki::{ClusterCa, Role, TlsFiles};
 use drover_proto::v1::{
     AttachDiskRequest, AttachNicRequest, CloudSeed, DetachDiskRequest, DetachNicRequest, MigrationOptions,
-    PowerButtonRequest, ResizeDiskRequest, StartOutgoingRequest, VmmInfo, VmmState,
+    PowerButtonRequest, ResizeDiskRequest, SetMemoryRequest, StartOutgoingRequest, VmmInfo, VmmState,
 };
 use serde_json::json;
 
@@ -29,6 +29,8 @@ const ROOT: &str = "/run/drover";
 const CLUSTER: &str = "linux-guest";
 const MIGRATION: &str = "m1";
 const GUEST_MEMORY_MIB: u64 = 256;
+/// What the guest is to give up of it.
+const GIVEN_UP_MIB: u64 = 64;
 const GUEST_VCPUS: u32 = 2;
 /// The guest's disk, which both VMMs open.
 const DISK: &str = "disk.raw";
@@ -140,6 +142,9 @@ async fn drive() -> Result<()> {
     attach_late_nic(&source).await?;
     shell.use_second_nic().await?;
     let echoes = shell.second_echoes().await?;
+    let mut available_kib = [shell.available_kib().await?; 4];
+    set_memory(&mut source, 1, GUEST_MEMORY_MIB - GIVEN_UP_MIB).await?;
+    available_kib[1] = shell.available_kib().await?;
 
     let incoming = json!({ "migration": MIGRATION, "from_host": "host1", "listen_ip": "127.0.0.1" });
     let stream = Stream::open(folder("stream")?, shell.begin_stream()).await?;
@@ -173,6 +178,14 @@ async fn drive() -> Result<()> {
     let echoes = [echoes, shell.second_echoes().await?];
     say(&give_nic_up(&mut target, &mut shell, echoes).await?);
     say(&give_up_and_grow(&mut target, &mut shell, [attached, moved]).await?);
+    available_kib[2] = shell.available_kib().await?;
+    set_memory(&mut target, 2, GUEST_MEMORY_MIB).await?;
+    available_kib[3] = shell.available_kib().await?;
+    say(&Report::Ballooned {
+        asked_kib: GIVEN_UP_MIB << 10,
+        available_kib,
+        features: shell.balloon_features().await?,
+    });
     say(&power_off(&mut target, &mut shell).await?);
     Ok(())
 }
@@ -184,6 +197,21 @@ fn seed_files() -> CloudSeed {
         meta_data: "instance-id: \"linux-1\"\n".to_owned(),
         network_config: "version: 2\n".to_owned(),
     }
+}
+
+/// Asks the guest to have so much memory, and waits until it says that it does.
+async fn set_memory(vmm: &mut Vmm, revision: u64, target_mib: u64) -> Result<()> {
+    let request = SetMemoryRequest { revision, target_mib };
+    vmm.client()
+        .set_memory(request)
+        .await
+        .context("asking for memory")?;
+    let what = format!("the guest to have {target_mib} MiB");
+    let has = |info: &VmmInfo| {
+        let memory = info.devices.as_ref().and_then(|devices| devices.memory);
+        memory.is_some_and(|memory| memory.actual_mib == target_mib)
+    };
+    vmm.until(&what, HEED_MAX, has).await.map(drop)
 }
 
 fn path_of(disk: &str) -> String {
@@ -329,7 +357,7 @@ fn config(
         "cluster_id": CLUSTER, "host": host, "vm": "linux", "epoch": epoch, "vcpus": GUEST_VCPUS, "memory_mib": GUEST_MEMORY_MIB,
         "kernel": "/guest/vmlinuz", "initrd": "/guest/initrd", "cmdline": "console=ttyS0 quiet panic=-1",
         "cpu_profile": "host", "socket": "vmm.sock", "tls": tls, "incoming": incoming,
-        "rng": true, "disks": disks, "nics": nics,
+        "rng": true, "disks": disks, "nics": nics, "balloon": { "slot": 31 },
     })
 }
 

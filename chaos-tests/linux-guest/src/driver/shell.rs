@@ -186,6 +186,18 @@ impl Shell {
             .await
     }
 
+    /// Memory that the guest has available, KiB.
+    pub async fn available_kib(&mut self) -> Result<u64> {
+        self.number("sed -n 's/^MemAvailable: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")
+            .await
+    }
+
+    /// The features that the balloon's driver has accepted, bit 0 first, as digits.
+    pub async fn balloon_features(&mut self) -> Result<String> {
+        self.ask("cat /sys/bus/virtio/drivers/virtio_balloon/virtio*/features")
+            .await
+    }
+
     /// The power state of a slot.
     pub async fn slot_power(&mut self, slot: u32) -> Result<String> {
         self.ask(&format!("cat /sys/bus/pci/slots/{slot}/power")).await
