@@ -74,6 +74,15 @@ pub enum Report {
         /// The features that its driver has accepted, bit 0 first, as digits.
         features: String,
     },
+    /// A snapshot was taken, the guest became another, and the VM went on from the snapshot.
+    Restored {
+        /// How long the guest stood for it, microseconds.
+        paused_us: u64,
+        /// Digests of a file in memory and of the disk: at the snapshot, of the other guest, and of the restored one.
+        contents: [[String; 2]; 3],
+        /// Echoes of the host that come back to the restored guest, of three.
+        echoes: u64,
+    },
     /// The guest shut itself down when its power button was pressed.
     PoweredOff {
         /// Its driver heeded the button before.

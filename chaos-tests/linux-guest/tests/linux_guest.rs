@@ -103,6 +103,23 @@ fn assert_ballooned(reports: &[Report]) {
     }
 }
 
+/// What was in memory and on the disk at the snapshot is there again, whatever the guest had become, and its network works.
+fn assert_restored(reports: &[Report]) {
+    let restored = reports.iter().find_map(|report| match report {
+        Report::Restored {
+            paused_us,
+            contents,
+            echoes,
+        } => Some((*paused_us, contents, *echoes)),
+        _ => None,
+    });
+    let (paused_us, [before, between, after], echoes) = restored.expect("a restored guest");
+    println!("stood for the snapshot: {paused_us} us");
+    assert_eq!(before[0], before[1], "the disk holds the file: {reports:#?}");
+    assert_ne!(before, between, "{reports:#?}");
+    assert_eq!((after, echoes), (before, 3), "{reports:#?}");
+}
+
 #[test]
 fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
     let reports = match reports() {
@@ -218,6 +235,7 @@ fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
     };
     assert!(reports.contains(&nic), "{reports:#?}");
     assert_ballooned(&reports);
+    assert_restored(&reports);
     assert!(
         reports.contains(&Report::PoweredOff { heeded: true }),
         "{reports:#?}"

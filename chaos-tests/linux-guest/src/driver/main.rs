@@ -3,6 +3,7 @@
 //! It plays the agent's and the controller's part: it writes configurations, gives grants, and tells the source the outcome.
 
 mod net;
+mod restored;
 mod shell;
 mod vmm;
 
@@ -39,6 +40,10 @@ const GROWN_BYTES: u64 = 24 << 20;
 /// The disk that comes while the guest runs, and where: after the random numbers, the first disk and the NIC.
 const LATE_DISK: &str = "late.raw";
 const LATE_SLOT: u32 = 4;
+/// The first disk's: after the random numbers.
+const DISK_SLOT: u32 = 2;
+/// Of the VM that goes on from a snapshot: after the source's and the target's.
+const EPOCH_RESTORED: u64 = 3;
 /// The longest that the guest may take to give a disk up, or to shut down: about 10 s on an idle machine, and everything here may be
 /// many times slower.
 const HEED_MAX: Duration = Duration::from_secs(150);
@@ -99,7 +104,7 @@ async fn drive() -> Result<()> {
 
     net::set_up().context("making the network")?;
 
-    for vmm in ["source", "target"] {
+    for vmm in ["source", "target", "restored"] {
         seed::write(&folder(vmm)?, &seed_files()).context("writing a seed disk")?;
     }
     let started = Instant::now();
@@ -186,7 +191,10 @@ async fn drive() -> Result<()> {
         available_kib,
         features: shell.balloon_features().await?,
     });
-    say(&power_off(&mut target, &mut shell).await?);
+    let again = config("host2", EPOCH_RESTORED, &host2, tap2, None);
+    let (mut restored, report) = restored::go_back(target, &mut shell, again, EPOCH_RESTORED).await?;
+    say(&report);
+    say(&power_off(&mut restored, &mut shell).await?);
     Ok(())
 }
 
@@ -286,7 +294,7 @@ async fn give_up_and_grow(vmm: &mut Vmm, shell: &mut Shell, digests: [String; 2]
     let file = std::fs::File::options().write(true).open(path_of(DISK))?;
     file.set_len(GROWN_BYTES)?;
     let request = ResizeDiskRequest {
-        slot: 2,
+        slot: DISK_SLOT,
         path: path_of(DISK),
         size_bytes: GROWN_BYTES,
     };

@@ -46,6 +46,13 @@ impl Shell {
         self.client = vmm.client();
     }
 
+    /// Goes on at a guest that is what it was before: its console begins with what was printed by then, and the commands' numbers go on.
+    pub fn go_back_to(&mut self, vmm: &Vmm) {
+        self.client = vmm.client();
+        self.offset = 0;
+        self.seen.clear();
+    }
+
     /// Waits for the shell to ask for a command.
     pub async fn wait_for_prompt(&mut self, limit: Duration) -> Result<()> {
         self.read_past(PROMPT, limit).await.map(drop)
@@ -83,7 +90,7 @@ impl Shell {
             clock_source: self
                 .ask("cat /sys/devices/system/clocksource/clocksource0/current_clocksource")
                 .await?,
-            digest: self.ask("md5sum </tmp/file").await?,
+            digest: self.file_digest().await?,
             complaints: self
                 .number("dmesg | grep -c -E 'Oops|Kernel panic|BUG:|lockup|stalls on'")
                 .await?,
@@ -91,6 +98,27 @@ impl Shell {
             devices: self.devices().await?,
         };
         Ok((facts, asked))
+    }
+
+    async fn file_digest(&mut self) -> Result<String> {
+        self.ask("md5sum </tmp/file").await
+    }
+
+    /// The digest of what is on the disk, read past the cache.
+    async fn disk_digest(&mut self) -> Result<String> {
+        self.ask("echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda bs=1M count=8 2>/dev/null | md5sum")
+            .await
+    }
+
+    /// What the guest has in memory and on its disk: their digests.
+    pub async fn contents(&mut self) -> Result<[String; 2]> {
+        Ok([self.file_digest().await?, self.disk_digest().await?])
+    }
+
+    /// Echoes of the host that come back, of three.
+    pub async fn echoes(&mut self) -> Result<u64> {
+        self.number(&format!("ping -c 3 -W 20 {} | grep -c 'bytes from'", net::HOST))
+            .await
     }
 
     /// Writes the file to the disk, as far as its medium.
@@ -261,9 +289,7 @@ impl Shell {
         Ok(DeviceFacts {
             sectors: self.number("cat /sys/block/vda/size").await?,
             serial: self.ask("cat /sys/block/vda/serial").await?,
-            digest: self
-                .ask("echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda bs=1M count=8 2>/dev/null | md5sum")
-                .await?,
+            digest: self.disk_digest().await?,
             message_lines: self
                 .number("grep -c 'PCI-MSI.*virtio1-req' /proc/interrupts")
                 .await?,
@@ -272,9 +298,7 @@ impl Shell {
                 .ask("cd /sys/class/net/eth0; echo $(cat address mtu) $(basename $(readlink device/driver)); cd /")
                 .await?,
             nic_features: self.ask("cat /sys/class/net/eth0/device/features").await?,
-            echoes: self
-                .number(&format!("ping -c 3 -W 20 {} | grep -c 'bytes from'", net::HOST))
-                .await?,
+            echoes: self.echoes().await?,
         })
     }
 

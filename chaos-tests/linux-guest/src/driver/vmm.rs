@@ -129,6 +129,12 @@ impl Vmm {
         }
     }
 
+    /// Kills the process, and waits until it has given back all that it had.
+    pub async fn kill(mut self) -> Result<()> {
+        self.stop_renewing();
+        self.process.kill().await.context("killing drover-vmm")
+    }
+
     /// Tells a source how its migration ended. A source that is gone before it could answer has heard it.
     pub async fn outcome(&mut self, migration: &str, committed: bool) -> Result<()> {
         let request = OutcomeRequest {
