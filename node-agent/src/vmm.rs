@@ -43,7 +43,7 @@ use crate::converge::{target_mib, with_slots};
 use crate::host::process::{self, Abandoned};
 use crate::host::seed::{self, SEED_FILE, SEED_SERIAL, SEED_SLOT};
 use crate::host::store::{is_restored, note_granted, note_restored, was_granted, write_private};
-use crate::host::volumes;
+use crate::host::volumes::{self, Files};
 use crate::key::Key;
 use crate::loops::deadline_ns;
 use crate::network::NICS_FILE;
@@ -407,12 +407,16 @@ async fn disks(
         })?;
         let (pool, volume) = (pool.clone(), volume.clone());
         let (host, key) = (context.config.name.clone(), key.clone());
-        let there = tokio::task::spawn_blocking(move || volumes::ensure(&pool, &volume, &host, &key));
-        let path = there
+        let (writers, writes) = (volume.writers, !disk.read_only);
+        let there = tokio::task::spawn_blocking(move || volumes::files(&pool, &volume, &host, &key, writes));
+        let there = there
             .await
             .map_err(|error| refused(Code::Internal, error.to_string()))??;
-        let serial = serial_of(disk);
+        let (path, serial) = (there.content, serial_of(disk));
         let mut told = serde_json::json!({"path": path, "read_only": disk.read_only, "serial": serial});
+        if let Some(fence) = there.fence {
+            told["fence"] = serde_json::json!({"path": fence, "writers": writers});
+        }
         if says_slots {
             told["slot"] = disk.slot.into();
         }
@@ -452,8 +456,8 @@ fn tell_nic_slots(config: &mut serde_json::Value, desired: &VmDesired) {
     }
 }
 
-/// The disk's file on this host, made or grown first where it is to be.
-async fn file_of(context: &Context, link: &Link, volume: Volume) -> Result<PathBuf, Fault> {
+/// The disk's files on this host, made or grown first where they are to be.
+async fn files_of(context: &Context, link: &Link, volume: Volume, writes: bool) -> Result<Files, Fault> {
     let refused = |code, message: String| Fault::new(code, message).field("disks");
     let pool = context.config.pools.get(&volume.pool).cloned().ok_or_else(|| {
         let (host, pool, name) = (&context.config.name, &volume.pool, &volume.name);
@@ -467,7 +471,7 @@ async fn file_of(context: &Context, link: &Link, volume: Volume) -> Result<PathB
         context.config.name.clone(),
         Key::start(&link.key.vm, link.key.epoch),
     );
-    let there = tokio::task::spawn_blocking(move || volumes::ensure(&pool, &volume, &host, &maker));
+    let there = tokio::task::spawn_blocking(move || volumes::files(&pool, &volume, &host, &maker, writes));
     there
         .await
         .map_err(|error| refused(Code::Internal, error.to_string()))?
@@ -500,16 +504,22 @@ pub async fn attach_disk(
     disk: VmDisk,
     volume: Volume,
 ) -> Result<(), Fault> {
-    let path = file_of(context, link, volume).await?;
+    let writers = volume.writers;
+    let there = files_of(context, link, volume, !disk.read_only).await?;
     let request = AttachDiskRequest {
         revision,
         slot: disk.slot,
-        path: told(&path)?,
+        path: told(&there.content)?,
         read_only: disk.read_only,
         serial: serial_of(&disk),
+        fence: there.fence.as_deref().map(told).transpose()?.unwrap_or_default(),
+        writers,
     };
     tracing::info!(vmm = %link.key, slot = disk.slot, volume = disk.volume, "gets a disk");
     sandbox::hand_file(&link.folder, &request.path, request.read_only).await?;
+    if !request.fence.is_empty() {
+        sandbox::hand_file(&link.folder, &request.fence, false).await?;
+    }
     let attached = patiently(link.client.clone().attach_disk(request)).await;
     pause_point("agent.after_attach").await;
     attached
@@ -552,7 +562,7 @@ pub async fn resize(
     path: String,
 ) -> Result<(), Fault> {
     let size_bytes = volume.size_bytes;
-    file_of(context, link, volume).await?;
+    files_of(context, link, volume, false).await?;
     let request = ResizeDiskRequest {
         slot,
         path,

@@ -17,6 +17,7 @@ use crate::devices::pci::SLOTS;
 use crate::devices::virtio::balloon::Target;
 use crate::devices::virtio::blk::SERIAL_BYTES;
 use crate::devices::virtio::blk::disk::Disk;
+use crate::devices::virtio::blk::fence::{Fence, Turn};
 use crate::devices::virtio::net::tap::{Early, NAME_BYTES_MAX, Tap};
 use crate::devices::virtio::net::{self, Mac};
 use crate::memory::PAGE;
@@ -158,12 +159,33 @@ pub struct DiskConfig {
     /// The slot that it is in, 1..=31; without one the lowest that nothing is told to be in, counted in order.
     #[serde(default)]
     pub slot: Option<usize>,
+    /// The record of who had it last; of one that can be written.
+    #[serde(default)]
+    pub fence: Option<FenceConfig>,
+}
+
+/// What keeps a run off a disk that a later one has taken: see [`crate::devices::virtio::blk::fence`].
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FenceConfig {
+    /// The record, a file beside the disk's.
+    pub path: PathBuf,
+    /// How often a VM that may write to the volume had been placed, or given it, with this run.
+    pub writers: u64,
 }
 
 impl DiskConfig {
-    /// Opens its file.
-    pub fn open(&self) -> Result<Disk, Fault> {
-        Disk::open(&self.path, self.read_only, &self.serial)
+    /// Opens its file, and its record, for a run of this epoch.
+    pub fn open(&self, epoch: u64) -> Result<Disk, Fault> {
+        let disk = Disk::open(&self.path, self.read_only, &self.serial)?;
+        let fence = self.fence.as_ref().map(|FenceConfig { path, writers }| {
+            let turn = Turn {
+                writers: *writers,
+                epoch,
+            };
+            Fence::open(path, turn)
+        });
+        Ok(disk.fenced(fence.transpose()?))
     }
 
     /// Whether its values are within their bounds.
@@ -173,6 +195,13 @@ impl DiskConfig {
             let message = format!(
                 "the serial number {:?} of a disk, must be at most {SERIAL_BYTES} printable ASCII characters without blanks",
                 self.serial
+            );
+            return Err(invalid("disks", message));
+        }
+        if self.fence.is_some() && self.read_only {
+            let message = format!(
+                "disk {} is read-only and has a fence, must have none: nobody is kept off by who only reads",
+                self.path.display()
             );
             return Err(invalid("disks", message));
         }
@@ -270,7 +299,7 @@ impl Config {
             Some(_) => Early::Yes,
         };
         let rng = self.rng.then_some(Ok((None, Gear::Rng)));
-        let disk = |disk: &DiskConfig| Ok((disk.slot, Gear::Disk(disk.open()?)));
+        let disk = |disk: &DiskConfig| Ok((disk.slot, Gear::Disk(disk.open(self.epoch)?)));
         let nic = |nic: &NicConfig| {
             let (tap, mac, mtu) = (Tap::find(&nic.tap, early)?, nic.address()?, nic.mtu);
             Ok((nic.slot, Gear::Nic(Nic { tap, mac, mtu })))

@@ -230,6 +230,43 @@ fn a_disk_that_another_vm_runs_with_is_refused_by_name_and_freed_by_whoever_stop
     assert_eq!(reason.code, Code::DiskUnusable.as_str());
 }
 
+#[test]
+fn a_run_that_was_followed_never_has_the_disk_again_also_where_nobody_holds_its_lock() {
+    needs_kvm!();
+    let world = World::new();
+    let path = disk(&world);
+    let record = world.path().join("writer");
+    std::fs::File::create(&record).unwrap();
+    let fenced = |config: &mut serde_json::Value| {
+        with_disk(config, &path);
+        config["disks"][0]["fence"] = json!({"path": record, "writers": 7});
+    };
+    let cut_off = world.machine("host1", 3, fenced);
+    await_console(cut_off.console(), "growth of the journal", |text| {
+        grant_for(&cut_off, 200_000_000);
+        has_seconds(2)(text)
+    });
+    // One that freezes has its turn as long as nobody else took one.
+    await_state(&cut_off, VmmState::Frozen);
+    grant_for(&cut_off, 200_000_000);
+    await_state(&cut_off, VmmState::Running);
+    await_state(&cut_off, VmmState::Frozen);
+    let stood = cut_off.console().next();
+    let next = world.machine("host2", 4, fenced);
+    grant(&next);
+    assert_kept(&await_growth(&next, 0));
+    // It is gone, and the disk's lock with it.
+    drop(next);
+    grant(&cut_off);
+    let reason = await_state(&cut_off, VmmState::Failed).reason.unwrap();
+    assert_eq!(reason.code, Code::StaleEpoch.as_str(), "{}", reason.message);
+    assert!(reason.message.contains("epoch 4"), "{}", reason.message);
+    assert_eq!(cut_off.console().next(), stood, "it ran");
+    let later = world.machine("host1", 5, fenced);
+    grant(&later);
+    assert_kept(&await_growth(&later, 0));
+}
+
 /// Reads the console of a process until `done`.
 async fn read_until(process: &Process, done: impl Fn(&str) -> bool) -> String {
     let mut vmm = process.client().await;

@@ -6,6 +6,9 @@
 //! volume was seen running, nobody makes its file any more: a host that does not find it lacks the storage, and an empty disk
 //! would look to the guest as if all was lost.
 //!
+//! Beside it lies the record of who had the volume last (`writer`), which VMMs read and write: a run that a later one has followed does not
+//! get the disk, also where a host was cut off and heard of nothing. It is of the volume, whichever of its files is its content.
+//!
 //! What comes from a snapshot is a file of its own beside the other, `data-<content>.raw`, put there in the same way: whole or not at all, and
 //! never over anything. Which of them is the volume's content its record says (`Volume.content`), so that a copy that is cut short, or an
 //! agent that comes too late with its own, harms nothing. A file is removed only where the controllers order it by volume and content.
@@ -27,6 +30,47 @@ fn data(content: u64) -> String {
         0 => "data.raw".to_owned(),
         number => format!("data-{number}.raw"),
     }
+}
+
+/// The record of who had the volume last, in its folder.
+const WRITER: &str = "writer";
+
+/// What a VMM opens of a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Files {
+    /// Its content.
+    pub content: PathBuf,
+    /// The record of who had it last, for who writes to it.
+    pub fence: Option<PathBuf>,
+}
+
+/// As [`ensure`], and the record with it for who `writes`.
+///
+/// # Errors
+/// `disk_unusable`, with what is wrong.
+pub fn files(pool: &Path, volume: &Volume, host: &str, maker: &Key, writes: bool) -> Result<Files, Fault> {
+    let content = ensure(pool, volume, host, maker)?;
+    let fence = writes.then(|| fence(pool, volume)).transpose()?;
+    Ok(Files { content, fence })
+}
+
+/// Makes sure that the volume's record is there, empty where nobody had the volume yet. Its folder is.
+fn fence(pool: &Path, volume: &Volume) -> Result<PathBuf, Fault> {
+    let path = pool.join(&volume.name).join(WRITER);
+    let made = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path);
+    let made = match made {
+        Ok(file) => file
+            .sync_all()
+            .and_then(|()| File::open(pool.join(&volume.name))?.sync_all()),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
+    };
+    made.map_err(|error| unusable(volume, &path, &error.to_string()))?;
+    Ok(path)
 }
 
 /// The volume's file in the pool's folder.
@@ -247,6 +291,18 @@ mod tests {
 
     fn start(epoch: u64) -> Key {
         Key::start("vm1", epoch)
+    }
+
+    #[test]
+    fn a_record_is_made_once_and_what_it_holds_stays() {
+        let pool = tempfile::tempdir().unwrap();
+        fence(pool.path(), &volume(false)).unwrap_err();
+        ensure(pool.path(), &volume(false), "host1", &start(1)).unwrap();
+        let path = fence(pool.path(), &volume(false)).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"");
+        fs::write(&path, b"turn").unwrap();
+        assert_eq!(fence(pool.path(), &volume(true)).unwrap(), path);
+        assert_eq!(fs::read(&path).unwrap(), b"turn");
     }
 
     fn refused(pool: &Path, volume: &Volume, key: &Key) -> String {

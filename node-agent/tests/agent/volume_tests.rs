@@ -16,6 +16,7 @@ fn volume(name: &str, pool: &str, used: bool) -> Volume {
         pool: pool.into(),
         size_bytes: BYTES,
         used,
+        writers: 6,
         ..Volume::default()
     }
 }
@@ -59,11 +60,13 @@ pub async fn a_vm_gets_its_volumes_as_disks_and_their_files_are_made_once() {
     assert_eq!(
         config["disks"],
         json!([
-            {"path": made, "read_only": false, "serial": "a-name-of-more-than-"},
+            {"path": made, "read_only": false, "serial": "a-name-of-more-than-",
+                "fence": {"path": pool.join(long).join("writer"), "writers": 6}},
             {"path": base, "read_only": true, "serial": "S-1"},
         ])
     );
     assert_eq!(made.metadata().unwrap().len(), BYTES);
+    assert!(pool.join(long).join("writer").exists() && !pool.join("base/writer").exists());
     assert_eq!(std::fs::read(&base).unwrap(), content, "what was there stays");
 }
 

@@ -19,7 +19,7 @@ use drover_proto::{Code, Fault};
 use tracing::info;
 
 use super::{Core, Machine};
-use crate::config::{DiskConfig, NicConfig};
+use crate::config::{DiskConfig, FenceConfig, NicConfig};
 use crate::devices::acpi::Registers;
 use crate::devices::attached::{About, At, Gear, Nic, Prepared};
 use crate::devices::pci::SLOTS;
@@ -213,10 +213,16 @@ impl Machine {
             read_only: request.read_only,
             serial: request.serial.clone(),
             slot: Some(slot),
+            fence: (!request.fence.is_empty()).then(|| FenceConfig {
+                path: PathBuf::from(&request.fence),
+                writers: request.writers,
+            }),
         };
         disk.check()?;
         let is_it = |at: &At| is_disk(at, &request.path);
-        self.attach(slot, request.revision, is_it, || Ok(Gear::Disk(disk.open()?)))
+        self.attach(slot, request.revision, is_it, || {
+            Ok(Gear::Disk(disk.open(self.config.epoch)?))
+        })
     }
 
     /// Asks the guest to give up a disk, if it has it.

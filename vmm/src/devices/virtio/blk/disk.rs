@@ -2,8 +2,8 @@
 //!
 //! The lock is `flock(2)`'s, exclusive for a disk that can be written and shared for one that cannot. It is held exactly while the VM may run
 //! (see [`crate::devices::gate`]): a source gives it back when it hands over, a target takes it when it is granted its first lease. It keeps
-//! two VMMs of one host apart, and of several where the file system passes locks on. The lock *with the run's epoch*, which also keeps out a
-//! host that was cut off, belongs into [`Disk::take`] and [`Disk::release`].
+//! two VMMs of one host apart, and of several where the file system passes locks on. Whose turn it is, which also keeps out a host that was
+//! cut off, is noted beside it each time that it is taken ([`super::fence`]).
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -21,6 +21,7 @@ use nix::unistd::{Whence, lseek};
 use rustix::fs::{FlockOperation, flock};
 
 use super::SECTOR;
+use super::fence::Fence;
 use crate::devices::gate::Held;
 use crate::sandbox;
 
@@ -54,6 +55,7 @@ pub struct Disk {
     sectors: AtomicU64,
     read_only: bool,
     serial: String,
+    fence: Option<Fence>,
     guarded: Guarded,
 }
 
@@ -86,8 +88,15 @@ impl Disk {
             sectors: AtomicU64::new(bytes / SECTOR),
             read_only,
             serial: serial.to_owned(),
+            fence: None,
             guarded: Guarded::default(),
         })
+    }
+
+    /// Is taken only by whose turn it is.
+    #[must_use]
+    pub fn fenced(self, fence: Option<Fence>) -> Self {
+        Self { fence, ..self }
     }
 
     /// Its file.
@@ -230,8 +239,26 @@ impl Disk {
     }
 }
 
-fn unusable(path: &Path, what: &str) -> Fault {
+pub(super) fn unusable(path: &Path, what: &str) -> Fault {
     Fault::new(Code::DiskUnusable, format!("disk {} {what}", path.display())).field("disks")
+}
+
+/// Locks a file that others may still have for a moment.
+pub(super) fn lock(file: &File, operation: FlockOperation, path: &Path) -> Result<(), Fault> {
+    let until = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match flock(file.as_fd(), operation) {
+            Ok(()) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
+                std::thread::sleep(LOCK_AGAIN);
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(unusable(path, "is locked by another that runs with it"));
+            }
+            Err(error) => return Err(unusable(path, &format!("cannot be locked: {error}"))),
+        }
+    }
 }
 
 impl Held for Disk {
@@ -241,20 +268,12 @@ impl Held for Disk {
         } else {
             FlockOperation::NonBlockingLockExclusive
         };
-        let until = Instant::now() + LOCK_PATIENCE;
-        loop {
-            match flock(self.file.as_fd(), operation) {
-                Ok(()) => return Ok(()),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
-                    std::thread::sleep(LOCK_AGAIN);
-                }
-                Err(rustix::io::Errno::WOULDBLOCK) => {
-                    return Err(unusable(&self.path, "is locked by another that runs with it"));
-                }
-                Err(error) => return Err(unusable(&self.path, &format!("cannot be locked: {error}"))),
-            }
+        lock(&self.file, operation, &self.path)?;
+        let taken = self.fence.as_ref().map_or(Ok(()), Fence::take);
+        if taken.is_err() {
+            self.release();
         }
+        taken
     }
 
     fn sync(&self) -> Result<(), Fault> {

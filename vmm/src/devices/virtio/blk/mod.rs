@@ -10,6 +10,7 @@
 //! it was told is flushed is on the medium. A driver that does not know flushes has each write on the medium before it is told.
 
 pub mod disk;
+pub mod fence;
 mod request;
 
 use self::disk::Disk;
