@@ -27,7 +27,7 @@ const BUSYBOX: [&str; 2] = ["/usr/bin/busybox", "/bin/busybox"];
 const MEMORY_MIB: &str = "3072";
 const QEMU: &str = "qemu-system-x86_64";
 
-/// The guest's first program: its disk's drivers, then a shell on its serial console.
+/// The guest's first program: its disk's drivers, then what is on its disk, where it is told to, or a shell on its serial console.
 const GUEST_INIT: &str = "#!/bin/sh
 /bin/busybox mkdir -p /proc /sys /dev /tmp
 /bin/busybox --install -s /bin
@@ -37,6 +37,26 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp
 for module in $(cat /modules/order); do insmod /modules/$module || echo \"insmod $module failed\"; done
+root=$(sed -n 's/.*root=\\([^ ]*\\).*/\\1/p' /proc/cmdline)
+if test -n \"$root\"; then mkdir -p /root; mount -t ext4 $root /root && exec switch_root /root /sbin/init; fi
+exec setsid sh -c 'exec sh -i </dev/ttyS0 >/dev/ttyS0 2>&1'
+";
+
+/// The first program of a guest whose root is its disk: the address that its seed disk tells (network-config, version 2), an echo service,
+/// a shell.
+const INSTALLED_INIT: &str = "#!/bin/sh
+/bin/busybox mkdir -p /proc /sys /dev /tmp
+/bin/busybox --install -s /bin
+export PATH=/bin HOME=/ PS1='guest-shell> '
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mkdir -p /tmp/seed
+mount -t vfat -o ro /dev/vdb /tmp/seed
+address=$(sed -n 's/.*addresses: .\"\\([^\"]*\\)\".*/\\1/p' /tmp/seed/network-config)
+ip addr add $address dev eth0
+ip link set eth0 up
+nc -ll -p 7 -e /bin/cat &
 exec setsid sh -c 'exec sh -i </dev/ttyS0 >/dev/ttyS0 2>&1'
 ";
 
@@ -93,6 +113,7 @@ pub fn initramfs(kernel: &Kernel, programs: &Programs) -> Result<Vec<u8>, String
     let busybox = busybox().ok_or("no static busybox")?;
     let mut guest = Archive::new();
     guest.file("init", GUEST_INIT.as_bytes());
+    guest.file("installed/init", INSTALLED_INIT.as_bytes());
     guest
         .copy("bin/busybox", busybox)
         .map_err(failed)?

@@ -16,8 +16,8 @@ const MODULES: [(&str, bool); 8] = [
     ("stp", true),
     ("bridge", true),
 ];
-/// What the guest needs for its disks and the seed's file system, its NIC, its random numbers, its balloon and its power button, in loading order; hot-plug of slots is built in. `virtio_pci_legacy_dev` exists in newer kernels only.
-const GUEST_MODULES: [(&str, bool); 17] = [
+/// What the guest needs for its disks and the seed's file system, its NIC, its random numbers, its balloon, its power button and a root on its disk, in loading order; hot-plug of slots is built in. `virtio_pci_legacy_dev` exists in newer kernels only.
+const GUEST_MODULES: [(&str, bool); 21] = [
     ("virtio_ring", true),
     ("virtio", true),
     ("virtio_pci_modern_dev", true),
@@ -35,6 +35,10 @@ const GUEST_MODULES: [(&str, bool); 17] = [
     ("nls_ascii", true),
     ("fat", true),
     ("vfat", true),
+    ("crc16", false),
+    ("mbcache", false),
+    ("jbd2", false),
+    ("ext4", false),
 ];
 
 /// An unpacked kernel package.

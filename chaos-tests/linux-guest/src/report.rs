@@ -5,6 +5,14 @@ use serde::{Deserialize, Serialize};
 /// Marks a report among the other lines of a console.
 const MARK: &str = "@drover-report ";
 
+/// What the guest's seed disk says of its network.
+pub const NETWORK_CONFIG: &str = "version: 2
+ethernets:
+  nic0:
+    match: {macaddress: \"52:54:00:0a:00:02\"}
+    addresses: [\"10.0.0.2/24\"]
+";
+
 /// How far the driver has come, or why it came no further.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "step", rename_all = "snake_case")]
@@ -82,6 +90,22 @@ pub enum Report {
         contents: [[String; 2]; 3],
         /// Echoes of the host that come back to the restored guest, of three.
         echoes: u64,
+    },
+    /// The guest wrote to its disk all through its migration.
+    Wrote {
+        /// Blocks that were on the disk by its word: before the migration began, when it had ended, and at the end.
+        blocks: [u64; 3],
+        /// Of the newest in each place, those that are not there.
+        lost: u64,
+    },
+    /// A guest booted whose root is on its disk.
+    Installed {
+        /// Its root's device and file system.
+        root: String,
+        /// The digest of the file that was put there.
+        digest: String,
+        /// What its service at the address of its seed disk sent back.
+        echoed: String,
     },
     /// The guest shut itself down when its power button was pressed.
     PoweredOff {

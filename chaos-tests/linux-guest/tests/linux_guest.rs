@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use drover_linux_guest::host::{self, Programs};
 use drover_linux_guest::kernel::Kernel;
-use drover_linux_guest::report::{Asked, GuestFacts, Report};
+use drover_linux_guest::report::{Asked, GuestFacts, NETWORK_CONFIG, Report};
 
 /// The folder that cargo builds into: an integration test's temporary folder lies in it.
 fn target_dir() -> PathBuf {
@@ -120,6 +120,18 @@ fn assert_restored(reports: &[Report]) {
     assert_eq!((after, echoes), (before, 3), "{reports:#?}");
 }
 
+/// The guest wrote to its disk before it moved, meanwhile and afterwards, and whatever the disk had taken is there.
+fn assert_wrote(reports: &[Report]) {
+    let wrote = reports.iter().find_map(|report| match report {
+        Report::Wrote { blocks, lost } => Some((*blocks, *lost)),
+        _ => None,
+    });
+    let ([before, moved, all], lost) = wrote.expect("writes");
+    println!("blocks on the disk: {before} before, {moved} when it had moved, {all} in all");
+    assert!(before > 0 && moved >= before && all > moved, "{reports:#?}");
+    assert_eq!(lost, 0, "{reports:#?}");
+}
+
 #[test]
 fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
     let reports = match reports() {
@@ -220,8 +232,15 @@ fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
         _ => None,
     });
     let (files, volume) = seeded.expect("a seed disk");
-    let told = "meta-data:instance-id: \"linux-1\"\nnetwork-config:version: 2\nuser-data:#cloud-config\nuser-data:hostname: linux";
-    assert_eq!(files, &[told.to_owned(), told.to_owned()]);
+    let network: Vec<String> = NETWORK_CONFIG
+        .lines()
+        .map(|line| format!("network-config:{line}"))
+        .collect();
+    let told = format!(
+        "meta-data:instance-id: \"linux-1\"\n{}\nuser-data:#cloud-config\nuser-data:hostname: linux",
+        network.join("\n")
+    );
+    assert_eq!(files, &[told.clone(), told]);
     assert!(
         volume.contains("LABEL=\"cidata\"") && volume.contains("vfat"),
         "{volume}"
@@ -236,8 +255,14 @@ fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
     assert!(reports.contains(&nic), "{reports:#?}");
     assert_ballooned(&reports);
     assert_restored(&reports);
-    assert!(
-        reports.contains(&Report::PoweredOff { heeded: true }),
-        "{reports:#?}"
-    );
+    assert_wrote(&reports);
+    // What it put on its disk boots from there, with the address of its seed disk.
+    let installed = Report::Installed {
+        root: "/dev/vda ext4".to_owned(),
+        digest: before.digest.clone(),
+        echoed: "over the network, and back".to_owned(),
+    };
+    assert!(reports.contains(&installed), "{reports:#?}");
+    let shut_down = |report: &&Report| **report == Report::PoweredOff { heeded: true };
+    assert_eq!(reports.iter().filter(shut_down).count(), 2, "{reports:#?}");
 }

@@ -2,6 +2,7 @@
 //!
 //! It plays the agent's and the controller's part: it writes configurations, gives grants, and tells the source the outcome.
 
+mod installed;
 mod net;
 mod restored;
 mod shell;
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use drover_linux_guest::report::Report;
+use drover_linux_guest::report::{NETWORK_CONFIG, Report};
 use drover_node_agent::host::seed::{self, SEED_FILE, SEED_SERIAL, SEED_SLOT};
 use drover_pki::{ClusterCa, Role, TlsFiles};
 use drover_proto::v1::{
@@ -44,6 +45,10 @@ const LATE_SLOT: u32 = 4;
 const DISK_SLOT: u32 = 2;
 /// Of the VM that goes on from a snapshot: after the source's and the target's.
 const EPOCH_RESTORED: u64 = 3;
+/// Of the VM that boots from its disk.
+const EPOCH_INSTALLED: u64 = 4;
+/// Blocks that the guest writes at least before it moves, and after.
+const WRITES_MIN: u64 = 4;
 /// The longest that the guest may take to give a disk up, or to shut down: about 10 s on an idle machine, and everything here may be
 /// many times slower.
 const HEED_MAX: Duration = Duration::from_secs(150);
@@ -104,7 +109,7 @@ async fn drive() -> Result<()> {
 
     net::set_up().context("making the network")?;
 
-    for vmm in ["source", "target", "restored"] {
+    for vmm in ["source", "target", "restored", "installed"] {
         seed::write(&folder(vmm)?, &seed_files()).context("writing a seed disk")?;
     }
     let started = Instant::now();
@@ -153,13 +158,17 @@ async fn drive() -> Result<()> {
 
     let incoming = json!({ "migration": MIGRATION, "from_host": "host1", "listen_ip": "127.0.0.1" });
     let stream = Stream::open(folder("stream")?, shell.begin_stream()).await?;
+    shell.begin_writes().await?;
     stream.more(STREAM_BYTES).await.context("before the migration")?;
+    let written = shell.written(WRITES_MIN).await?;
     let target = config("host2", 2, &host2, tap2, Some(incoming));
     let mut target = Vmm::start(&folder("target")?, &target).await?;
     let migrated = migrate(&mut source, &mut target).await?;
     shell.follow(&target);
     say(&migrated);
+    let moved_with = shell.written(0).await?;
     stream.more(STREAM_BYTES).await.context("after the migration")?;
+    shell.written(moved_with + WRITES_MIN).await?;
     shell.end_stream().await.context("ending the stream")?;
     let host = stream.close().await?;
     let guest = shell
@@ -167,6 +176,9 @@ async fn drive() -> Result<()> {
         .await
         .context("the guest's end of the stream")?;
     say(&Report::Streamed { host, guest });
+    let [all, lost] = shell.lost_writes().await?;
+    let blocks = [written, moved_with, all];
+    say(&Report::Wrote { blocks, lost });
     let (after, asked) = shell
         .facts()
         .await
@@ -194,7 +206,13 @@ async fn drive() -> Result<()> {
     let again = config("host2", EPOCH_RESTORED, &host2, tap2, None);
     let (mut restored, report) = restored::go_back(target, &mut shell, again, EPOCH_RESTORED).await?;
     say(&report);
+    shell.install().await?;
     say(&power_off(&mut restored, &mut shell).await?);
+    restored.kill().await?;
+    let again = config("host2", EPOCH_INSTALLED, &host2, tap2, None);
+    let (mut installed, mut shell, report) = installed::boot(again, EPOCH_INSTALLED).await?;
+    say(&report);
+    say(&power_off(&mut installed, &mut shell).await?);
     Ok(())
 }
 
@@ -203,7 +221,7 @@ fn seed_files() -> CloudSeed {
     CloudSeed {
         user_data: b"#cloud-config\nhostname: linux\n".to_vec(),
         meta_data: "instance-id: \"linux-1\"\n".to_owned(),
-        network_config: "version: 2\n".to_owned(),
+        network_config: NETWORK_CONFIG.to_owned(),
     }
 }
 

@@ -18,6 +18,9 @@ use crate::vmm::{Vmm, boottime};
 const PROMPT: &str = "guest-shell> ";
 const ANSWER_MAX: Duration = Duration::from_secs(90);
 const READ_WAIT_MS: u32 = 2000;
+/// Where blocks of 64 KiB are written again and again, behind the file: the first, and how many.
+const WRITES_AT: u32 = 128;
+const PLACES: u32 = 16;
 const RETRY: Duration = Duration::from_millis(100);
 /// What of the console an error shows, characters.
 const TAIL_CHARS: usize = 4000;
@@ -119,6 +122,66 @@ impl Shell {
     pub async fn echoes(&mut self) -> Result<u64> {
         self.number(&format!("ping -c 3 -W 20 {} | grep -c 'bytes from'", net::HOST))
             .await
+    }
+
+    /// Begins to write blocks to the disk, each another and as far as the medium, and counts those that are there.
+    pub async fn begin_writes(&mut self) -> Result<()> {
+        let line = format!(
+            "echo 0 >/tmp/count; (n=0; while test ! -e /tmp/stop; do \
+             (echo $n; cat /tmp/block) | dd of=/dev/vda bs=64k count=1 iflag=fullblock seek=$(({WRITES_AT}+n%{PLACES})) conv=notrunc,fsync 2>/dev/null || break; \
+             n=$((n+1)); echo $n >/tmp/count.new; mv /tmp/count.new /tmp/count; done; echo ended >/tmp/wrote) & true"
+        );
+        self.ask(&line).await.map(drop)
+    }
+
+    /// Waits until at least so many blocks were written; how many there are.
+    pub async fn written(&mut self, least: u64) -> Result<u64> {
+        self.number(&format!(
+            "while test $(cat /tmp/count) -lt {least} && test ! -e /tmp/wrote; do usleep 200000; done; cat /tmp/count"
+        ))
+        .await
+    }
+
+    /// Once the writing has ended: how many were written, and how many of the newest in each place are not there, read past the cache.
+    pub async fn lost_writes(&mut self) -> Result<[u64; 2]> {
+        let line = format!(
+            "while test ! -e /tmp/wrote; do usleep 200000; done; echo 3 >/proc/sys/vm/drop_caches; n=$(cat /tmp/count); lost=0; i=$((n>{PLACES}?n-{PLACES}:0)); \
+             while test $i -lt $n; do want=$( (echo $i; cat /tmp/block) | head -c 65536 | md5sum); \
+             got=$(dd if=/dev/vda bs=64k count=1 skip=$(({WRITES_AT}+i%{PLACES})) 2>/dev/null | md5sum); \
+             test \"$want\" = \"$got\" || lost=$((lost+1)); i=$((i+1)); done; echo $n $lost"
+        );
+        let answer = self.ask(&line).await?;
+        let mut numbers = answer.split(' ').map(str::parse);
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(written)), Some(Ok(lost))) => Ok([written, lost]),
+            _ => bail!("the guest says {answer:?} of what it wrote"),
+        }
+    }
+
+    /// Makes a file system on the disk and puts there what a guest needs to boot from it, and its file.
+    pub async fn install(&mut self) -> Result<()> {
+        let answer = self
+            .ask(
+                "mkdir -p /tmp/disk && mke2fs /dev/vda >/dev/null 2>&1 && mount -t ext4 /dev/vda /tmp/disk && cd /tmp/disk && mkdir bin sbin && \
+                 cp /bin/busybox bin/ && ln -s busybox bin/sh && cp /installed/init sbin/ && cp /tmp/file file && cd / && umount /tmp/disk && echo ok",
+            )
+            .await?;
+        if answer != "ok" {
+            let log = self.ask("dmesg | tail -20").await?;
+            bail!("the guest cannot be put on its disk: {answer:?}; {log}");
+        }
+        Ok(())
+    }
+
+    /// The root's device and file system.
+    pub async fn root(&mut self) -> Result<String> {
+        self.ask("sed -n 's,^\\([^ ]*\\) / \\([^ ]*\\) .*,\\1 \\2,p' /proc/mounts | tail -1")
+            .await
+    }
+
+    /// The digest of the file that was put on the disk that is the root now.
+    pub async fn installed_digest(&mut self) -> Result<String> {
+        self.ask("md5sum </file").await
     }
 
     /// Writes the file to the disk, as far as its medium.
