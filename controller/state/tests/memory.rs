@@ -8,7 +8,8 @@ use common::*;
 use drover_proto::Code;
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::{
-    Balloon, CreateVm, MigrationPhase, ReportVmRequest, SetVmMemory, VmDevices, VmMemory, VmSpec, VmState,
+    Balloon, CreateVm, MigrationPhase, ReportVmRequest, SetVmMemory, SnapshotNews, VmDevices, VmMemory,
+    VmSpec, VmState,
 };
 use drover_state::{State, desired};
 
@@ -130,4 +131,26 @@ fn what_the_guest_has_is_kept_as_long_as_its_run() {
     c.ok(stop("vm1"));
     c.ok(report("host1", "vm1", 1, VmState::Stopped));
     assert_eq!(c.vm("vm1").devices, None);
+}
+
+#[test]
+fn a_restored_guest_is_told_what_it_is_to_have_whatever_it_was_told_before_its_instant() {
+    let mut c = cluster();
+    c.ok(take("vm1", "nightly"));
+    // Between what was asked for and the instant: the guest's state may have it.
+    c.ok(set("vm1", 32));
+    let told = c.vm("vm1").spec.as_ref().unwrap().memory_revision;
+    c.ok(news("host1", "s1", 1, SnapshotNews::Done));
+    c.ok(stop("vm1"));
+    c.ok(report("host1", "vm1", 1, VmState::Stopped));
+    c.ok(restore("vm1", "nightly", ""));
+    c.ok(restore("vm1", "nightly", "vm2"));
+    for vm in ["vm1", "vm2"] {
+        let spec = c.vm(vm).spec.clone().unwrap();
+        assert!(spec.memory_revision > told, "{spec:?}");
+        assert_eq!(
+            spec.memory_target_mib, 0,
+            "what it had when the snapshot was asked for"
+        );
+    }
 }

@@ -149,7 +149,12 @@ impl Tx<'_> {
         let (vm, id, name) = (snapshot.vm.clone(), snapshot.id.clone(), snapshot.name.clone());
         match report.news() {
             SnapshotNews::Done => {
+                // What the guest was told until its instant: more may have been asked for since the snapshot was.
+                let told = self.state.vm(&vm).map_or(0, |vm| spec_of(vm).memory_revision);
                 let snapshot = self.snapshot_mut(number);
+                if let Some(spec) = &mut snapshot.spec {
+                    spec.memory_revision = spec.memory_revision.max(told);
+                }
                 snapshot.bytes_total = report.progress.map_or(0, |progress| progress.bytes_total);
                 snapshot.bytes_stored = report.bytes_stored;
                 snapshot.paused_us = report.paused_us;
@@ -292,6 +297,8 @@ impl Tx<'_> {
         let mut spec = VmSpec {
             host: now.host.clone(),
             devices_revision: now.devices_revision + 1,
+            // Higher than what the guest was told by then, so that it is told what it is to have.
+            memory_revision: spec_then(snapshot).memory_revision.max(now.memory_revision) + 1,
             ..spec_then(snapshot).clone()
         };
         spec.set_restart(now.restart());
@@ -317,6 +324,7 @@ impl Tx<'_> {
         let mut spec = VmSpec {
             name: name.to_owned(),
             host: String::new(),
+            memory_revision: spec_then(snapshot).memory_revision + 1,
             ..spec_then(snapshot).clone()
         };
         let mut pools = Vec::new();
