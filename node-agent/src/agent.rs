@@ -198,6 +198,7 @@ fn host_spec(config: &Config, addr: SocketAddr) -> Result<HostSpec, AgentError> 
         vxlan: String::new(),
         networking: String::new(),
         sandbox: String::new(),
+        seeds: true,
         snapshots: true,
     })
 }

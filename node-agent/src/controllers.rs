@@ -21,6 +21,8 @@ use tonic::transport::{Channel, Endpoint};
 /// A controller on the same continent answers a connect by then.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A connection over which nothing comes for these two together is dead: a cut link gives no sign of itself.
+/// Of an answer: a host's desired state has all that its VMs' cloud-init is told, of which a cluster takes 64 MiB.
+const DESIRED_BYTES_MAX: usize = 128 << 20;
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(2);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -53,7 +55,8 @@ impl Controllers {
                 .keep_alive_while_idle(true);
             Ok(Controller {
                 addr: *addr,
-                client: FleetClient::new(endpoint.connect_lazy()),
+                client: FleetClient::new(endpoint.connect_lazy())
+                    .max_decoding_message_size(DESIRED_BYTES_MAX),
                 failed: Mutex::default(),
             })
         };

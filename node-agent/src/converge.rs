@@ -547,9 +547,16 @@ fn end_of(alive: &Alive) -> (VmState, Reason) {
 }
 
 fn for_running(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired) -> Option<Action> {
+    // A snapshot's end waits for no device that cannot be had; what a snapshot waits for is done before it is begun.
+    let snapshot = snapshots::next(observed, seen, alive, wanted);
+    let (first, last) = match snapshot {
+        Some(Action::TakeSnapshot { .. }) => (None, snapshot),
+        ends => (ends, None),
+    };
     for_its_run(observed, seen, alive, wanted)
+        .or(first)
         .or_else(|| devices::next(observed, seen, alive, wanted))
-        .or_else(|| snapshots::next(observed, seen, alive, wanted))
+        .or(last)
 }
 
 fn for_its_run(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesired) -> Option<Action> {

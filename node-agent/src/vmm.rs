@@ -314,7 +314,8 @@ fn vmm_config(
     let image = |field: &str, name: &str| {
         let path = config.images_dir.join(name);
         let is_name = !name.is_empty() && !name.contains('/') && !name.starts_with('.');
-        if is_name && (key.migration().is_some() || path.is_file()) {
+        // What is received or restored boots nothing.
+        if is_name && (key.migration().is_some() || desired.restore.is_some() || path.is_file()) {
             return Ok(path);
         }
         let message = format!(

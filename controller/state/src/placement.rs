@@ -152,7 +152,11 @@ fn check(
         return Err(Fault::new(Code::SameHost, "is where it runs"));
     }
     let score = capacity(spec, host, usage)?;
-    images(spec, host)?;
+    // What is restored boots nothing.
+    if !matches!(purpose, Purpose::Restore { .. }) {
+        images(spec, host)?;
+    }
+    seeds(spec, host)?;
     volumes::reaches(state, spec, host)?;
     networks::reaches(state, spec, host)?;
     cpu(state, spec, purpose, host)?;
@@ -305,6 +309,15 @@ fn image<'a>(host: &'a Host, name: &str, kernel: bool) -> Result<&'a Image, Faul
         ));
     }
     Ok(image)
+}
+
+/// Whether its agent makes the seed disk, where there is to be one.
+fn seeds(spec: &VmSpec, host: &Host) -> Result<(), Fault> {
+    if spec.cloud_init.is_none() || host.spec.as_ref().is_some_and(|spec| spec.seeds) {
+        return Ok(());
+    }
+    let message = "has an agent of a version that makes no seed disk for cloud-init: upgrade it";
+    Err(Fault::new(Code::ProtocolVersion, message))
 }
 
 fn images(spec: &VmSpec, host: &Host) -> Result<(), Fault> {

@@ -423,6 +423,25 @@ fn a_volume_that_another_vm_has_is_not_restored_into() {
 }
 
 #[test]
+fn a_volume_that_was_made_anew_is_not_restored_into() {
+    let mut c = with_snapshot();
+    let before = c.state.volume("data").unwrap().writers;
+    c.ok(Kind::DetachDisk(drover_proto::v1::DetachDisk {
+        vm: "vm1".into(),
+        volume: "data".into(),
+    }));
+    c.ok(delete_volume("data"));
+    c.now_ms += 1;
+    c.ok(create_volume("data", "", 8 * MIB));
+    assert_eq!(c.refused(restore("vm1", "s1", "")), Code::VolumeChanged);
+    // Whoever had it before never has a later turn at its file than whoever gets it now.
+    assert!(c.state.volume("data").unwrap().writers >= before);
+    c.ok(create_with_disks("vm2", &["data"]));
+    c.run("vm2", "host1");
+    assert!(c.state.volume("data").unwrap().writers > before);
+}
+
+#[test]
 fn a_clone_has_volumes_of_its_own_beside_the_original_which_runs() {
     let mut c = cluster();
     c.ok(take("vm1", "nightly"));

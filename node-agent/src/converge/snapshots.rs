@@ -122,9 +122,13 @@ pub fn removals(desired: &HostDesired, observed: &Observed) -> impl Iterator<Ite
             !removal.snapshot.is_empty() && observed.vmms.iter().any(|seen| writes(seen, &removal.snapshot));
         !done && !written
     };
+    // An order that is out of date names what may be another's by now.
     let due = desired.removals.iter().filter(is_due);
-    due.map(|removal| Action::Remove {
-        removal: removal.clone(),
+    due.map(|removal| match observed.confirmed {
+        true => Action::Remove {
+            removal: removal.clone(),
+        },
+        false => Action::Confirm,
     })
 }
 

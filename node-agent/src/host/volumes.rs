@@ -69,7 +69,10 @@ fn fence(pool: &Path, volume: &Volume) -> Result<PathBuf, Fault> {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
         Err(error) => Err(error),
     };
-    made.map_err(|error| unusable(volume, &path, &error.to_string()))?;
+    made.map_err(|error| {
+        let what = format!("{error}; the volume's folder must be its agents' to write to");
+        unusable(volume, &path, &what)
+    })?;
     Ok(path)
 }
 
@@ -178,6 +181,13 @@ pub fn ensure(pool: &Path, volume: &Volume, host: &str, maker: &Key) -> Result<P
             let why = "it is not there, but was used before: is the pool's storage mounted on this host?";
             return Err(unusable(why.to_owned()));
         }
+        if let Some(other) = restored_content(pool, volume).map_err(failed)? {
+            let what = format!(
+                "it is not there, but {other} is, the content of a volume of this name that was deleted: rename it to {} to go on with it, or remove it",
+                data(0)
+            );
+            return Err(unusable(what));
+        }
         let staged = staged(volume, host, maker);
         make(pool, volume, &path, &staged, |_| Ok(())).map_err(failed)?;
         found = look(&path).map_err(failed)?;
@@ -198,6 +208,21 @@ pub fn ensure(pool: &Path, volume: &Volume, host: &str, maker: &Key) -> Result<P
         Some(Found::Other) => Err(unusable("it is no regular file".to_owned())),
         None => Err(unusable("it was removed as soon as it was made".to_owned())),
     }
+}
+
+/// A content that a restore has put into the volume's folder, if there is one.
+fn restored_content(pool: &Path, volume: &Volume) -> io::Result<Option<String>> {
+    let entries = match fs::read_dir(pool.join(&volume.name)) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        entries => entries?,
+    };
+    for entry in entries {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.starts_with("data-") && name.ends_with(".raw") {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
 }
 
 /// Makes the file that long, never shorter: by allocating its last block, which leaves what is there alone however long the file has
@@ -331,6 +356,19 @@ mod tests {
         assert_eq!(&fs::read(&path).unwrap()[1 << 20..][..4], b"kept");
         let names = fs::read_dir(pool.path().join("data")).unwrap().count();
         assert_eq!(names, 1, "what it was staged in is gone");
+    }
+
+    #[test]
+    fn a_volume_made_anew_is_not_empty_where_a_content_of_the_one_before_it_lies() {
+        let pool = tempfile::tempdir().unwrap();
+        let folder = pool.path().join("data");
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("data-7.raw"), b"kept").unwrap();
+        let said = refused(pool.path(), &volume(false), &start(1));
+        assert!(said.contains("data-7.raw"), "{said}");
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
+        fs::remove_file(folder.join("data-7.raw")).unwrap();
+        ensure(pool.path(), &volume(false), "host1", &start(1)).unwrap();
     }
 
     #[test]

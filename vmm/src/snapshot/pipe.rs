@@ -126,11 +126,16 @@ impl Pipe {
 
     /// A buffer for a block that the guest waits for.
     pub fn buffer(&self) -> Result<Vec<u8>, Fault> {
-        self.buffer_within(PATIENCE)
+        self.buffer_until(Instant::now() + PATIENCE)
     }
 
-    fn buffer_within(&self, patience: Duration) -> Result<Vec<u8>, Fault> {
-        let until = Instant::now() + patience;
+    /// Until when a request of the guest's that begins now waits for buffers, however many it needs: its disk's lease may end meanwhile.
+    pub fn patience() -> Instant {
+        Instant::now() + PATIENCE
+    }
+
+    /// A buffer for a block of a request that has waited since `until` was told.
+    pub fn buffer_until(&self, until: Instant) -> Result<Vec<u8>, Fault> {
         let mut state = self.state();
         loop {
             if let Some(fault) = &state.fault {
@@ -143,8 +148,8 @@ impl Pipe {
             if left.is_zero() {
                 drop(state);
                 let message = format!(
-                    "the snapshot's files have taken nothing for {} ms, and the guest would have to wait for them",
-                    patience.as_millis()
+                    "the snapshot's files have taken too little for {} ms, and the guest would have to wait for them",
+                    PATIENCE.as_millis()
                 );
                 self.fail(Fault::new(Code::SnapshotFailed, message));
                 return self.check().map(|()| Vec::new());
@@ -267,19 +272,21 @@ mod tests {
         let spare: Vec<_> = std::iter::from_fn(|| pipe.spare_buffer().unwrap()).collect();
         assert_eq!(spare.len(), BUFFERS - FOR_THE_GUEST);
         let rest: Vec<_> = (0..FOR_THE_GUEST)
-            .map(|_| pipe.buffer_within(SOON).unwrap())
+            .map(|_| pipe.buffer_until(Instant::now() + SOON).unwrap())
             .collect();
         assert_eq!(rest.len(), FOR_THE_GUEST);
         pipe.give_back(Vec::with_capacity(BLOCK));
         assert!(pipe.spare_buffer().unwrap().is_none());
-        assert!(pipe.buffer_within(SOON).is_ok());
+        assert!(pipe.buffer_until(Instant::now() + SOON).is_ok());
     }
 
     #[test]
     fn files_that_take_nothing_fail_the_snapshot_and_not_the_guest() {
         let pipe = Pipe::new().unwrap();
-        let all: Vec<_> = (0..BUFFERS).map(|_| pipe.buffer_within(SOON).unwrap()).collect();
-        let fault = pipe.buffer_within(SOON).unwrap_err();
+        let all: Vec<_> = (0..BUFFERS)
+            .map(|_| pipe.buffer_until(Instant::now() + SOON).unwrap())
+            .collect();
+        let fault = pipe.buffer_until(Instant::now() + SOON).unwrap_err();
         assert_eq!(fault.code, Code::SnapshotFailed);
         drop(all);
         assert_eq!(pipe.check().unwrap_err(), fault, "for all");

@@ -133,6 +133,7 @@ impl Shadow {
 
     fn copy_before(&self, at: u64, len: u64) -> Result<(), Fault> {
         let end = blocks(at.saturating_add(len).min(self.bytes));
+        let until = Pipe::patience();
         let mut copied = self.copied();
         let mut block = at / BLOCK_BYTES;
         while block < end {
@@ -142,7 +143,7 @@ impl Shadow {
             }
             let holes = self.pass_hole(&mut copied, block, end);
             if holes == 0 {
-                let buffer = self.pipe.buffer()?;
+                let buffer = self.pipe.buffer_until(until)?;
                 self.copy(&mut copied, block, buffer)?;
             }
             block += holes.max(1);

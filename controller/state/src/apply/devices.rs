@@ -172,6 +172,13 @@ impl Tx<'_> {
         self.changeable_vm(name)?;
         let asked = attach.nic.clone().unwrap_or_default();
         let vm = self.known_vm("vm", name)?;
+        if occupies(vm) && vm.devices.as_ref().is_some_and(|devices| !devices.tells_nics) {
+            let message = format!(
+                "vm is {name}, whose host {} has an agent of a version that gives a running VM no NIC: upgrade it, or stop the VM",
+                host_of(vm)
+            );
+            return Err(Fault::new(Code::ProtocolVersion, message).field("vm"));
+        }
         let mut spec = spec_of(vm).clone();
         let (revision, slot) = one_more(&mut spec)?;
         let mut only = VmSpec {

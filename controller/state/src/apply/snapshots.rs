@@ -8,6 +8,7 @@ use drover_proto::v1::{
 use drover_proto::{Code, Fault};
 
 use super::devices::fix_slots;
+use super::volumes::first_writers;
 use super::{Applied, Tx, bounded, reason, unfit};
 use crate::cloud::{self, snapshot_without_secrets};
 use crate::limits::{
@@ -312,6 +313,12 @@ impl Tx<'_> {
             };
             if disk.read_only {
                 unchanged(volume, then)?;
+            } else if (volume.created_ms, &volume.pool) != (then.created_ms, &then.pool) {
+                let message = format!(
+                    "volume {} was deleted since and another made of its name, whose content would be lost: restore it as a new VM, which gets volumes of its own",
+                    disk.volume
+                );
+                return Err(Fault::new(Code::VolumeChanged, message).field("snapshot"));
             }
         }
         self.could_be_restored(&mut spec, snapshot, &[])?;
@@ -425,6 +432,7 @@ impl Tx<'_> {
                 pool: then.pool.clone(),
                 size_bytes: then.size_bytes,
                 created_ms: self.now_ms,
+                writers: first_writers(self.now_ms),
                 content: number,
                 ..Volume::default()
             };
@@ -593,7 +601,13 @@ fn changing(vm: &Vm) -> Option<String> {
         disk.detach_revision > 0 || disk.attach_revision > 0 && !here()
     });
     let nic = spec.nics.iter().find(|nic| {
-        let here = || has(&|device| device.mac == nic.mac);
+        // A VMM of a version that changes no NICs names none, and one with a slot is where it was put.
+        let here = || {
+            has(&|device| {
+                device.mac == nic.mac
+                    || device.mac.is_empty() && device.volume.is_empty() && device.slot == nic.slot
+            })
+        };
         nic.detach_revision > 0 || nic.attach_revision > 0 && !here()
     });
     let disk = disk.map(|disk| format!("volume {}", disk.volume));

@@ -10,6 +10,12 @@ use crate::state::spec_of;
 use crate::validate::{self, quoted};
 use crate::volumes::has_pool;
 
+/// What a volume's count of writers begins with. The record beside its file outlives it: whoever makes a volume of that name anew, in this
+/// cluster or in another on the same storage, begins beyond what any before it came to.
+pub(super) fn first_writers(now_ms: u64) -> u64 {
+    now_ms
+}
+
 impl Tx<'_> {
     pub(super) fn create_volume(&mut self, create: &CreateVolume) -> Applied {
         let volume = validate::volume(create.volume.as_ref())?;
@@ -39,6 +45,7 @@ impl Tx<'_> {
         }
         let volume = Volume {
             created_ms: self.now_ms,
+            writers: first_writers(self.now_ms),
             ..volume
         };
         let message = format!("{name} was created by {}", self.caller);

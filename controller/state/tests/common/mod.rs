@@ -46,6 +46,7 @@ pub fn host_spec(name: &str) -> HostSpec {
         ),
         networking: "ok".into(),
         sandbox: "ok".into(),
+        seeds: true,
         snapshots: true,
         ..HostSpec::default()
     }

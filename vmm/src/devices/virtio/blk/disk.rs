@@ -176,7 +176,7 @@ impl Disk {
         if self.read_only {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
         }
-        Ok(())
+        self.fence.as_ref().map_or(Ok(()), Fence::settle)
     }
 
     /// Reads exactly `out.len()` bytes at byte `at`.

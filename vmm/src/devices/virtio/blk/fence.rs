@@ -4,6 +4,9 @@
 //! that was cut off and whose VM was started elsewhere, once that other VM stands still for a moment. The record does: it holds the highest
 //! turn that ever took the disk, and nobody takes it with a lower one, whatever its agent tells it.
 //!
+//! It is written before anything runs, and on the medium before the first change of the disk: only that waits for the storage, so a hand-over
+//! does not.
+//!
 //! A turn is which placement of all that could write to the volume this is, as the controllers count them in their log
 //! (`Volume.writers`), then the run's epoch, which rises with each hand-over. Both only rise, so turns are in the order of the log.
 //!
@@ -19,6 +22,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use drover_proto::{Code, Fault};
 use rustix::fs::{FlockOperation, flock};
@@ -70,6 +74,8 @@ pub struct Fence {
     path: PathBuf,
     file: File,
     turn: Turn,
+    /// It was written, and may not be on the medium yet.
+    unsettled: AtomicBool,
 }
 
 impl Fence {
@@ -81,6 +87,7 @@ impl Fence {
             path: path.to_owned(),
             file,
             turn,
+            unsettled: AtomicBool::new(false),
         })
     }
 
@@ -117,8 +124,17 @@ impl Fence {
         if last == Some(self.turn) {
             return Ok(());
         }
-        let written = self.file.write_all_at(&self.turn.encode(), 0);
-        written.and_then(|()| self.file.sync_data()).map_err(failed)
+        self.unsettled.store(true, Ordering::SeqCst);
+        self.file.write_all_at(&self.turn.encode(), 0).map_err(failed)
+    }
+
+    /// The disk is about to change: the record is on the medium when this returns.
+    pub fn settle(&self) -> io::Result<()> {
+        if self.unsettled.load(Ordering::SeqCst) {
+            self.file.sync_data()?;
+            self.unsettled.store(false, Ordering::SeqCst);
+        }
+        Ok(())
     }
 
     /// Takes the turn: from now on no earlier one is.
@@ -161,6 +177,7 @@ mod tests {
         let early = Fence::open(&path, turn(1, 7)).unwrap();
         early.take().unwrap();
         early.take().unwrap();
+        early.settle().unwrap();
         // A hand-over, another start, and another VM whose epochs are its own.
         for later in [turn(1, 8), turn(2, 9), turn(3, 1)] {
             taken(&path, later).unwrap();
