@@ -51,6 +51,7 @@ struct Config {
     incoming: Option<Incoming>,
     #[serde(default)]
     disks: Vec<serde_json::Value>,
+    #[serde(default)]
     nics: Vec<serde_json::Value>,
     #[serde(default)]
     balloon: Option<Balloon>,
