@@ -59,7 +59,7 @@ pub enum Report {
     Seeded {
         /// What it was told, as `grep .` prints files, before the migration and after it.
         files: [String; 2],
-        /// The volume, by `blkid`.
+        /// The volume's label and type.
         volume: String,
     },
     /// A NIC came and went while the guest ran.

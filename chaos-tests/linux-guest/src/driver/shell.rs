@@ -216,9 +216,11 @@ impl Shell {
         Ok(())
     }
 
-    /// What the guest's kernel makes of the seed disk, read past the cache: label and type, then each file's name and content.
+    /// The seed disk: label and type in its first sector, then what the guest's kernel makes of it, read past the cache, each file's name and content.
     pub async fn seed(&mut self) -> Result<[String; 2]> {
-        let volume = self.ask("blkid /dev/vdb").await?;
+        let volume = self
+            .ask("dd if=/dev/vdb bs=1 skip=43 count=19 2>/dev/null; echo")
+            .await?;
         let files = "echo 3 >/proc/sys/vm/drop_caches; mkdir -p /tmp/seed; mount -t vfat -o ro /dev/vdb /tmp/seed && cd /tmp/seed && grep . *; cd /; umount /tmp/seed";
         Ok([volume, self.ask(files).await?.replace('\r', "")])
     }
