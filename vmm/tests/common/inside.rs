@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use drover_proto::v1::vmm_client::VmmClient;
 use drover_proto::v1::{
     GrantRequest, MigrationOptions, OutcomeRequest, ReadConsoleRequest, StartOutgoingRequest, VmmState,
+    WatchInfoRequest,
 };
 use drover_vmm::time::boottime_ns;
 use tonic::transport::Channel;
@@ -52,7 +53,9 @@ impl Caged {
             change(config);
         });
         let process = Process::start_with(&config, command);
-        let vmm = process.client().await;
+        let mut vmm = process.client().await;
+        // Its socket is there before it is inside; it answers when it hears what is handed in.
+        vmm.watch_info(WatchInfoRequest::default()).await.unwrap();
         Self {
             folder: config.parent().unwrap().to_owned(),
             process,
