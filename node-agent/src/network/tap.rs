@@ -4,6 +4,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 
 /// Where TAPs are made and opened.
 const TUN: &str = "/dev/net/tun";
@@ -49,7 +50,11 @@ pub fn open(name: &str) -> io::Result<File> {
 /// # Errors
 /// It is not there, or this user may not.
 pub fn usable() -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).open(TUN)
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(TUN)
 }
 
 fn set(tap: &File, what: libc::Ioctl, value: libc::c_ulong) -> io::Result<()> {

@@ -285,10 +285,13 @@ pub fn tun() -> io::Result<File> {
     let Some(offers) = offers() else {
         return open_tun();
     };
-    offers.take(Kind::Tun, "").map(File::from).ok_or_else(|| {
+    let handed = offers.take(Kind::Tun, "").map(File::from).ok_or_else(|| {
         let what = "this VMM is in its sandbox, and its agent has handed in no further tun descriptor";
         io::Error::new(io::ErrorKind::PermissionDenied, what)
-    })
+    })?;
+    // However it was opened: who waits for a frame would hold its NIC's state until one comes.
+    rustix::fs::fcntl_setfl(&handed, rustix::fs::OFlags::NONBLOCK)?;
+    Ok(handed)
 }
 
 /// Takes back a descriptor that did not become a tap.

@@ -287,7 +287,10 @@ fn whoever_dies_while_a_vm_is_restored_leaves_it_as_it_was_until_it_begins_and_a
             .restore_vm(VM, "nightly", "")
             .expect("it is stopped");
         cluster.await_reached(point);
-        cluster.assert_nobody_runs(VM);
+        // Once the beginning is in the log, an agent that reads so in its desired state may run it already.
+        if point == AFTER_RESTORE_COPY {
+            cluster.assert_nobody_runs(VM);
+        }
         let vm = cluster.client.vm(VM).expect("it is known");
         let host = vm.placement.expect("it is placed").host;
         let host = (0..PARTIES)
