@@ -194,6 +194,7 @@ impl Copying<'_> {
     fn run(&mut self) -> Result<(), Fault> {
         let (mut waiting, mut addresses) = (false, Vec::new());
         while self.find_next() {
+            self.pipe.passed(self.sheet, self.next);
             if waiting {
                 self.of.wait(self.pipe)?;
             }

@@ -107,15 +107,13 @@ pub struct Listed {
 }
 
 impl Listed {
-    /// A file of `bytes` whose blocks have these digests.
-    pub fn new(file: &str, bytes: u64, blocks: &[Digest]) -> Self {
-        let chunk_bytes = chunk_bytes(bytes);
-        let in_chunk = usize::try_from(chunk_bytes / BLOCK_BYTES).expect("a chunk has few blocks");
+    /// A file of `bytes` whose chunks have these digests ([`fold`]).
+    pub fn new(file: &str, bytes: u64, digests: Vec<String>) -> Self {
         Self {
             file: file.to_owned(),
             bytes,
-            chunk_bytes,
-            digests: blocks.chunks(in_chunk).map(fold).collect(),
+            chunk_bytes: chunk_bytes(bytes),
+            digests,
         }
     }
 
@@ -320,10 +318,10 @@ mod tests {
     use super::*;
 
     fn manifest() -> Manifest {
-        let blocks = [[7; 32], [0; 32], [9; 32]];
+        let of = |byte: u8| fold(&[[byte; 32]]);
         let disk = ListedDisk {
             slot: 4,
-            content: Listed::new("vol-1.raw", 2 * BLOCK_BYTES + 512, &blocks),
+            content: Listed::new("vol-1.raw", 2 * BLOCK_BYTES + 512, vec![of(7)]),
         };
         Manifest {
             format: FORMAT,
@@ -334,8 +332,8 @@ mod tests {
             vcpus: 2,
             cpu_profile: "baseline".into(),
             device_model: 2,
-            memory: Listed::new(MEMORY, 64 << 20, &vec![[1; 32]; 1024]),
-            state: Listed::new(STATE, 20_000, &[[5; 32]]),
+            memory: Listed::new(MEMORY, 64 << 20, vec![of(1); 64]),
+            state: Listed::new(STATE, 20_000, vec![of(5)]),
             disks: vec![disk],
             digest: String::new(),
         }

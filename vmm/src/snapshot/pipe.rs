@@ -32,18 +32,19 @@ const FOR_THE_GUEST: usize = BUFFERS / 2;
 /// So long the guest waits for a buffer at most. A file system that takes no 64 KiB for so long hangs, or its disk is far too slow for this guest.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// A block on its way.
-struct Block {
-    sheet: usize,
-    index: u64,
-    data: Vec<u8>,
+/// What is on its way to the writer.
+enum Item {
+    /// A block.
+    Block { sheet: usize, index: u64, data: Vec<u8> },
+    /// All blocks below `index` came before this.
+    Passed { sheet: usize, index: u64 },
 }
 
 #[derive(Default)]
 struct State {
     free: Vec<Vec<u8>>,
     made: usize,
-    queue: VecDeque<Block>,
+    queue: VecDeque<Item>,
     closed: bool,
     fault: Option<Fault>,
 }
@@ -192,10 +193,25 @@ impl Pipe {
     pub fn push(&self, sheet: usize, index: u64, data: Vec<u8>) {
         let mut state = self.state();
         if state.fault.is_none() {
-            state.queue.push_back(Block { sheet, index, data });
+            state.queue.push_back(Item::Block { sheet, index, data });
             drop(state);
             self.changed.notify_all();
         }
+    }
+
+    /// Whoever copies sheet `sheet` in order has come to block `index`: all below were pushed, or are holes.
+    pub fn passed(&self, sheet: usize, index: u64) {
+        let mut state = self.state();
+        if state.fault.is_some() {
+            return;
+        }
+        // One after the other says no more than the last; so there are never more of them than blocks.
+        match state.queue.back_mut() {
+            Some(Item::Passed { sheet: of, index: to }) if *of == sheet => *to = index,
+            _ => state.queue.push_back(Item::Passed { sheet, index }),
+        }
+        drop(state);
+        self.changed.notify_all();
     }
 
     /// A buffer that was not needed.
@@ -231,7 +247,7 @@ impl Pipe {
         self.changed.notify_all();
     }
 
-    fn pop(&self) -> Option<Block> {
+    fn pop(&self) -> Option<Item> {
         let waiting = |state: &mut State| state.queue.is_empty() && !state.closed && state.fault.is_none();
         let waited = self.changed.wait_while(self.state(), waiting);
         waited
@@ -242,7 +258,14 @@ impl Pipe {
 
     /// The writer: writes what is pushed, until the pipe is closed or fails.
     pub fn write(&self, sheets: &mut [Sheet]) {
-        while let Some(Block { sheet, index, data }) = self.pop() {
+        while let Some(item) = self.pop() {
+            let (sheet, index, data) = match item {
+                Item::Block { sheet, index, data } => (sheet, index, data),
+                Item::Passed { sheet, index } => {
+                    sheets[sheet].passed(index);
+                    continue;
+                }
+            };
             match sheets[sheet].put(index, &data) {
                 Ok(stored) => {
                     self.stored.fetch_add(stored, Ordering::Relaxed);

@@ -119,6 +119,7 @@ impl Shadow {
                 copied.next += 1;
             }
             let next = copied.next;
+            self.pipe.passed(self.sheet, next);
             if next == end {
                 self.pipe.give_back(buffer);
                 return Ok(());
