@@ -254,12 +254,18 @@ pub enum VolumeCommand {
     Create {
         /// Its name: lower-case letters, digits and '-'
         name: String,
-        /// Its size in MiB, or with a unit, as 10GiB; its file takes room only as it is written to
-        #[arg(long, value_parser = parse_mib, value_name = "SIZE")]
-        size: u64,
+        /// Its size in MiB, or with a unit, as 10GiB; its file takes room only as it is written to. Of an image: its disk's, if not given
+        #[arg(long, value_parser = parse_mib, value_name = "SIZE", required_unless_present = "image")]
+        size: Option<u64>,
+        /// What it begins with: an image of the hosts, of kind `disk` or `qcow2` (see `ctl image list`)
+        #[arg(long)]
+        image: Option<String>,
         /// The storage that it is on, one that the VM's hosts have (see `ctl host show`)
         #[arg(long, default_value = "default")]
         pool: String,
+        /// Do not wait until the image's content is there
+        #[arg(long)]
+        no_wait: bool,
     },
     /// Grow a volume; a guest that has it is told
     Resize {
@@ -271,10 +277,13 @@ pub enum VolumeCommand {
     },
     /// List the volumes and the VMs that have them
     List,
-    /// Forget a volume that no VM has; its file stays in the pool
+    /// Delete a volume that no VM has, and what it holds
     Delete {
         /// Its name
         volume: String,
+        /// Only forget the volume: its file stays in the pool
+        #[arg(long)]
+        keep_content: bool,
     },
 }
 

@@ -188,6 +188,8 @@ pub fn exit_for(code: Code) -> Exit {
         | Code::SnapshotUnavailable
         | Code::RestoreActive
         | Code::VolumeChanged
+        | Code::VolumeNotReady
+        | Code::ImageUnusable
         | Code::StaleEpoch
         | Code::HostDown => Exit::Refused,
         Code::NoLeader | Code::HostUnreachable => Exit::Unreachable,

@@ -1,6 +1,6 @@
 //! The agent as a whole: what its tasks share, and how they are started.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -45,6 +45,8 @@ pub struct Context {
     pub networks: Networks,
     /// The VMMs' sandbox.
     pub sandbox: Sandbox,
+    /// The contents that are to be filled from images here, by their numbers: what is not among them any more is given up.
+    pub fills: Arc<Mutex<BTreeSet<u64>>>,
     /// The newest answered heartbeat.
     pub grants: watch::Sender<Grants>,
     /// Asks for a heartbeat out of turn.
@@ -131,6 +133,7 @@ impl Agent {
             links: Mutex::default(),
             settings: watch::Sender::new(None),
             networks: Networks::new(&config).await,
+            fills: Arc::default(),
             grants: watch::Sender::default(),
             heartbeat_now: Notify::new(),
             register_again: Notify::new(),

@@ -34,7 +34,7 @@ mod devices_model;
 mod snapshots;
 
 pub use devices::{target_mib, with_slots};
-pub use snapshots::{name_of as name_of_removal, progress as progress_of};
+pub use snapshots::{content_of, name_of as name_of_removal, progress as progress_of};
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -70,6 +70,8 @@ pub struct Observed {
 pub struct Attaching {
     /// By volume or MAC: why it could not be attached or grown the last time.
     pub failed: BTreeMap<String, Reason>,
+    /// Of these, what is not to be tried again yet.
+    pub resting: BTreeSet<String>,
     /// What a controller was told last.
     pub reported: Option<VmDevices>,
 }
@@ -295,6 +297,11 @@ pub enum Action {
         /// The restore's number.
         restore: u64,
     },
+    /// Fill a volume from its image.
+    Fill {
+        /// Which one.
+        volume: Box<Volume>,
+    },
     /// Remove something from a pool.
     Remove {
         /// What.
@@ -364,6 +371,7 @@ pub fn converge(desired: &HostDesired, observed: &Observed) -> Vec<Action> {
             .filter_map(|wanted| for_wanted(observed, wanted)),
     );
     actions.extend(snapshots::removals(desired, observed));
+    actions.extend(snapshots::fills(desired, observed));
     for stopping in &desired.stopping {
         let here = observed
             .vmms
@@ -553,8 +561,11 @@ fn for_running(observed: &Observed, seen: &Seen, alive: &Alive, wanted: &VmDesir
         Some(Action::TakeSnapshot { .. }) => (None, snapshot),
         ends => (ends, None),
     };
-    for_its_run(observed, seen, alive, wanted)
-        .or(first)
+    let own = for_its_run(observed, seen, alive, wanted).filter(|action| {
+        // The VMM would refuse: a snapshot that nobody wants any more ends first.
+        !matches!(action, Action::StartOutgoing { .. }) || first.is_none()
+    });
+    own.or(first)
         .or_else(|| devices::next(observed, seen, alive, wanted))
         .or(last)
 }

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use drover_proto::v1::{
-    BeginRestoreRequest, CancelSnapshotRequest, Removal, ReportSnapshotRequest, Restore, Snapshot,
-    SnapshotDisk, SnapshotNews, SnapshotProgress, SnapshotStage, TakeSnapshotRequest, VmDesired, VmmInfo,
-    VmmSnapshot,
+    BeginRestoreRequest, CancelSnapshotRequest, Reason, Removal, ReportSnapshotRequest, ReportVolumeRequest,
+    Restore, Snapshot, SnapshotDisk, SnapshotNews, SnapshotProgress, SnapshotStage, TakeSnapshotRequest,
+    VmDesired, VmmInfo, VmmSnapshot, Volume, VolumeNews,
 };
 use drover_proto::{Code, Fault};
 use tokio::time::{Instant, sleep_until};
@@ -231,6 +231,79 @@ pub async fn remove(context: &Context, removal: &Removal) -> Result<(), Fault> {
         ..ReportSnapshotRequest::default()
     };
     self::report(context, report, REPORT_ATTEMPT).await
+}
+
+/// Fills a volume from its image, and reports it filled, or why it never will be. What is no longer wanted meanwhile is given up.
+pub async fn fill(context: &Context, volume: &Volume) -> Result<(), Fault> {
+    pause_point("agent.before_fill").await;
+    let filled = fill_and_tell(context, volume).await;
+    let (news, reason) = match filled {
+        Ok(()) => (VolumeNews::Filled, None),
+        Err(fault) if fault.code == Code::VmStopped => return Ok(()),
+        Err(fault) => {
+            tracing::warn!(volume = volume.name, image = volume.image, "not filled: {fault}");
+            (VolumeNews::Failed, Some(fault.into()))
+        }
+    };
+    pause_point("agent.after_fill").await;
+    report_volume(context, volume, news, None, reason, REPORT_ATTEMPT).await
+}
+
+async fn fill_and_tell(context: &Context, volume: &Volume) -> Result<(), Fault> {
+    let pool = pool(context, &volume.pool)?;
+    let image = context.config.images_dir.join(&volume.image);
+    tracing::info!(volume = volume.name, image = volume.image, "is filled");
+    let done = Arc::new(AtomicU64::new(0));
+    let (wanted, host) = (context.fills.clone(), context.config.name.clone());
+    let (order, done_there) = (volume.clone(), done.clone());
+    let filled = blocking(move || {
+        let goes_on = |bytes| {
+            done_there.store(bytes, Ordering::Relaxed);
+            let wanted = wanted.lock().expect("nobody panics with it");
+            wanted.contains(&order.content)
+        };
+        volumes::fill(&pool, &order, &image, &host, &goes_on)
+    });
+    let telling = async {
+        loop {
+            let progress = SnapshotProgress {
+                bytes_done: done.load(Ordering::Relaxed),
+                bytes_total: volume.size_bytes,
+            };
+            let next = Instant::now() + PROGRESS_PERIOD;
+            // Lost progress is followed by newer progress.
+            let (news, progress) = (VolumeNews::Progress, Some(progress));
+            let _ = report_volume(context, volume, news, progress, None, PROGRESS_ATTEMPT).await;
+            sleep_until(next).await;
+        }
+    };
+    tokio::select! {
+        filled = filled => filled,
+        () = telling => Ok(()),
+    }
+}
+
+async fn report_volume(
+    context: &Context,
+    volume: &Volume,
+    news: VolumeNews,
+    progress: Option<SnapshotProgress>,
+    reason: Option<Reason>,
+    attempt: Duration,
+) -> Result<(), Fault> {
+    let request = ReportVolumeRequest {
+        host: context.config.name.clone(),
+        volume: volume.name.clone(),
+        content: volume.content,
+        news: news.into(),
+        progress,
+        reason,
+    };
+    let call = context.controllers.call("report", attempt, |mut client| {
+        let request = request.clone();
+        async move { client.report_volume(request).await }
+    });
+    call.await.map(drop)
 }
 
 /// Puts the content of every disk that the VM may write to in place, as the snapshot has it. What is there already stays; nothing is written

@@ -27,7 +27,7 @@ use tonic::{Response, Status};
 
 use crate::agent::Context;
 use crate::converge::{
-    Action, Alive, Attaching, Detach, Life, Observed, Piece, Seen, converge, name_of_removal,
+    Action, Alive, Attaching, Detach, Life, Observed, Piece, Seen, content_of, converge, name_of_removal,
 };
 use crate::host::process::{self, Abandoned};
 use crate::key::Key;
@@ -39,6 +39,10 @@ use crate::vmm::{self, Link, News, VMM_CALL_MAX};
 
 /// Between two attempts of an action.
 const RETRY: Duration = Duration::from_millis(200);
+/// Between two attempts to attach or grow what cannot be; twice as long each time.
+const REST_MIN: Duration = Duration::from_millis(200);
+/// See [`REST_MIN`].
+const REST_MAX: Duration = Duration::from_secs(5);
 /// Where the target of an upgrade listens, in its folder.
 const HANDOVER_SOCKET: &str = "handover.sock";
 /// A VMM that was told to end and lives on is killed after this.
@@ -60,6 +64,8 @@ pub enum Event {
         /// What.
         news: News,
     },
+    /// What could not be attached to this VMM may be tried again.
+    Rested(Key, String),
     /// An action came to its end.
     Done {
         /// Whose turn it was.
@@ -106,6 +112,8 @@ struct Known {
     commit_taken: bool,
     end_reported: bool,
     attaching: Attaching,
+    /// By volume or MAC: how long it rested the last time.
+    rested: BTreeMap<String, Duration>,
     snapshot_taken: Option<String>,
     snapshot_told: Option<String>,
     destroying_since: Option<Instant>,
@@ -197,6 +205,7 @@ impl Supervisor {
             commit_taken: false,
             end_reported: false,
             attaching: Attaching::default(),
+            rested: BTreeMap::new(),
             snapshot_taken: None,
             snapshot_told: None,
             destroying_since: None,
@@ -239,6 +248,8 @@ impl Supervisor {
                     "desired state"
                 );
                 self.context.networks.told(&desired.peers);
+                let fills = desired.fills.iter().map(|volume| volume.content).collect();
+                *self.context.fills.lock().expect("nobody panics with it") = fills;
                 self.desired = Some((desired, received_ns));
                 self.told.clear();
             }
@@ -255,6 +266,11 @@ impl Supervisor {
                     News::Gone(reason, lock) => {
                         (known.gone, known._lock) = (Some(reason), lock);
                     }
+                }
+            }
+            Event::Rested(key, name) => {
+                if let Some(known) = self.vmms.get_mut(&key) {
+                    known.attaching.resting.remove(&name);
                 }
             }
             Event::Done {
@@ -288,13 +304,12 @@ impl Supervisor {
             }
             Effect::CommitTaken(key) => known(&mut self.vmms, &key, &|known| known.commit_taken = true),
             Effect::EndReported(key) => known(&mut self.vmms, &key, &|known| known.end_reported = true),
-            Effect::Attached(key, name, failed) => known(&mut self.vmms, &key, &|known| {
-                let reasons = &mut known.attaching.failed;
-                match &failed {
-                    Some(reason) => reasons.insert(name.clone(), reason.clone()),
-                    None => reasons.remove(&name),
-                };
+            Effect::Attached(key, name, None) => known(&mut self.vmms, &key, &|known| {
+                known.attaching.failed.remove(&name);
+                known.attaching.resting.remove(&name);
+                known.rested.remove(&name);
             }),
+            Effect::Attached(key, name, Some(reason)) => self.let_rest(key, name, reason),
             Effect::DevicesReported(key, devices) => known(&mut self.vmms, &key, &|known| {
                 known.attaching.reported = Some(devices.clone());
             }),
@@ -315,6 +330,24 @@ impl Supervisor {
                 }
             }
         }
+    }
+
+    /// What cannot be attached is tried more and more seldom: an attempt may make a NIC's TAP and rewrite its host's rules.
+    fn let_rest(&mut self, key: Key, name: String, reason: Reason) {
+        let Some(known) = self.vmms.get_mut(&key) else {
+            return;
+        };
+        known.attaching.failed.insert(name.clone(), reason);
+        known.attaching.resting.insert(name.clone());
+        let last = known.rested.get(&name).copied();
+        let rest = last.map_or(REST_MIN, |last| (last * 2).min(REST_MAX));
+        known.rested.insert(name.clone(), rest);
+        let events = self.events.clone();
+        self.tasks.spawn(async move {
+            sleep(rest).await;
+            // Only a supervisor that has ended does not listen.
+            let _ = events.send(Event::Rested(key, name)).await;
+        });
     }
 
     fn observed(&self) -> Observed {
@@ -413,7 +446,7 @@ impl Supervisor {
                     | Action::Abort { .. }
                     | Action::Outcome { .. }
                     | Action::CancelSnapshot { .. }
-            ) || matches!(&effect, Some(Effect::Attached(_, _, Some(_))));
+            );
             if effect.is_none() || again {
                 sleep(RETRY).await;
             }
@@ -497,7 +530,11 @@ fn key_of(action: &Action) -> Option<&Key> {
         | Action::ReportSnapshot { key, .. }
         | Action::BeginRestore { key, .. }
         | Action::Forget { key } => Some(key),
-        Action::ReportGone { .. } | Action::Abort { .. } | Action::Remove { .. } | Action::Confirm => None,
+        Action::ReportGone { .. }
+        | Action::Abort { .. }
+        | Action::Fill { .. }
+        | Action::Remove { .. }
+        | Action::Confirm => None,
     }
 }
 
@@ -506,7 +543,9 @@ fn slot_of(action: &Action) -> String {
     match action {
         Action::ReportGone { vm, epoch, .. } => format!("gone {vm} {epoch}"),
         Action::Abort { migration, .. } => format!("abort {migration}"),
-        Action::Remove { removal } => format!("remove {}", name_of_removal(removal)),
+        Action::Remove { removal } => format!("content {}", name_of_removal(removal)),
+        // One after the other: what is removed is not put there again by who was about to.
+        Action::Fill { volume } => format!("content {}", name_of_removal(&content_of(volume))),
         // Paced by itself, so that the report of the end does not wait for its turn.
         Action::Destroy { key, .. } => format!("destroy {key}"),
         Action::Outcome { key, .. } => format!("outcome {key}"),
@@ -663,6 +702,10 @@ async fn carry_out(
         (Action::Remove { removal }, _) => {
             snapshots::remove(context, &removal).await?;
             Ok(Effect::Told(name_of_removal(&removal), 0))
+        }
+        (Action::Fill { volume }, _) => {
+            snapshots::fill(context, &volume).await?;
+            Ok(Effect::Told(name_of_removal(&content_of(&volume)), 0))
         }
         (Action::ReportEnd { key, state, reason }, Some(link)) => {
             let _turn = link.reporting.lock().await;

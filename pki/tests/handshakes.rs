@@ -75,6 +75,12 @@ impl Fleet for WhoAreYou {
     ) -> Result<Response<BeginRestoreResponse>, Status> {
         Err(Status::unimplemented(""))
     }
+    async fn report_volume(
+        &self,
+        _: Request<ReportVolumeRequest>,
+    ) -> Result<Response<ReportVolumeResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
 }
 
 fn party(ca: &ClusterCa, role: Role, name: &str) -> (TempDir, Credentials) {

@@ -167,6 +167,10 @@ codes! {
     RestoreActive = "restore_active", FailedPrecondition;
     /// A volume that the VM only reads, which its snapshots do not hold, was written to since.
     VolumeChanged = "volume_changed", FailedPrecondition;
+    /// The volume is still being filled from its image, or could not be.
+    VolumeNotReady = "volume_not_ready", FailedPrecondition;
+    /// An image is no content of a disk, or cannot be read.
+    ImageUnusable = "image_unusable", FailedPrecondition;
     /// A snapshot of the VM is under way.
     SnapshotActive = "snapshot_active", FailedPrecondition;
     /// A snapshot cannot be taken on this host: its kernel lacks what it takes to write memory behind a running guest.

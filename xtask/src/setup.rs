@@ -13,10 +13,11 @@ use crate::tool::{ask, command, show, succeeds};
 const TO_BUILD: [&str; 5] = ["gcc", "libc6-dev", "librocksdb-dev", "libclang-dev", "clang"];
 
 /// Without these some tests are skipped.
-const TO_TEST: [&str; 6] = [
+const TO_TEST: [&str; 7] = [
     "iproute2",
     "nftables",
     "qemu-system-x86",
+    "qemu-utils",
     "busybox-static",
     "cpio",
     "ca-certificates",

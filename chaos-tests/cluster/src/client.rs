@@ -186,6 +186,19 @@ impl Client {
             size_bytes,
             ..Volume::default()
         };
+        self.create(volume)
+    }
+
+    /// Creates a volume of an image, as large as that, in the pool `default`.
+    pub fn create_volume_of(&self, name: &str, image: &str) -> Result<Volume, Fault> {
+        self.create(Volume {
+            name: name.to_owned(),
+            image: image.to_owned(),
+            ..Volume::default()
+        })
+    }
+
+    fn create(&self, volume: Volume) -> Result<Volume, Fault> {
         let request = CreateVolumeRequest {
             request_id: request_id(),
             volume: Some(volume),
@@ -339,11 +352,24 @@ impl Client {
             .map(|answer| answer.volumes)
     }
 
-    /// Deletes a volume.
-    pub fn delete_volume(&self, name: &str) -> Result<Volume, Fault> {
+    /// The volume, once it satisfies `fits`.
+    pub fn await_volume(&self, name: &str, what: &str, fits: impl Fn(&Volume) -> bool) -> Volume {
+        await_some(&format!("volume {name} to be {what}"), || {
+            let volumes = self.volumes().map_err(|fault| fault.to_string())?;
+            let found = volumes.into_iter().find(|volume| volume.name == name);
+            match found {
+                Some(volume) if fits(&volume) => Ok(volume),
+                other => Err(format!("{other:?}")),
+            }
+        })
+    }
+
+    /// Deletes a volume, with what it holds or without.
+    pub fn delete_volume(&self, name: &str, keep_content: bool) -> Result<Volume, Fault> {
         let request = DeleteVolumeRequest {
             request_id: request_id(),
             name: name.to_owned(),
+            keep_content,
         };
         self.call(|mut client| {
             let request = request.clone();

@@ -621,6 +621,11 @@ impl Cluster {
         self.root.path().join(POOL).join(volume).join("data.raw")
     }
 
+    /// The folder of all agents' images.
+    pub fn images(&self) -> PathBuf {
+        self.root.path().join("images")
+    }
+
     /// A folder for a test's own files.
     pub fn scratch(&self) -> &Path {
         self.root.path()

@@ -70,6 +70,11 @@ pub const BEFORE_NAMING: &str = "agent.before_naming";
 /// See [`BEFORE_NAMING`].
 pub const AFTER_NAMING: &str = "agent.after_naming";
 
+/// The agent's points before it fills a volume from its image, and between that and the report of it.
+pub const BEFORE_FILL: &str = "agent.before_fill";
+/// See [`BEFORE_FILL`].
+pub const AFTER_FILL: &str = "agent.after_fill";
+
 /// The agent's point between the copy of a restored VM's disks and the start of its VMM.
 pub const AFTER_RESTORE_COPY: &str = "agent.after_restore_copy";
 

@@ -355,8 +355,11 @@ impl Controller for Api {
     async fn list_volumes(&self, request: Request<ListVolumesRequest>) -> Answer<ListVolumesResponse> {
         let stale = request.get_ref().allow_stale;
         self.read("/drover.v1.Controller/ListVolumes", request, stale, |api, _| {
-            let volumes = api.consensus.read(State::volumes_with_users);
-            Ok(ListVolumesResponse { volumes })
+            let volumes = api.consensus.read(State::volumes_with_users).into_iter();
+            let volumes = volumes.map(|volume| api.memory.snapshots.merge_volume(volume));
+            Ok(ListVolumesResponse {
+                volumes: volumes.collect(),
+            })
         })
         .await
     }
@@ -367,7 +370,10 @@ impl Controller for Api {
             "/drover.v1.Controller/DeleteVolume",
             request,
             |_, message| {
-                let delete = DeleteVolume { name: message.name };
+                let delete = DeleteVolume {
+                    name: message.name,
+                    keep_content: message.keep_content,
+                };
                 (message.request_id, Kind::DeleteVolume(delete))
             },
             |_, response| response.volume,

@@ -12,7 +12,8 @@ use drover_proto::v1::{
     BeginRestoreResponse, CommitHandoverRequest, CommitHandoverResponse, FinishMigration, HeartbeatRequest,
     HeartbeatResponse, HostDesired, HostState, HostUp, Migration, MigrationPhase, RegisterHostRequest,
     RegisterHostResponse, ReportMigrationRequest, ReportMigrationResponse, ReportSnapshotRequest,
-    ReportSnapshotResponse, ReportVmRequest, ReportVmResponse, VmRef, WatchDesiredRequest,
+    ReportSnapshotResponse, ReportVmRequest, ReportVmResponse, ReportVolumeRequest, ReportVolumeResponse,
+    VmRef, WatchDesiredRequest,
 };
 use drover_proto::{Code, Fault};
 use prost::Message;
@@ -125,6 +126,12 @@ impl Fleet for Api {
     async fn begin_restore(&self, request: Request<BeginRestoreRequest>) -> Answer<BeginRestoreResponse> {
         let path = "/drover.v1.Fleet/BeginRestore";
         self.agent_call(path, request, Duration::ZERO, snapshots::begin)
+            .await
+    }
+
+    async fn report_volume(&self, request: Request<ReportVolumeRequest>) -> Answer<ReportVolumeResponse> {
+        let path = "/drover.v1.Fleet/ReportVolume";
+        self.agent_call(path, request, Duration::ZERO, snapshots::report_volume)
             .await
     }
 }

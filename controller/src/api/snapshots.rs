@@ -1,4 +1,4 @@
-//! Snapshots as clients see them, and how far each is: that is in the leader's memory only, as of migrations. A new leader knows nothing until the
+//! Snapshots as clients see them, and how far each is, each restore and each volume that is filled from an image: that is in the leader's memory only, as of migrations. A new leader knows nothing until the
 //! next report, a fraction of a second later.
 
 use std::collections::BTreeMap;
@@ -7,8 +7,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::{
     BeginRestoreRequest, BeginRestoreResponse, GetSnapshotRequest, ListSnapshotsRequest,
-    ListSnapshotsResponse, ReportSnapshotRequest, ReportSnapshotResponse, Snapshot, SnapshotNews,
-    SnapshotPhase, SnapshotProgress, Vm, VmState,
+    ListSnapshotsResponse, ReportSnapshotRequest, ReportSnapshotResponse, ReportVolumeRequest,
+    ReportVolumeResponse, Snapshot, SnapshotNews, SnapshotPhase, SnapshotProgress, Vm, VmState, Volume,
+    VolumeNews,
 };
 use drover_proto::{Code, Fault};
 use drover_state::snapshot_without_secrets;
@@ -19,10 +20,10 @@ use super::on_leader::Call;
 /// Entries kept: more are never under way at once on the hosts of a cluster. Beyond it all are forgotten, and reported again.
 const ENTRIES_MAX: usize = 4_096;
 
-/// What is under way: a snapshot by its id, a restore by its number.
+/// What is under way: a snapshot by its id, a restore by its number, a volume that is filled by its content's, which no restore has.
 type Entry = (String, u64);
 
-/// How far snapshots and restores are.
+/// How far snapshots, restores and volumes are.
 #[derive(Debug, Default)]
 pub struct SnapshotTable {
     entries: Mutex<BTreeMap<Entry, SnapshotProgress>>,
@@ -58,6 +59,14 @@ impl SnapshotTable {
             restore.progress = self.lock().get(&(String::new(), restore.number)).copied();
         }
         vm
+    }
+
+    /// The volume with how far it is, while it is being filled.
+    pub(crate) fn merge_volume(&self, volume: Volume) -> Volume {
+        let entry = (String::new(), volume.content);
+        let waits = volume.filling && volume.reason.is_none();
+        let progress = self.lock().get(&entry).copied().filter(|_| waits);
+        Volume { progress, ..volume }
     }
 }
 
@@ -126,6 +135,39 @@ pub(super) async fn report(
                 current: response.current,
             })
         }
+    }
+}
+
+/// An agent's news of a volume that it fills. As of a snapshot.
+pub(super) async fn report_volume(
+    call: Call,
+    request: ReportVolumeRequest,
+) -> Result<ReportVolumeResponse, Fault> {
+    call.caller.speaks_for(&request.host)?;
+    let volume = call.api.consensus.read(|state| {
+        let volume = state.volume(&request.volume);
+        volume.filter(|volume| volume.content == request.content).cloned()
+    });
+    let waits = |volume: &Volume| volume.filling && volume.reason.is_none();
+    let current = volume.as_ref().is_some_and(waits);
+    match request.news() {
+        VolumeNews::Unspecified => {
+            let message = "news is unspecified; PROGRESS, FILLED and FAILED are reported";
+            Err(Fault::new(Code::InvalidArgument, message).field("news"))
+        }
+        VolumeNews::Progress if current => {
+            let progress = request.progress.unwrap_or_default();
+            let entry = (String::new(), request.content);
+            call.api.memory.snapshots.note(entry, progress);
+            Ok(ReportVolumeResponse { current })
+        }
+        VolumeNews::Filled | VolumeNews::Failed if current => {
+            let response = call.propose("", Kind::ReportVolume(request)).await?;
+            Ok(ReportVolumeResponse {
+                current: response.current,
+            })
+        }
+        _ => Ok(ReportVolumeResponse { current }),
     }
 }
 

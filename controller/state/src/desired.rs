@@ -85,6 +85,7 @@ pub fn desired(state: &State, host: &str) -> HostDesired {
         vms,
         stopping,
         removals: state.removals_of(host),
+        fills: state.fills_of(host),
     };
     desired.revision = digest(&desired.encode_to_vec()).max(1);
     desired

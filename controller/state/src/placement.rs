@@ -299,7 +299,7 @@ fn image<'a>(host: &'a Host, name: &str, kernel: bool) -> Result<&'a Image, Faul
             format!("has an invalid image {}: {}", quoted(name), image.problem),
         ));
     }
-    if kernel && image.kind == "initrd" {
+    if kernel && ["initrd", "disk", "qcow2"].contains(&image.kind.as_str()) {
         return Err(Fault::new(
             Code::ImageInvalid,
             format!(

@@ -181,11 +181,18 @@ pub(crate) fn volume(asked: Option<&Volume>) -> Result<Volume, Fault> {
         asked.pool
     };
     name("volume.pool", &pool)?;
-    volume_bytes("volume.size_bytes", asked.size_bytes)?;
+    if !asked.image.is_empty() {
+        image_name("volume.image", &asked.image)?;
+    }
+    // Of an image it can be left out: it is the image's then.
+    if asked.image.is_empty() || asked.size_bytes > 0 {
+        volume_bytes("volume.size_bytes", asked.size_bytes)?;
+    }
     Ok(Volume {
         name: asked.name,
         pool,
         size_bytes: asked.size_bytes,
+        image: asked.image,
         ..Volume::default()
     })
 }

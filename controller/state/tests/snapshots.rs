@@ -432,6 +432,8 @@ fn a_volume_that_was_made_anew_is_not_restored_into() {
     }));
     c.ok(delete_volume("data"));
     c.now_ms += 1;
+    assert_eq!(c.refused(create_volume("data", "", 8 * MIB)), Code::VolumeInUse);
+    c.ok(content_removed("data", 0));
     c.ok(create_volume("data", "", 8 * MIB));
     assert_eq!(c.refused(restore("vm1", "s1", "")), Code::VolumeChanged);
     // Whoever had it before never has a later turn at its file than whoever gets it now.

@@ -6,7 +6,9 @@ mod common;
 
 use common::*;
 use drover_proto::v1::command::Kind;
-use drover_proto::v1::{HostSpec, PlanMigration, VmState};
+use drover_proto::v1::{
+    DeleteVolume, HostSpec, Image, PlanMigration, ReportVolumeRequest, ResizeVolume, VmState, VolumeNews,
+};
 use drover_proto::{Code, Fault};
 use drover_state::placement::{self, Purpose};
 use drover_state::preflight::preflight;
@@ -106,6 +108,168 @@ fn a_volume_that_is_written_to_belongs_to_one_vm() {
     c.ok(delete("vm3"));
     c.ok(delete_volume("data"));
     assert_eq!(c.state.volumes_with_users().len(), 0);
+}
+
+#[test]
+fn what_a_deleted_volume_held_is_removed_by_one_host_that_reaches_it_unless_it_is_to_be_kept() {
+    let removals = |c: &Cluster, host: &str| desired(&c.state, host).removals;
+    let mut c = cluster();
+    c.ok(create_volume("kept", "", MIB));
+    c.ok(Kind::DeleteVolume(DeleteVolume {
+        name: "kept".into(),
+        keep_content: true,
+    }));
+    assert_eq!(removals(&c, "host1"), []);
+    c.ok(create_volume("kept", "", MIB));
+
+    c.ok(delete_volume("data"));
+    let ordered = removals(&c, "host1");
+    assert_eq!((ordered.len(), ordered[0].volume.as_str()), (1, "data"));
+    assert_eq!((removals(&c, "host2").len(), removals(&c, "host3").len()), (0, 0));
+    c.ok(host_down("host1"));
+    assert_eq!(removals(&c, "host2"), ordered);
+    // One of its name would lose its file.
+    let (code, field) = refusal(&mut c, create_volume("data", "", MIB));
+    assert_eq!((code, field.as_str()), (Code::VolumeInUse, "volume.name"));
+    c.ok(content_removed("data", 0));
+    assert_eq!(removals(&c, "host2"), []);
+    c.ok(create_volume("data", "", MIB));
+}
+
+fn image(name: &str, blake3: &str, disk_bytes: u64) -> Image {
+    Image {
+        name: name.into(),
+        kind: "qcow2".into(),
+        blake3: blake3.into(),
+        disk_bytes,
+        ..Image::default()
+    }
+}
+
+fn has_images(c: &mut Cluster, host: &str, images: &[Image]) {
+    let spec = c.state.host(host).unwrap().spec.clone().unwrap();
+    c.ok(Kind::RegisterHost(HostSpec {
+        images: images.to_vec(),
+        ..spec
+    }));
+}
+
+fn create_of(name: &str, image: &str, size_bytes: u64) -> Kind {
+    let Kind::CreateVolume(mut create) = create_volume(name, "", size_bytes) else {
+        unreachable!()
+    };
+    create.volume.as_mut().unwrap().image = image.into();
+    Kind::CreateVolume(create)
+}
+
+fn news(name: &str, content: u64, news: VolumeNews) -> Kind {
+    Kind::ReportVolume(ReportVolumeRequest {
+        host: "host1".into(),
+        volume: name.into(),
+        content,
+        news: news.into(),
+        reason: Some(Fault::new(Code::DiskUnusable, "no room").into()),
+        ..ReportVolumeRequest::default()
+    })
+}
+
+#[test]
+fn a_volume_of_an_image_is_nobodys_until_a_host_has_filled_it() {
+    let mut c = cluster();
+    let debian = [image("debian", "d1", 3 * MIB - 512)];
+    for host in ["host1", "host2", "host3"] {
+        has_images(&mut c, host, &debian);
+    }
+    let made = c.ok(create_of("root", "debian", 0)).volume.unwrap();
+    assert_eq!((made.size_bytes, made.image_blake3.as_str()), (3 * MIB, "d1"));
+    assert!(made.filling && made.content > 0);
+    let fills = |c: &Cluster, host: &str| desired(&c.state, host).fills;
+    assert_eq!(fills(&c, "host1"), std::slice::from_ref(&made));
+    assert_eq!((fills(&c, "host2").len(), fills(&c, "host3").len()), (0, 0));
+    let not_ready = |c: &mut Cluster| {
+        let had = refusal(c, create_with_disks("vm1", &["root"]));
+        assert_eq!(had, (Code::VolumeNotReady, "spec.disks.volume".to_owned()));
+        let grown = ResizeVolume {
+            name: "root".into(),
+            size_bytes: 4 * MIB,
+        };
+        assert_eq!(refusal(c, Kind::ResizeVolume(grown)).0, Code::VolumeNotReady);
+    };
+    not_ready(&mut c);
+    // It is another host's to fill where the first is down or has another image by now, and nobody's where none has it.
+    has_images(&mut c, "host1", &[image("debian", "d2", 3 * MIB)]);
+    assert_eq!(fills(&c, "host1").len(), 0);
+    assert_eq!(fills(&c, "host2").len(), 1);
+    c.ok(host_down("host2"));
+    assert_eq!((fills(&c, "host1").len(), fills(&c, "host2").len()), (0, 0));
+    assert_eq!(State::decode(&c.state.encode()).unwrap(), c.state);
+
+    let stale = c.ok(news("root", made.content + 1, VolumeNews::Filled));
+    assert!(!stale.current, "of another content");
+    not_ready(&mut c);
+    assert!(c.ok(news("root", made.content, VolumeNews::Filled)).current);
+    c.ok(create_with_disks("vm1", &["root"]));
+    assert!(
+        !c.ok(news("root", made.content, VolumeNews::Failed)).current,
+        "it is filled"
+    );
+    assert!(!c.state.volume("root").unwrap().filling);
+}
+
+#[test]
+fn a_volume_that_could_not_be_filled_says_why_until_it_is_deleted_and_what_there_is_of_it_goes() {
+    let mut c = cluster();
+    has_images(&mut c, "host1", &[image("debian", "d1", MIB)]);
+    let made = c.ok(create_of("root", "debian", 2 * MIB)).volume.unwrap();
+    c.ok(news("root", made.content, VolumeNews::Failed));
+    assert_eq!(desired(&c.state, "host1").fills, []);
+    let said = fault(&mut c, create_with_disks("vm1", &["root"]));
+    assert_eq!(said.code, Code::VolumeNotReady);
+    assert!(
+        said.message.contains("no room") && said.message.contains("delete"),
+        "{said}"
+    );
+    c.ok(Kind::DeleteVolume(DeleteVolume {
+        name: "root".into(),
+        keep_content: true,
+    }));
+    let removals = desired(&c.state, "host1").removals;
+    assert_eq!((removals.len(), removals[0].content), (1, made.content));
+}
+
+#[test]
+fn an_image_that_no_volume_can_be_made_of_is_refused_by_field() {
+    let mut c = cluster();
+    has_images(
+        &mut c,
+        "host1",
+        &[image("debian", "d1", 2 * MIB), image("other", "o1", MIB)],
+    );
+    has_images(
+        &mut c,
+        "host2",
+        &[image("other", "o2", MIB), image("kernel", "k", 0)],
+    );
+    has_images(&mut c, "host3", &[image("alone", "a", MIB)]);
+    let image = "volume.image";
+    for (kind, wanted) in [
+        (create_of("d", "../debian", 0), (Code::InvalidArgument, image)),
+        (create_of("d", "none", 0), (Code::ImageNotFound, image)),
+        (create_of("d", "alone", 0), (Code::ImageNotFound, image)),
+        (create_of("d", "kernel", 0), (Code::ImageUnusable, image)),
+        (create_of("d", "other", 0), (Code::ImageUnusable, image)),
+        (
+            create_of("d", "debian", MIB),
+            (Code::InvalidArgument, "volume.size_bytes"),
+        ),
+        (
+            create_of("d", "debian", MIB + 1),
+            (Code::InvalidArgument, "volume.size_bytes"),
+        ),
+    ] {
+        let (code, field) = refusal(&mut c, kind);
+        assert_eq!((code, field.as_str()), wanted);
+    }
 }
 
 #[test]

@@ -1,25 +1,36 @@
 //! `ctl volume create|resize|list|delete`.
 
-use drover_proto::v1;
+use drover_proto::{Code, v1};
 
-use super::Session;
+use super::bar::Bar;
+use super::{POLL, Session};
 use crate::args::VolumeCommand;
-use crate::failure::Result;
+use crate::failure::{Exit, Failure, Result};
 use crate::view::VolumeView;
 
 /// `ctl volume …`
 pub async fn run(session: &Session, command: &VolumeCommand) -> Result<()> {
     match command {
-        VolumeCommand::Create { name, size, pool } => {
+        VolumeCommand::Create {
+            name,
+            size,
+            image,
+            pool,
+            no_wait,
+        } => {
             let volume = v1::Volume {
                 name: name.clone(),
                 pool: pool.clone(),
-                size_bytes: size.saturating_mul(1 << 20),
+                size_bytes: size.unwrap_or(0).saturating_mul(1 << 20),
+                image: image.clone().unwrap_or_default(),
                 ..v1::Volume::default()
             };
-            let view = VolumeView::from(session.client.create_volume(volume).await?);
-            let sentence = format!("{} is created: {} in pool {}", view.name, view.size(), view.pool);
-            session.out.done(&view, &sentence)
+            let created = VolumeView::from(session.client.create_volume(volume).await?);
+            let view = match no_wait {
+                true => created,
+                false => filled(session, created).await?,
+            };
+            session.out.done(&view, &view.sentence())
         }
         VolumeCommand::Resize { volume, size } => {
             let bytes = size.saturating_mul(1 << 20);
@@ -32,15 +43,50 @@ pub async fn run(session: &Session, command: &VolumeCommand) -> Result<()> {
             let views: Vec<_> = volumes.into_iter().map(VolumeView::from).collect();
             session.out.list(&views)
         }
-        VolumeCommand::Delete { volume } => {
-            let view = VolumeView::from(session.client.delete_volume(volume).await?);
-            let sentence = format!(
-                "{} is deleted; its file {}, if it was ever used, stays in pool {}",
-                view.name,
-                view.file(),
-                view.pool
-            );
+        VolumeCommand::Delete { volume, keep_content } => {
+            let view = VolumeView::from(session.client.delete_volume(volume, *keep_content).await?);
+            let VolumeView { name, pool, .. } = &view;
+            let sentence = match keep_content {
+                true => format!(
+                    "{name} is deleted; its file {}, if it was ever used, stays in pool {pool}",
+                    view.file()
+                ),
+                false => format!("{name} is deleted; a host that has pool {pool} removes what it held"),
+            };
             session.out.done(&view, &sentence)
         }
+    }
+}
+
+/// Waits until the volume holds what its image does. Ctrl-C ends that, and deletes it.
+async fn filled(session: &Session, created: VolumeView) -> Result<VolumeView> {
+    let name = created.name.clone();
+    let mut bar = Bar::new(session.out, &name);
+    let poll = async {
+        let mut view = created;
+        while view.state == "filling" {
+            bar.show(&format!("{name} filling"), view.progress);
+            tokio::time::sleep(POLL).await;
+            let volumes = session.client.volumes().await?;
+            let found = volumes.into_iter().find(|volume| volume.name == name);
+            view = found.map(VolumeView::from).ok_or_else(|| {
+                let message = format!("{name} was deleted meanwhile");
+                Failure::new(Exit::Refused, Code::VolumeNotFound.as_str(), message)
+            })?;
+        }
+        Ok(view)
+    };
+    let ended = tokio::select! {
+        ended = poll => ended,
+        _ = tokio::signal::ctrl_c() => {
+            session.client.delete_volume(&name, false).await?;
+            Err(Failure::interrupted(format!("{name} was ended, nothing is left of it")))
+        }
+    };
+    bar.finish();
+    let view = ended?;
+    match &view.reason {
+        Some(reason) => Err(Failure::new(Exit::Failed, &reason.code, view.sentence())),
+        None => Ok(view),
     }
 }

@@ -201,10 +201,12 @@ pub struct HostView {
 pub struct HostImageView {
     /// Its name.
     pub name: String,
-    /// `elf-pvh`, `elf-linux`, `bzimage`, `initrd` or `invalid`.
+    /// `elf-pvh`, `elf-linux`, `bzimage`, `disk`, `qcow2`, `initrd` or `invalid`.
     pub kind: String,
     /// Its length.
     pub bytes: u64,
+    /// The size of the disk that it is the content of.
+    pub disk_bytes: Option<u64>,
     /// Its BLAKE3 digest.
     pub blake3: String,
     /// What is wrong with an invalid one.
@@ -260,11 +262,13 @@ impl From<v1::Image> for HostImageView {
             bytes,
             blake3,
             problem,
+            disk_bytes,
         } = image;
         Self {
             name,
             kind,
             bytes,
+            disk_bytes: Some(disk_bytes).filter(|bytes| *bytes > 0),
             blake3,
             problem: some(problem),
         }

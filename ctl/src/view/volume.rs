@@ -3,6 +3,7 @@
 use drover_proto::v1;
 use serde::Serialize;
 
+use super::{BytesView, ReasonView, some};
 use crate::output::Tabular;
 use crate::units;
 
@@ -15,10 +16,18 @@ pub struct VolumeView {
     pub pool: String,
     /// What a guest sees as the disk's size.
     pub size_bytes: u64,
+    /// `ready`; `filling` from its image; `failed`, which it stays.
+    pub state: &'static str,
+    /// Why it failed.
+    pub reason: Option<ReasonView>,
+    /// How far a filling one is, bytes of its size.
+    pub progress: Option<BytesView>,
+    /// The image that it was made of.
+    pub image: Option<String>,
     /// Whether a VM with it has run: its file is there.
     pub used: bool,
-    /// The number of the restore that its content comes from, which names its file.
-    pub restored: Option<u64>,
+    /// The number in its file's name: of an image's content, or a restore's.
+    pub content: Option<u64>,
     /// The VMs that have it.
     pub vms: Vec<String>,
     /// Unix milliseconds.
@@ -37,13 +46,27 @@ impl From<v1::Volume> for VolumeView {
             initial_bytes: _,
             content,
             writers: _,
+            image,
+            image_blake3: _,
+            filling,
+            reason,
+            progress,
         } = volume;
+        let state = match (filling, &reason) {
+            (false, _) => "ready",
+            (true, None) => "filling",
+            (true, Some(_)) => "failed",
+        };
         Self {
             name,
             pool,
             size_bytes,
+            state,
+            reason: ReasonView::of(reason),
+            progress: progress.map(BytesView::from),
+            image: some(image),
             used,
-            restored: Some(content).filter(|content| *content > 0),
+            content: Some(content).filter(|content| *content > 0),
             vms,
             created_ms,
         }
@@ -53,9 +76,27 @@ impl From<v1::Volume> for VolumeView {
 impl VolumeView {
     /// Its file, within the pool's folder.
     pub fn file(&self) -> String {
-        match self.restored {
+        match self.content {
             Some(number) => format!("{}/data-{number}.raw", self.name),
             None => format!("{}/data.raw", self.name),
+        }
+    }
+
+    /// What was created, in a sentence.
+    pub fn sentence(&self) -> String {
+        let Self {
+            name, pool, state, ..
+        } = self;
+        let size = self.size();
+        let of = self
+            .image
+            .as_ref()
+            .map(|image| format!(", of image {image}"))
+            .unwrap_or_default();
+        match (*state, &self.reason) {
+            ("ready", _) => format!("{name} is created: {size} in pool {pool}{of}"),
+            (_, Some(reason)) => format!("{name} could not be filled{of}: {}", reason.message),
+            _ => format!("{name} is being filled: {size} in pool {pool}{of}"),
         }
     }
 
@@ -66,7 +107,7 @@ impl VolumeView {
 }
 
 impl Tabular for VolumeView {
-    const HEAD: &'static [&'static str] = &["NAME", "POOL", "SIZE", "VMS", "CREATED"];
+    const HEAD: &'static [&'static str] = &["NAME", "POOL", "SIZE", "STATE", "VMS", "CREATED"];
 
     fn id(&self) -> &str {
         &self.name
@@ -82,6 +123,7 @@ impl Tabular for VolumeView {
             self.name.clone(),
             self.pool.clone(),
             self.size(),
+            self.state.to_owned(),
             vms,
             units::instant(self.created_ms),
         ]

@@ -31,6 +31,10 @@ pub struct State {
     pub networks: Vec<v1::Network>,
     /// Volumes.
     pub volumes: Vec<v1::Volume>,
+    /// What each listing in turn finds of the newest volume, which is made of an image: its progress and reason. Then it is filled.
+    pub fills: Vec<v1::Volume>,
+    /// Volumes that were deleted without their content.
+    pub kept: Vec<String>,
     /// Snapshots, each with the ones that the next reads show; one that is being deleted is gone with the next read.
     pub snapshots: Vec<(v1::Snapshot, Vec<v1::Snapshot>)>,
     /// What was asked to be restored.
@@ -434,13 +438,22 @@ impl Controller for Service {
     async fn create_volume(&self, request: Request<v1::CreateVolumeRequest>) -> Answer<v1::Volume> {
         let request = request.into_inner();
         let mut state = self.enter("create_volume", &request.request_id)?;
-        let volume = request.volume.unwrap_or_default();
+        let mut volume = request.volume.unwrap_or_default();
+        if !volume.image.is_empty() {
+            (volume.size_bytes, volume.filling) = (2 << 30, true);
+        }
         state.volumes.push(volume.clone());
         answer(state, volume)
     }
 
     async fn list_volumes(&self, _: Request<v1::ListVolumesRequest>) -> Answer<v1::ListVolumesResponse> {
-        let volumes = self.enter("list_volumes", "")?.volumes.clone();
+        let mut state = self.enter("list_volumes", "")?;
+        let next = (!state.fills.is_empty()).then(|| state.fills.remove(0));
+        if let Some(newest) = state.volumes.last_mut().filter(|volume| volume.reason.is_none()) {
+            newest.filling &= next.is_some();
+            newest.reason = next.and_then(|next| next.reason);
+        }
+        let volumes = state.volumes.clone();
         Ok(Response::new(v1::ListVolumesResponse { volumes }))
     }
 
@@ -534,6 +547,9 @@ impl Controller for Service {
         if let Some(vm) = state.volumes[at].vms.first() {
             let message = format!("name is {}, which VM {vm} has", request.name);
             return Err(Fault::new(Code::VolumeInUse, message).field("name").into());
+        }
+        if request.keep_content {
+            state.kept.push(request.name);
         }
         let volume = state.volumes.remove(at);
         answer(state, volume)

@@ -51,18 +51,66 @@ fn volumes_are_listed_with_the_vms_that_have_them() {
 }
 
 #[test]
-fn deleting_a_volume_tells_that_its_file_stays_and_a_refusal_has_its_exit_code() {
+fn a_volume_of_an_image_is_waited_for_and_what_goes_wrong_is_the_commands_failure() {
     let fake = Fake::start();
-    fake.state().volumes = vec![volume("base", &["vm1"]), volume("data", &[])];
+    assert_eq!(
+        fake.run("volume create data").code,
+        Some(2),
+        "neither size nor image"
+    );
+    fake.state().fills = vec![v1::Volume::default(), v1::Volume::default()];
+    let ended = fake.run("volume create root --image debian");
+    assert_eq!(
+        (ended.code, ended.stdout.as_str()),
+        (
+            Some(0),
+            "root is created: 2.0 GiB in pool default, of image debian\n"
+        ),
+        "{ended:?}"
+    );
+    assert_eq!(fake.state().volumes[0].image, "debian");
+    fake.state().fills = vec![v1::Volume {
+        reason: Some(v1::Reason {
+            code: "image_unusable".into(),
+            message: "it is cut short".into(),
+        }),
+        ..v1::Volume::default()
+    }];
+    let ended = fake.run("volume create other --image debian -o json");
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(
+        ended.stderr.contains("image_unusable") && ended.stderr.contains("it is cut short"),
+        "{ended:?}"
+    );
+    let listed = fake.run("volume list -o json").json();
+    assert_eq!(
+        (&listed[0]["state"], &listed[1]["state"]),
+        (&json!("ready"), &json!("failed"))
+    );
+    fake.state().fills = vec![v1::Volume::default(); 9];
+    let ended = fake.run("volume create third --image debian --no-wait -o json");
+    assert_eq!(ended.json()["state"], json!("filling"));
+}
+
+#[test]
+fn deleting_a_volume_tells_what_becomes_of_its_file_and_a_refusal_has_its_exit_code() {
+    let fake = Fake::start();
+    fake.state().volumes = vec![volume("base", &["vm1"]), volume("data", &[]), volume("more", &[])];
     let ended = fake.run("volume delete base -o json");
     assert_eq!(ended.code, Some(4), "{ended:?}");
     assert!(ended.stderr.contains("volume_in_use"), "{ended:?}");
     assert_eq!(fake.run("volume delete none").code, Some(3));
-    let ended = fake.run("volume delete data");
+    let ended = fake.run("volume delete data --keep-content");
     assert!(
         ended.code == Some(0) && ended.stdout.contains("data/data.raw"),
         "{ended:?}"
     );
+    let ended = fake.run("volume delete more");
+    assert!(
+        ended.code == Some(0) && ended.stdout.contains("removes"),
+        "{ended:?}"
+    );
+    assert_eq!(fake.state().kept, ["data"]);
 }
 
 #[test]

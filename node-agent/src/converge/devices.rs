@@ -295,6 +295,9 @@ fn turn(seen: &Seen, has: &VmmDevices, revision: u64, wanted: &Wanted<'_>) -> Op
         // Also where nothing is there: what was sent to attach it must not come after this.
         return (!told || attached).then(|| detach(seen, revision, wanted.name(), here.unwrap_or(&nobody)));
     }
+    if seen.attaching.resting.contains(wanted.name()) {
+        return None;
+    }
     match (here, wanted.what) {
         (None, _) => Some(Action::Attach {
             key,
@@ -396,6 +399,18 @@ mod tests {
         has: VmmDevices,
         change: impl Fn(&mut VmDesired),
     ) -> Option<Action> {
+        step_resting(&[], failed, disks, revision, has, change)
+    }
+
+    /// As `step_after`, where these are not to be tried again yet.
+    fn step_resting(
+        resting: &[&str],
+        failed: &[&str],
+        disks: &[VmDisk],
+        revision: u64,
+        has: VmmDevices,
+        change: impl Fn(&mut VmDesired),
+    ) -> Option<Action> {
         let volume = |disk: &VmDisk| Volume {
             name: disk.volume.clone(),
             size_bytes: MIB,
@@ -435,7 +450,8 @@ mod tests {
                     .iter()
                     .map(|volume| ((*volume).to_owned(), Reason::default()))
                     .collect(),
-                reported: None,
+                resting: resting.iter().map(|volume| (*volume).to_owned()).collect(),
+                ..Attaching::default()
             },
             nics: Vec::new(),
         };
@@ -486,6 +502,24 @@ mod tests {
         assert_eq!(next(&disks, &["a", "b", "c"]), "attach a");
         disks[1].detach_revision = 9;
         assert_eq!(next(&disks, &["a", "b"]), "detach b");
+    }
+
+    #[test]
+    fn what_failed_just_now_is_let_rest_and_then_tried_again_and_can_be_taken_back_meanwhile() {
+        use VmmDeviceState::Attached;
+        let mut disks = [disk("a", 1)];
+        let grown = |wanted: &mut VmDesired| wanted.volumes[0].size_bytes = 2 * MIB;
+        let there = || has(9, &[device("a", 1, Attached)]);
+        assert_eq!(
+            step_resting(&["a"], &["a"], &disks, 9, has(9, &[]), untouched),
+            None
+        );
+        assert_eq!(step_resting(&["a"], &["a"], &disks, 9, there(), grown), None);
+        let again = step_after(&["a"], &disks, 9, there(), grown);
+        assert!(matches!(&again, Some(Action::Resize { .. })), "{again:?}");
+        disks[0].detach_revision = 10;
+        let back = step_resting(&["a"], &["a"], &disks, 10, there(), untouched);
+        assert!(matches!(&back, Some(Action::Detach { .. })), "{back:?}");
     }
 
     #[test]

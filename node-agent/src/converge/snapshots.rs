@@ -13,7 +13,7 @@
 
 use drover_proto::v1::{
     HostDesired, Removal, ReportSnapshotRequest, SnapshotNews, SnapshotProgress, SnapshotStage, VmDesired,
-    VmmSnapshot, VmmState,
+    VmmSnapshot, VmmState, Volume,
 };
 use drover_proto::{Code, Fault};
 
@@ -132,9 +132,34 @@ pub fn removals(desired: &HostDesired, observed: &Observed) -> impl Iterator<Ite
     })
 }
 
+/// What is removed where this content of the volume is.
+pub fn content_of(volume: &Volume) -> Removal {
+    Removal {
+        pool: volume.pool.clone(),
+        volume: volume.name.clone(),
+        content: volume.content,
+        ..Removal::default()
+    }
+}
+
+/// What can be filled now. An order that is out of date would make what nobody removes any more.
+pub fn fills(desired: &HostDesired, observed: &Observed) -> impl Iterator<Item = Action> {
+    let is_due = |volume: &&Volume| {
+        let told = (name_of(&content_of(volume)), 0);
+        !observed.told.contains(&told)
+    };
+    let due = desired.fills.iter().filter(is_due);
+    due.map(|volume| match observed.confirmed {
+        true => Action::Fill {
+            volume: Box::new(volume.clone()),
+        },
+        false => Action::Confirm,
+    })
+}
+
 #[cfg(test)]
 mod tests {
-    use drover_proto::v1::{Restore, Snapshot, VmDisk, VmSpec};
+    use drover_proto::v1::{Migration, MigrationPhase, Restore, Snapshot, VmDisk, VmSpec};
 
     use super::*;
     use crate::converge::{Attaching, converge};
@@ -222,6 +247,7 @@ mod tests {
             }
             Action::BeginRestore { restore, .. } => format!("begin {restore}"),
             Action::Remove { removal } => format!("remove {}{}", removal.snapshot, removal.volume),
+            Action::Fill { volume } => format!("fill {} {}", volume.name, volume.content),
             other => format!("{other:?}"),
         };
         actions.iter().map(word).collect::<Vec<_>>().join(", ")
@@ -269,6 +295,24 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_that_nobody_wants_ends_before_the_run_is_moved() {
+        let mut wanted = desired(None);
+        let mut migration = Migration {
+            id: "m5".into(),
+            from: "host1".into(),
+            epoch: 4,
+            target_addr: "10.0.0.2:7000".into(),
+            ..Migration::default()
+        };
+        migration.set_phase(MigrationPhase::PreCopy);
+        wanted.vms[0].migration = Some(migration);
+        let mut vmm = seen(VmmState::Running, knows("s7", SnapshotStage::Running));
+        assert_eq!(step(&wanted, &vmm, true), "cancel s7");
+        vmm.life = seen(VmmState::Running, knows("s7", SnapshotStage::Cancelled)).life;
+        assert!(step(&wanted, &vmm, true).starts_with("StartOutgoing"));
+    }
+
+    #[test]
     fn a_restored_run_asks_before_it_begins_and_only_once_it_is_verified() {
         let mut wanted = desired(None);
         let mut vmm = seen(VmmState::Waiting, None);
@@ -290,6 +334,28 @@ mod tests {
             step(&wanted, &failed, true).starts_with("ReportEnd"),
             "and not begun"
         );
+    }
+
+    #[test]
+    fn a_volume_is_filled_by_a_word_that_is_not_out_of_date_and_once() {
+        let wanted = HostDesired {
+            fills: vec![Volume {
+                name: "root".into(),
+                pool: "default".into(),
+                content: 7,
+                ..Volume::default()
+            }],
+            ..HostDesired::default()
+        };
+        let mut observed = Observed::default();
+        let only = |observed: &Observed| converge(&wanted, observed).pop();
+        assert_eq!(only(&observed), Some(Action::Confirm));
+        observed.confirmed = true;
+        let Some(Action::Fill { volume }) = only(&observed) else {
+            panic!("{:?}", only(&observed));
+        };
+        observed.told.insert((name_of(&content_of(&volume)), 0));
+        assert_eq!(only(&observed), None);
     }
 
     #[test]

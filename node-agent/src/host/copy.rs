@@ -40,7 +40,8 @@ pub fn copy(from: &File, to: &File, goes_on: &dyn Fn(u64) -> bool) -> io::Result
     Ok(())
 }
 
-fn stopped() -> io::Error {
+/// What ends a copy that is not to go on.
+pub fn stopped() -> io::Error {
     io::Error::new(io::ErrorKind::Interrupted, "it is not to go on")
 }
 

@@ -3,6 +3,7 @@
 
 pub mod cgroup;
 pub mod copy;
+pub mod image;
 pub mod process;
 pub mod seed;
 pub mod snapshots;

@@ -9,7 +9,7 @@
 //! Beside it lies the record of who had the volume last (`writer`), which VMMs read and write: a run that a later one has followed does not
 //! get the disk, also where a host was cut off and heard of nothing. It is of the volume, whichever of its files is its content.
 //!
-//! What comes from a snapshot is a file of its own beside the other, `data-<content>.raw`, put there in the same way: whole or not at all, and
+//! What comes from a snapshot, or an image, is a file of its own beside the other, `data-<content>.raw`, put there in the same way: whole or not at all, and
 //! never over anything. Which of them is the volume's content its record says (`Volume.content`), so that a copy that is cut short, or an
 //! agent that comes too late with its own, harms nothing. A file is removed only where the controllers order it by volume and content.
 
@@ -22,6 +22,7 @@ use drover_proto::v1::Volume;
 use drover_proto::{Code, Fault};
 
 use super::copy;
+use super::image::Disk;
 use crate::key::{Key, is_name};
 
 /// A volume's content, in its folder: the one that it began with, or was given by the restore of this number.
@@ -146,6 +147,68 @@ pub fn install(
         false => failed(error),
     })?;
     Ok(path)
+}
+
+/// Makes sure that the volume's content, that of an image, is there; blocks on the storage. `goes_on` is told how many bytes of the image's disk are dealt
+/// with, and says whether to go on.
+///
+/// # Errors
+/// `image_unusable`: it is another by now, or no disk can be read of it; `vm_stopped` when it is not to go on; `disk_unusable`.
+pub fn fill(
+    pool: &Path,
+    volume: &Volume,
+    image: &Path,
+    host: &str,
+    goes_on: &dyn Fn(u64) -> bool,
+) -> Result<(), Fault> {
+    let path = path(pool, volume);
+    let failed = |error: io::Error| unusable(volume, &path, &error.to_string());
+    if !is_name(&volume.name) || volume.content == 0 {
+        return Err(unusable(volume, &path, "no volume that is made of an image"));
+    }
+    match look(&path).map_err(failed)? {
+        // It was linked there whole, and nobody has had it yet.
+        Some(Found::File(bytes)) if bytes == volume.size_bytes => return Ok(()),
+        Some(_) => {
+            return Err(unusable(
+                volume,
+                &path,
+                "something else is there: nothing was changed",
+            ));
+        }
+        None => {}
+    }
+    let unfit = |what: String| {
+        let message = format!("image {}: {what}", volume.image);
+        Fault::new(Code::ImageUnusable, message).field("image")
+    };
+    let unread = |error: io::Error| unfit(format!("{}: {error}", image.display()));
+    let mut file = File::open(image).map_err(unread)?;
+    let mut hasher = blake3::Hasher::new();
+    io::copy(&mut file, &mut hasher).map_err(unread)?;
+    if hasher.finalize().to_hex().as_str() != volume.image_blake3 {
+        let what = "it is not what it was when the volume was created: delete the volume, and create it anew";
+        return Err(unfit(what.to_owned()));
+    }
+    let disk = Disk::open(file).map_err(unread)?;
+    let bytes = disk.bytes().map_err(unread)?;
+    if bytes > volume.size_bytes {
+        let what = format!("its disk has {bytes} bytes, the volume {}", volume.size_bytes);
+        return Err(unfit(what));
+    }
+    let stopped = std::cell::Cell::new(false);
+    let content = |file: &File| {
+        let more = |done| {
+            stopped.set(stopped.get() || !goes_on(done));
+            !stopped.get()
+        };
+        disk.copy_to(file, &more)
+    };
+    let staged = format!(".{}.{host}.fill", data(volume.content));
+    make(pool, volume, &path, &staged, content).map_err(|error| match stopped.get() {
+        true => Fault::new(Code::VmStopped, "it is no longer desired on this host"),
+        false => failed(error),
+    })
 }
 
 /// Removes a content of a volume, which the controllers have ordered; what is not there is removed.
@@ -369,6 +432,50 @@ mod tests {
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
         fs::remove_file(folder.join("data-7.raw")).unwrap();
         ensure(pool.path(), &volume(false), "host1", &start(1)).unwrap();
+    }
+
+    #[test]
+    fn a_volume_is_filled_once_and_whole_from_the_image_that_was_meant_and_from_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let (pool, image) = (dir.path().join("pool"), dir.path().join("image"));
+        fs::create_dir(&pool).unwrap();
+        let content = vec![7; 2 * MIB as usize + 512];
+        fs::write(&image, &content).unwrap();
+        let of = |bytes: &[u8]| Volume {
+            content: 9,
+            size_bytes: 3 * MIB,
+            image: "image".into(),
+            image_blake3: blake3::hash(bytes).to_hex().to_string(),
+            ..volume(false)
+        };
+        let go_on = |_| true;
+        let put = |volume: &Volume, goes_on: &dyn Fn(u64) -> bool| {
+            fill(&pool, volume, &image, "host1", goes_on).map_err(|fault| (fault.code, fault.message))
+        };
+        let left = || fs::read_dir(pool.join("data")).map_or(0, Iterator::count);
+        let (code, said) = put(&of(b"another"), &go_on).unwrap_err();
+        assert_eq!(code, Code::ImageUnusable);
+        assert!(said.contains("is not what it was"), "{said}");
+        let small = Volume {
+            size_bytes: 2 * MIB,
+            ..of(&content)
+        };
+        assert_eq!(put(&small, &go_on).unwrap_err().0, Code::ImageUnusable);
+        // It is given up in the middle, and nothing is left of it.
+        let (code, _) = put(&of(&content), &|bytes| bytes < MIB).unwrap_err();
+        assert_eq!((code, left()), (Code::VmStopped, 0));
+        put(&of(&content), &go_on).unwrap();
+        let path = pool.join("data/data-9.raw");
+        let mut found = fs::read(&path).unwrap();
+        assert!(found.split_off(content.len()).iter().all(|byte| *byte == 0));
+        assert!(found == content && left() == 1);
+        // Again, by whoever comes late: what is there stays.
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(b"kept", 0).unwrap();
+        put(&of(&content), &go_on).unwrap();
+        assert_eq!(&fs::read(&path).unwrap()[..4], b"kept");
+        file.set_len(MIB).unwrap();
+        assert_eq!(put(&of(&content), &go_on).unwrap_err().0, Code::DiskUnusable);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The images folder: what in it can be booted, and a digest of each file.
 //!
-//! A file is told by its first bytes, as a boot loader would: an ELF, a Linux bzImage, or anything else, which may be an initial
+//! A file is told by its first bytes, as a boot loader would: an ELF, a Linux bzImage, the content of a disk, or anything else, which may be an initial
 //! RAM disk. A file that claims by its name to be a kernel and is none, or an ELF that nobody could boot, is `invalid` with the
 //! problem, so that a person learns of it before a VM fails. Digests are kept by file size, time and inode: a scan reads what changed.
 
@@ -11,6 +11,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use drover_proto::v1::Image;
+
+use crate::host::image::{Disk, QCOW2_MAGIC};
 
 /// Most images that are reported; further ones, in order of their names, are left out.
 const IMAGES_MAX: usize = 1024;
@@ -30,6 +32,21 @@ const LOAD_FLAGS_AT: usize = 0x211;
 const LOADED_HIGH: u8 = 1;
 /// Bytes that decide what a file is.
 const HEAD_BYTES: usize = 0x240;
+
+/// A raw disk is told by a partition table's signature (of GPT: of its protective MBR), ext4's magic number, or ISO 9660's.
+const PARTITIONED: (u64, [u8; 2]) = (0x1fe, [0x55, 0xaa]);
+const EXT4: (u64, [u8; 2]) = (0x438, [0x53, 0xef]);
+const ISO9660: (u64, [u8; 5]) = (0x8001, *b"CD001");
+/// What initial RAM disks begin with: cpio, gzip, xz, Zstandard, LZ4, bzip2.
+const RAM_DISKS: [&[u8]; 7] = [
+    b"07070",
+    &[0x1f, 0x8b],
+    &[0xfd, b'7', b'z', b'X', b'Z', 0],
+    &[0x28, 0xb5, 0x2f, 0xfd],
+    &[0x02, 0x21, 0x4c, 0x18],
+    &[0x04, 0x22, 0x4d, 0x18],
+    b"BZh",
+];
 
 /// Xen's note with the 32-bit physical entry point, used by the PVH boot protocol (xen/include/public/elfnote.h).
 const NOTE_PHYS32_ENTRY: u32 = 18;
@@ -126,7 +143,17 @@ fn inspect(path: &Path, name: &str) -> Image {
         let mut hasher = blake3::Hasher::new();
         image.bytes = io::copy(&mut file, &mut hasher)?;
         image.blake3 = hasher.finalize().to_hex().to_string();
-        kind_of(&mut file, name)
+        let told = kind_of(&mut file, name)?;
+        if told == Ok(QCOW2) || told == Ok(RAW_DISK) {
+            return Ok(match Disk::open(file).and_then(|disk| disk.bytes()) {
+                Ok(bytes) => {
+                    image.disk_bytes = bytes;
+                    told
+                }
+                Err(error) => Err(format!("no disk can be made of it: {error}")),
+            });
+        }
+        Ok(told)
     });
     match outcome {
         Ok(Ok(kind)) => image.kind = kind.to_owned(),
@@ -137,6 +164,9 @@ fn inspect(path: &Path, name: &str) -> Image {
     }
     image
 }
+
+const QCOW2: &str = "qcow2";
+const RAW_DISK: &str = "disk";
 
 type Told = Result<&'static str, String>;
 
@@ -151,6 +181,12 @@ fn kind_of(file: &mut File, name: &str) -> io::Result<Told> {
     if head.is_empty() {
         return Ok(Err("it is empty".to_owned()));
     }
+    if head.starts_with(&QCOW2_MAGIC) {
+        return Ok(Ok(QCOW2));
+    }
+    if is_raw_disk(file, &head)? {
+        return Ok(Ok(RAW_DISK));
+    }
     let lower = name.to_ascii_lowercase();
     let claims = |what: &str| {
         Ok(Err(format!(
@@ -164,6 +200,23 @@ fn kind_of(file: &mut File, name: &str) -> io::Result<Told> {
         return claims("a bzImage");
     }
     Ok(Ok("initrd"))
+}
+
+fn is_raw_disk(file: &mut File, head: &[u8]) -> io::Result<bool> {
+    if RAM_DISKS.iter().any(|magic| head.starts_with(magic)) {
+        return Ok(false);
+    }
+    let marks: [(u64, &[u8]); 3] = [
+        (PARTITIONED.0, &PARTITIONED.1),
+        (EXT4.0, &EXT4.1),
+        (ISO9660.0, &ISO9660.1),
+    ];
+    for (at, magic) in marks {
+        if read_at(file, at, magic.len() as u64)? == magic {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn bzimage(head: &[u8]) -> Told {
@@ -329,7 +382,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let xen = [note(b"GNU\0", 3), note(b"Xen\0", NOTE_PHYS32_ENTRY)].concat();
         let other = [note(b"GNU\0", NOTE_PHYS32_ENTRY), note(b"Xen\0", 1)].concat();
-        let cases: [(&str, Vec<u8>, &str, &str); 15] = [
+        let marked = |begin: &[u8], at: u64, magic: &[u8]| {
+            let mut disk = vec![0; 64 << 10];
+            disk[..begin.len()].copy_from_slice(begin);
+            let at = usize::try_from(at).unwrap();
+            disk[at..at + magic.len()].copy_from_slice(magic);
+            disk
+        };
+        let cases: [(&str, Vec<u8>, &str, &str); 20] = [
             ("pvh", elf(2, 62, Some((4, &xen))), "elf-pvh", ""),
             ("linux", elf(2, 62, Some((4, &other))), "elf-linux", ""),
             ("plain", elf(2, 62, None), "elf-linux", ""),
@@ -355,6 +415,26 @@ mod tests {
             ("vmlinuz", b"hello".to_vec(), "invalid", "a bzImage"),
             ("initrd.img", b"\x1f\x8bhello".to_vec(), "initrd", ""),
             ("empty", vec![], "invalid", "empty"),
+            (
+                "debian.raw",
+                marked(b"\xeb\x63", PARTITIONED.0, &PARTITIONED.1),
+                "disk",
+                "",
+            ),
+            ("ext4", marked(b"", EXT4.0, &EXT4.1), "disk", ""),
+            ("cd", marked(b"", ISO9660.0, &ISO9660.1), "disk", ""),
+            (
+                "by-chance",
+                marked(b"\x1f\x8b", PARTITIONED.0, &PARTITIONED.1),
+                "initrd",
+                "",
+            ),
+            (
+                "cut.qcow2",
+                QCOW2_MAGIC.to_vec(),
+                "invalid",
+                "no disk can be made of it",
+            ),
         ];
         for (name, content, _, _) in &cases {
             fs::write(dir.path().join(name), content).unwrap();
@@ -370,6 +450,8 @@ mod tests {
             assert_eq!(image.kind, *kind, "{name}: {}", image.problem);
             assert!(image.problem.contains(problem), "{name}: {}", image.problem);
             assert_eq!(image.bytes, content.len() as u64);
+            let disk_bytes = if *kind == RAW_DISK { image.bytes } else { 0 };
+            assert_eq!(image.disk_bytes, disk_bytes, "{name}");
             assert_eq!(image.blake3, blake3::hash(content).to_hex().to_string());
         }
     }

@@ -49,6 +49,7 @@ pub enum Call {
     Abort(AbortMigrationRequest),
     Snapshot(ReportSnapshotRequest),
     Begin(BeginRestoreRequest),
+    Volume(ReportVolumeRequest),
 }
 
 /// Shared by the server and the test.
@@ -290,5 +291,13 @@ impl Fleet for FakeFleet {
         self.note(Call::Begin(request.into_inner()))?;
         let begun = self.script.borrow().begin.ok_or_else(no_leader)?;
         Ok(Response::new(BeginRestoreResponse { begun }))
+    }
+
+    async fn report_volume(
+        &self,
+        request: Request<ReportVolumeRequest>,
+    ) -> Result<Response<ReportVolumeResponse>, Status> {
+        self.note(Call::Volume(request.into_inner()))?;
+        Ok(Response::new(ReportVolumeResponse { current: true }))
     }
 }

@@ -79,6 +79,7 @@ tests! {
     snapshot_tests::an_agent_that_dies_before_the_beginning_leaves_it_to_the_next,
     snapshot_tests::a_restored_run_that_ends_before_its_beginning_is_reported_and_nothing_was_written_over,
     snapshot_tests::what_a_restore_has_replaced_is_removed_when_the_controllers_order_it,
+    volume_tests::a_volume_is_filled_from_its_image_and_reported_and_what_does_not_work_too,
     volume_tests::a_vm_with_a_seed_gets_it_as_a_disk_beside_its_volumes_and_for_the_agents_eyes_only,
     nic_tests::a_tap_is_there_before_its_nic_and_goes_after_the_guest_has_given_it_up,
     nic_tests::an_agent_that_is_killed_between_any_two_steps_leaves_what_the_next_makes_good,

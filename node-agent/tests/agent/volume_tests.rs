@@ -6,6 +6,7 @@ use drover_proto::Code;
 use drover_proto::v1::*;
 use serde_json::json;
 
+use crate::fake_fleet::Call;
 use crate::world::{World, run};
 
 const BYTES: u64 = 4 << 20;
@@ -118,4 +119,48 @@ pub async fn a_vm_with_a_seed_gets_it_as_a_disk_beside_its_volumes_and_for_the_a
         (found.len(), found.permissions().mode() & 0o777),
         (256 << 10, 0o600)
     );
+}
+
+pub async fn a_volume_is_filled_from_its_image_and_reported_and_what_does_not_work_too() {
+    let world = World::new().await;
+    let image = vec![7; 3 << 20];
+    std::fs::write(world.config.images_dir.join("root.raw"), &image).unwrap();
+    let volume = |name: &str, content: u64, image: &[u8]| Volume {
+        name: name.into(),
+        pool: "default".into(),
+        size_bytes: 4 << 20,
+        content,
+        image: "root.raw".into(),
+        image_blake3: blake3::hash(image).to_hex().to_string(),
+        filling: true,
+        ..Volume::default()
+    };
+    let fills = vec![volume("root", 9, &image), volume("other", 10, b"another")];
+    world.fleet.say(|script| script.desired.fills = fills);
+    let _agent = world.agent().await;
+    let news = |name: &'static str| {
+        move |call: &Call| match call {
+            Call::Volume(report) if report.volume == name && report.news() != VolumeNews::Progress => {
+                Some(report.clone())
+            }
+            _ => None,
+        }
+    };
+    let filled = world.fleet.until("the news of root", news("root")).await;
+    assert_eq!(
+        (filled.host.as_str(), filled.content, filled.news()),
+        ("host1", 9, VolumeNews::Filled)
+    );
+    let pool = &world.config.pools["default"];
+    let mut there = std::fs::read(pool.join("root/data-9.raw")).unwrap();
+    assert!(there.split_off(image.len()).iter().all(|byte| *byte == 0));
+    assert!(there == image);
+    let failed = world.fleet.until("the news of other", news("other")).await;
+    assert_eq!(failed.news(), VolumeNews::Failed);
+    assert_eq!(failed.reason.unwrap().code, Code::ImageUnusable.as_str());
+    assert!(!pool.join("other").exists());
+    // Each is reported once.
+    world.fleet.until_heartbeats(5).await;
+    let reports = |calls: &[Call]| calls.iter().filter_map(news("root")).count() == 1;
+    world.fleet.until_calls("one report", reports).await;
 }

@@ -132,7 +132,7 @@ fn goes_back_and_runs_beside_itself(cluster: &Cluster) {
     cluster.await_runs_exactly_once(VM);
     let fault = cluster
         .client
-        .delete_volume("vm2-data")
+        .delete_volume("vm2-data", false)
         .expect_err("the clone has it");
     assert_eq!(fault.code, Code::VolumeInUse);
     assert!(

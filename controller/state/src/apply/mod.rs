@@ -175,7 +175,7 @@ impl Tx<'_> {
             Some(Kind::FinishMigration(finish)) => self.finish_migration(finish),
             Some(Kind::WantPostCopy(want)) => self.want_post_copy(want),
             Some(Kind::CreateVolume(create)) => self.create_volume(create),
-            Some(Kind::DeleteVolume(delete)) => self.delete_volume(&delete.name),
+            Some(Kind::DeleteVolume(delete)) => self.delete_volume(delete),
             Some(Kind::CreateNetwork(create)) => self.create_network(create),
             Some(Kind::DeleteNetwork(delete)) => self.delete_network(&delete.name),
             Some(Kind::ResizeVolume(resize)) => self.resize_volume(resize),
@@ -190,6 +190,7 @@ impl Tx<'_> {
             Some(Kind::RestoreVm(restore)) => self.restore_vm(restore),
             Some(Kind::ReportSnapshot(report)) => self.report_snapshot(report),
             Some(Kind::BeginRestore(begin)) => self.begin_restore(begin),
+            Some(Kind::ReportVolume(report)) => self.report_volume(report),
             // An entry of a newer build: every build of this version refuses it alike.
             None => Err(Fault::new(
                 Code::Internal,

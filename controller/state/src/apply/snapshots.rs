@@ -496,7 +496,8 @@ impl Tx<'_> {
         }
     }
 
-    fn remove_content(&mut self, volume: &Volume, content: u64) {
+    /// Has a content of the volume removed by whoever reaches it.
+    pub(super) fn remove_content(&mut self, volume: &Volume, content: u64) {
         let removals = &mut self.state.removals;
         removals.insert((volume.name.clone(), content), volume.pool.clone());
         if removals.len() > REMOVALS_MAX {

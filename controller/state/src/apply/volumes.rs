@@ -1,14 +1,17 @@
-//! Volumes: made known, noted as used, forgotten. Their files are the agents' (docs/node-agent.md).
+//! Volumes: made known, filled, noted as used, forgotten. Their files are the agents' (docs/node-agent.md).
 
-use drover_proto::v1::{CommandResponse, CreateVolume, ResizeVolume, Vm, VmSpec, Volume};
+use drover_proto::v1::{
+    CommandResponse, CreateVolume, DeleteVolume, ReportVolumeRequest, ResizeVolume, Vm, VmSpec, Volume,
+    VolumeNews,
+};
 use drover_proto::{Code, Fault};
 
 use super::snapshots::{not_restored, not_taken};
-use super::{Applied, Tx};
+use super::{Applied, Tx, bounded, reason};
 use crate::limits::VOLUMES_MAX;
 use crate::state::spec_of;
 use crate::validate::{self, quoted};
-use crate::volumes::has_pool;
+use crate::volumes::{self, has_pool, not_ready};
 
 /// What a volume's count of writers begins with. The record beside its file outlives it: whoever makes a volume of that name anew, in this
 /// cluster or in another on the same storage, begins beyond what any before it came to.
@@ -24,7 +27,8 @@ impl Tx<'_> {
             let message = format!("volume.name is {}; a volume of this name exists", quoted(&name));
             return Err(Fault::new(Code::VolumeExists, message).field("volume.name"));
         }
-        if self.state.removals.contains_key(&(name.clone(), 0)) {
+        let of_name = (name.clone(), 0)..=(name.clone(), u64::MAX);
+        if self.state.removals.range(of_name).next().is_some() {
             let message = format!(
                 "volume.name is {name}; what one of this name held is still being removed: try again"
             );
@@ -43,18 +47,29 @@ impl Tx<'_> {
             );
             return Err(Fault::new(Code::PoolNotFound, message).field("volume.pool"));
         }
-        let volume = Volume {
+        let mut volume = Volume {
             created_ms: self.now_ms,
             writers: first_writers(self.now_ms),
             ..volume
         };
-        let message = format!("{name} was created by {}", self.caller);
+        if !volume.image.is_empty() {
+            let image = volumes::image_for(self.state, &volume)?;
+            (volume.size_bytes, volume.image_blake3) = (image.size_bytes, image.blake3);
+            // A file of its own, as a restore's: no agent that comes late puts it in another's place.
+            (volume.content, volume.filling) = (self.state.next_snapshot, true);
+            self.state.next_snapshot += 1;
+        }
+        let message = match volume.image.as_str() {
+            "" => format!("{name} was created by {}", self.caller),
+            image => format!("{name} was created by {}, of image {image}", self.caller),
+        };
         self.state.volumes.insert(name.clone(), volume.clone());
         self.event("volume.created", format!("volume/{name}"), message);
         Ok(answer(volume))
     }
 
-    pub(super) fn delete_volume(&mut self, name: &str) -> Applied {
+    pub(super) fn delete_volume(&mut self, delete: &DeleteVolume) -> Applied {
+        let name = delete.name.as_str();
         if let Some(vm) = self.state.user_of(name, "", |_| true) {
             let message = format!(
                 "name is {name}, which VM {} has; delete the VM first",
@@ -66,8 +81,55 @@ impl Tx<'_> {
             let message = format!("name is {}; no volume has this name", quoted(name));
             return Err(Fault::new(Code::VolumeNotFound, message).field("name"));
         };
-        let message = format!("{name} was deleted by {}", self.caller);
+        // What was half filled is of no use to anybody.
+        let keeps = delete.keep_content && !volume.filling;
+        if !keeps {
+            self.remove_content(&volume, volume.content);
+        }
+        let how = if keeps { "; its content stays" } else { "" };
+        let message = format!("{name} was deleted by {}{how}", self.caller);
         self.event("volume.deleted", format!("volume/{name}"), message);
+        Ok(answer(volume))
+    }
+
+    /// A host has filled a volume from its image, or cannot.
+    pub(super) fn report_volume(&mut self, report: &ReportVolumeRequest) -> Applied {
+        let name = &report.volume;
+        let awaited = |volume: &&mut Volume| volume.filling && volume.content == report.content;
+        let Some(volume) = self.state.volumes.get_mut(name).filter(awaited) else {
+            return Ok(CommandResponse::default());
+        };
+        let image = volume.image.clone();
+        let (kind, message) = match report.news() {
+            VolumeNews::Filled => {
+                (volume.filling, volume.reason) = (false, None);
+                let message = format!(
+                    "{name} holds what image {image} does, put there by {}",
+                    report.host
+                );
+                ("volume.filled", message)
+            }
+            VolumeNews::Failed if volume.reason.is_none() => {
+                let unsaid = || reason(Code::Internal, "its host gave no reason");
+                let why = report.reason.as_ref().map_or_else(unsaid, bounded);
+                let message = format!(
+                    "{name} could not be filled from image {image} by {}: {} [{}]",
+                    report.host, why.message, why.code
+                );
+                volume.reason = Some(why);
+                ("volume.failed", message)
+            }
+            VolumeNews::Failed => return Ok(CommandResponse::default()),
+            other => {
+                let message = format!(
+                    "news is {}; FILLED and FAILED go into the log",
+                    other.as_str_name()
+                );
+                return Err(Fault::new(Code::InvalidArgument, message).field("news"));
+            }
+        };
+        let volume = volume.clone();
+        self.event(kind, format!("volume/{name}"), message);
         Ok(answer(volume))
     }
 
@@ -79,6 +141,7 @@ impl Tx<'_> {
         };
         let (has, bytes) = (volume.size_bytes, resize.size_bytes);
         validate::volume_bytes("size_bytes", bytes)?;
+        not_ready("name", volume)?;
         if bytes < has {
             let message = format!("size_bytes is {bytes}, volume {name} has {has}; a volume only grows");
             return Err(Fault::new(Code::InvalidArgument, message).field("size_bytes"));

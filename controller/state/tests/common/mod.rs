@@ -7,9 +7,9 @@ use drover_proto::v1::{
     AbortMigrationRequest, AdvanceMigration, BeginRestoreRequest, Command, CommandResponse,
     CommitHandoverRequest, CreateNetwork, CreateSnapshot, CreateVm, CreateVolume, DeleteNetwork,
     DeleteSnapshot, DeleteVm, DeleteVolume, FinishMigration, HostCapacity, HostDown, HostSpec, HostUp, Image,
-    MigrationPhase, Network, NetworkKind, PlaceVm, PlanMigration, Reason, Receipt, ReportSnapshotRequest,
-    ReportVmRequest, RestoreVm, SnapshotNews, SnapshotProgress, StartVm, StopVm, Vm, VmDisk, VmNic,
-    VmPending, VmSpec, VmState, VmmBuild, Volume,
+    MigrationPhase, Network, NetworkKind, PlaceVm, PlanMigration, Reason, Receipt, Removal,
+    ReportSnapshotRequest, ReportVmRequest, RestoreVm, SnapshotNews, SnapshotProgress, StartVm, StopVm, Vm,
+    VmDisk, VmNic, VmPending, VmSpec, VmState, VmmBuild, Volume,
 };
 use drover_proto::{Code, Fault};
 use drover_state::{State, apply, into_result};
@@ -208,7 +208,25 @@ pub fn create_volume(name: &str, pool: &str, size_bytes: u64) -> Kind {
 }
 
 pub fn delete_volume(name: &str) -> Kind {
-    Kind::DeleteVolume(DeleteVolume { name: name.into() })
+    Kind::DeleteVolume(DeleteVolume {
+        name: name.into(),
+        keep_content: false,
+    })
+}
+
+/// A host has removed the content of this number.
+pub fn content_removed(volume: &str, content: u64) -> Kind {
+    Kind::ReportSnapshot(ReportSnapshotRequest {
+        host: "host1".into(),
+        news: SnapshotNews::Removed.into(),
+        removal: Some(Removal {
+            pool: "default".into(),
+            volume: volume.into(),
+            content,
+            ..Removal::default()
+        }),
+        ..ReportSnapshotRequest::default()
+    })
 }
 
 /// vm with these NICs: `network[,mac=…][,ip=…]`.
