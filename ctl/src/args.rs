@@ -239,6 +239,13 @@ pub enum VmCommand {
     /// Snapshots: VMs with memory and disks at one instant
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
+    /// Make a new VM that goes on as a running one is now, with volumes, NICs and addresses of its own
+    Clone {
+        /// The running VM's name
+        vm: String,
+        /// The new VM's name
+        name: String,
+    },
     /// Delete a VM, stopping it first, and wait until it is gone
     Delete(ActArgs),
     /// Show a VM's serial console and type into it; Ctrl-] leaves

@@ -202,6 +202,7 @@ fn host_spec(config: &Config, addr: SocketAddr) -> Result<HostSpec, AgentError> 
         networking: String::new(),
         sandbox: String::new(),
         seeds: true,
+        unplugs: true,
         snapshots: true,
     })
 }

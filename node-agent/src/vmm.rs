@@ -46,8 +46,8 @@ use crate::host::store::{is_restored, note_granted, note_restored, was_granted, 
 use crate::host::volumes::{self, Files};
 use crate::key::Key;
 use crate::loops::deadline_ns;
-use crate::network::NICS_FILE;
 use crate::network::plan::Nic;
+use crate::network::{NICS_FILE, at_its_start};
 use crate::pause_point;
 use crate::reports::{Report, Reported};
 use crate::sandbox;
@@ -449,7 +449,7 @@ fn add_seed(config: &mut serde_json::Value, folder: &Path) {
 /// Puts the NICs, in the specification's order, into the slots that were written down, if they were.
 fn tell_nic_slots(config: &mut serde_json::Value, desired: &VmDesired) {
     let nics = config.get_mut("nics").and_then(serde_json::Value::as_array_mut);
-    let wanted = desired.spec.iter().flat_map(|spec| &spec.nics);
+    let wanted = at_its_start(desired);
     for (nic, wanted) in nics.into_iter().flatten().zip(wanted) {
         if wanted.slot > 0 {
             nic["slot"] = wanted.slot.into();

@@ -266,7 +266,23 @@ impl Client {
             vm: vm.to_owned(),
             snapshot: snapshot.to_owned(),
             clone: clone.to_owned(),
+            new_addresses: false,
         };
+        self.restore(request)
+    }
+
+    /// Wants the new VM `clone` as a snapshot has it, with NICs of its own.
+    pub fn clone_vm(&self, vm: &str, snapshot: &str, clone: &str) -> Result<Vm, Fault> {
+        self.restore(RestoreVmRequest {
+            request_id: request_id(),
+            vm: vm.to_owned(),
+            snapshot: snapshot.to_owned(),
+            clone: clone.to_owned(),
+            new_addresses: true,
+        })
+    }
+
+    fn restore(&self, request: RestoreVmRequest) -> Result<Vm, Fault> {
         self.call(|mut client| {
             let request = request.clone();
             async move { client.restore_vm(request).await }

@@ -429,6 +429,7 @@ impl Controller for Api {
                     vm: message.vm,
                     snapshot: message.snapshot,
                     clone: message.clone,
+                    new_addresses: message.new_addresses,
                 };
                 (message.request_id, Kind::RestoreVm(restore))
             },

@@ -308,13 +308,21 @@ pub(crate) fn address(state: &State, spec: &mut VmSpec) -> Result<(), Fault> {
     }
     let mut macs: BTreeMap<&str, &str> = BTreeMap::new();
     let mut ips: BTreeSet<(&str, Ipv4Addr)> = BTreeSet::new();
-    for (vm, nic) in state.nics().filter(|(vm, _)| **vm != spec.name) {
+    let others = state
+        .nics()
+        .filter(|(vm, nic)| **vm != spec.name && !nic.unplugged);
+    for (vm, nic) in others {
         macs.insert(&nic.mac, vm);
         ips.extend(nic.ip.parse().ok().map(|ip| (nic.network.as_str(), ip)));
     }
     // What is asked for by name is taken before anything is chosen.
-    let mut given: BTreeSet<String> = BTreeSet::new();
-    for nic in spec.nics.iter().filter(|nic| !nic.mac.is_empty()) {
+    let remembered = spec.nics.iter().filter(|nic| nic.unplugged);
+    let mut given: BTreeSet<String> = remembered.map(|nic| nic.mac.clone()).collect();
+    for nic in spec
+        .nics
+        .iter()
+        .filter(|nic| !nic.mac.is_empty() && !nic.unplugged)
+    {
         let other = macs.get(nic.mac.as_str()).copied();
         if let Some(other) = other.or((!given.insert(nic.mac.clone())).then_some(spec.name.as_str())) {
             let message = format!(
@@ -363,6 +371,9 @@ pub(crate) fn address(state: &State, spec: &mut VmSpec) -> Result<(), Fault> {
     }
     let (cluster, vm) = (state.cluster_id.clone(), spec.name.clone());
     for (at, (nic, subnet)) in spec.nics.iter_mut().zip(subnets).enumerate() {
+        if nic.unplugged {
+            continue;
+        }
         if nic.mac.is_empty() {
             nic.mac = free_mac(&cluster, &vm, at, |mac| {
                 macs.contains_key(mac) || given.contains(mac)
@@ -410,6 +421,11 @@ fn free_mac(cluster: &str, vm: &str, at: usize, is_taken: impl Fn(&str) -> bool)
 /// # Errors
 /// `network_unavailable`.
 pub(crate) fn reaches(state: &State, spec: &VmSpec, host: &Host) -> Result<(), Fault> {
+    let unplugs = host.spec.as_ref().is_some_and(|spec| spec.unplugs);
+    if !unplugs && spec.nics.iter().any(|nic| nic.unplugged) {
+        let message = "has an agent that would plug in a NIC that its guest is to forget: upgrade it";
+        return Err(Fault::new(Code::ProtocolVersion, message));
+    }
     let of_spec = spec.nics.iter().filter_map(|nic| state.network(&nic.network));
     for network in of_spec {
         if offers(host.spec.as_ref(), network) {

@@ -138,6 +138,7 @@ pub(crate) fn vm_spec(spec: Option<&VmSpec>) -> Result<VmSpec, Fault> {
     }
     for nic in &mut spec.nics {
         (nic.slot, nic.attach_revision, nic.detach_revision) = (0, 0, 0);
+        nic.unplugged = false;
     }
     Ok(spec)
 }

@@ -11,7 +11,7 @@ use drover_proto::v1::{
     AttachDisk, HostSpec, Reason, Removal, ReportSnapshotRequest, ResizeVolume, RestartPolicy, Snapshot,
     SnapshotNews, SnapshotPhase, VmDisk, VmSpec, VmState,
 };
-use drover_state::placement::choose;
+use drover_state::placement::{choose, fits};
 use drover_state::{State, desired, purpose_of_start};
 
 const MIB: u64 = 1 << 20;
@@ -511,6 +511,71 @@ fn a_clones_names_and_addresses_are_checked() {
         Code::InvalidArgument
     );
     assert_eq!(c.refused(restore("vm1", "nightly", "UP")), Code::InvalidArgument);
+}
+
+#[test]
+fn a_clone_with_addresses_of_its_own_gets_nics_for_those_that_its_guest_is_to_give_up() {
+    let mut c = Cluster::new();
+    c.ok(create_network("lan", 0, "10.1.0.0/24"));
+    c.ok(create_with_nics("vm1", &["lan"]));
+    c.run("vm1", "host1");
+    c.ok(take("vm1", "nightly"));
+    c.ok(news("host1", "s1", 1, SnapshotNews::Done));
+    let original = c.vm("vm1").spec.clone().unwrap().nics.remove(0);
+    c.ok(clone_anew("vm1", "nightly", "vm2"));
+    let spec = c.vm("vm2").spec.clone().unwrap();
+    let [remembered, own] = spec.nics.as_slice() else {
+        panic!("{:?}", spec.nics)
+    };
+    assert_eq!(
+        (&remembered.mac, remembered.unplugged, remembered.ip.as_str()),
+        (&original.mac, true, "")
+    );
+    assert!(!own.unplugged && own.mac != original.mac && own.ip != original.ip && !own.ip.is_empty());
+    assert_ne!(remembered.slot, own.slot);
+    let revisions = (remembered.detach_revision, own.attach_revision);
+    assert_eq!(revisions, (spec.devices_revision, spec.devices_revision));
+    // It goes only where it is kept out of its network.
+    c.ok(Kind::RegisterHost(HostSpec {
+        unplugs: false,
+        ..host_spec("host2")
+    }));
+    let fits = |host: &str| {
+        let vm = c.vm("vm2");
+        let purpose = purpose_of_start(&c.state, vm);
+        fits(&c.state, vm.spec.as_ref().unwrap(), purpose, host).map_err(|fault| fault.message)
+    };
+    assert!(fits("host2").unwrap_err().contains("plug in"));
+    fits("host3").unwrap();
+    // Nobody else gets what either has, and the original keeps its own.
+    let taken = |c: &Cluster| {
+        let nics = ["vm1", "vm2", "vm3"].map(|vm| c.vm(vm).spec.clone().unwrap().nics);
+        let plugged = nics.into_iter().flatten().filter(|nic| !nic.unplugged);
+        plugged.map(|nic| (nic.mac, nic.ip)).collect::<Vec<_>>()
+    };
+    c.ok(create_with_nics("vm3", &["lan"]));
+    let mut all = taken(&c);
+    assert_eq!(all.len(), 3);
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), 3);
+    assert_eq!(State::decode(&c.state.encode()).unwrap(), c.state);
+    // What its guest has given up, or its run took along, is gone.
+    c.ok(place("vm2", "host1", 0));
+    let number = c.vm("vm2").restore.as_ref().unwrap().number;
+    c.ok(begin("host1", "vm2", 1, number));
+    c.ok(report("host1", "vm2", 1, VmState::Running));
+    assert_eq!(c.vm("vm2").spec.as_ref().unwrap().nics.len(), 2);
+    c.ok(stop("vm2"));
+    c.ok(report("host1", "vm2", 1, VmState::Stopped));
+    assert_eq!(c.vm("vm2").spec.as_ref().unwrap().nics.len(), 1);
+    let in_place = Kind::RestoreVm(drover_proto::v1::RestoreVm {
+        vm: "vm1".into(),
+        snapshot: "nightly".into(),
+        new_addresses: true,
+        ..Default::default()
+    });
+    assert_eq!(c.refused(in_place), Code::InvalidArgument);
 }
 
 #[test]

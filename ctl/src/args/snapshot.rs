@@ -43,6 +43,9 @@ pub enum SnapshotCommand {
         /// A new VM of this name, with volumes of its own
         #[arg(long = "as", value_name = "NAME")]
         clone: Option<String>,
+        /// With NICs and addresses of its own; its guest is asked to give up those that it remembers
+        #[arg(long, requires = "clone")]
+        new_addresses: bool,
         /// Return as soon as the cluster has accepted it
         #[arg(long)]
         no_wait: bool,

@@ -51,13 +51,20 @@ impl Client {
             .await
     }
 
-    /// Wants a VM as its snapshot has it; `clone` empty: itself, else a new one of this name.
-    pub async fn restore_vm(&self, vm: &str, snapshot: &str, clone: &str) -> Result<v1::Vm> {
+    /// Wants a VM as its snapshot has it; `clone` empty: itself, else a new one of this name, with `new_addresses` with NICs of its own.
+    pub async fn restore_vm(
+        &self,
+        vm: &str,
+        snapshot: &str,
+        clone: &str,
+        new_addresses: bool,
+    ) -> Result<v1::Vm> {
         let request = v1::RestoreVmRequest {
             request_id: request_id()?,
             vm: vm.to_owned(),
             snapshot: snapshot.to_owned(),
             clone: clone.to_owned(),
+            new_addresses,
         };
         self.plain(async |mut grpc| grpc.restore_vm(request.clone()).await)
             .await

@@ -1,4 +1,4 @@
-//! `ctl vm snapshot create|list|show|restore|delete`.
+//! `ctl vm snapshot create|list|show|restore|delete` and `ctl vm clone`.
 //!
 //! A snapshot belongs to the cluster: this process only watches it. Ctrl-C asks for its end and goes on watching until that has come; a second
 //! one stops watching. What is restored goes on without us: there Ctrl-C only stops waiting.
@@ -25,7 +25,8 @@ pub async fn run(session: &Session, command: &SnapshotCommand) -> Result<()> {
             if *no_wait {
                 return session.out.done(&begun, &begun.sentence());
             }
-            create(session, begun).await
+            let view = taken(session, begun).await?;
+            session.out.done(&view, &view.sentence())
         }
         SnapshotCommand::List { vm } => {
             let snapshots = session
@@ -43,17 +44,23 @@ pub async fn run(session: &Session, command: &SnapshotCommand) -> Result<()> {
             vm,
             snapshot,
             clone,
+            new_addresses,
             no_wait,
             timeout,
         } => {
             let clone = clone.as_deref().unwrap_or_default();
-            let accepted = session.client.restore_vm(vm, snapshot, clone).await?;
+            let accepted = session
+                .client
+                .restore_vm(vm, snapshot, clone, *new_addresses)
+                .await?;
             if *no_wait {
                 let view = VmView::from(accepted);
                 let sentence = format!("{} is to begin as {snapshot} of {vm}", view.name);
                 return session.out.done(&view, &sentence);
             }
-            restored(session, &VmView::from(accepted).name, *timeout).await
+            let view = restored(session, &VmView::from(accepted).name, *timeout).await?;
+            let sentence = format!("{}, as it was", view.sentence());
+            session.out.done(&view, &sentence)
         }
         SnapshotCommand::Delete {
             vm,
@@ -74,8 +81,35 @@ pub async fn run(session: &Session, command: &SnapshotCommand) -> Result<()> {
     }
 }
 
-/// Watches a snapshot that is being taken to its end.
-async fn create(session: &Session, begun: SnapshotView) -> Result<()> {
+/// `ctl vm clone`: by a snapshot that goes when the clone runs.
+pub async fn clone(session: &Session, vm: &str, name: &str) -> Result<()> {
+    let begun = SnapshotView::from(session.client.create_snapshot(vm, "").await?);
+    let snapshot = taken(session, begun).await?.id;
+    let cloned = async {
+        session.client.restore_vm(vm, &snapshot, name, true).await?;
+        restored(session, name, None).await
+    };
+    let cloned = cloned.await;
+    let deleted = session.client.delete_snapshot(vm, &snapshot).await;
+    let view = cloned.map_err(|mut failure| {
+        if deleted.is_err() {
+            failure.message = format!("{}; its snapshot {snapshot} of {vm} is left", failure.message);
+        }
+        failure
+    })?;
+    deleted.map_err(|mut failure| {
+        failure.message = format!(
+            "{name} runs, but its snapshot {snapshot} of {vm} is left: {}",
+            failure.message
+        );
+        failure
+    })?;
+    let sentence = format!("{}, as {vm} was", view.sentence());
+    session.out.done(&view, &sentence)
+}
+
+/// Watches a snapshot that is being taken until it is there.
+async fn taken(session: &Session, begun: SnapshotView) -> Result<SnapshotView> {
     // One listener for all the time, so that no Ctrl-C falls between two waits.
     let mut interrupts =
         signal(SignalKind::interrupt()).map_err(|error| Failure::io("cannot listen for Ctrl-C", &error))?;
@@ -108,7 +142,7 @@ async fn create(session: &Session, begun: SnapshotView) -> Result<()> {
     };
     bar.finish();
     match ended {
-        Ok(view) if view.phase == "ready" => session.out.done(&view, &view.sentence()),
+        Ok(view) if view.phase == "ready" => Ok(view),
         Ok(view) => Err(not_there(&view)),
         Err(failure) if failure.code == Code::SnapshotNotFound.as_str() && cancelled => Err(Failure::new(
             Exit::Interrupted,
@@ -150,7 +184,7 @@ async fn gone(session: &Session, deleted: &SnapshotView, timeout: Duration) -> R
 }
 
 /// Waits until a restored VM runs.
-async fn restored(session: &Session, name: &str, timeout: Option<Duration>) -> Result<()> {
+async fn restored(session: &Session, name: &str, timeout: Option<Duration>) -> Result<VmView> {
     let until = timeout.map(|timeout| Instant::now() + timeout);
     let mut bar = Bar::new(session.out, name);
     let poll = async {
@@ -177,10 +211,7 @@ async fn restored(session: &Session, name: &str, timeout: Option<Duration>) -> R
         }
     };
     bar.finish();
-    let view = VmView::from(ended?);
-    session
-        .out
-        .done(&view, &format!("{}, as it was", view.sentence()))
+    ended.map(VmView::from)
 }
 
 /// What became of the restore, once something has.

@@ -44,6 +44,7 @@ pub async fn run(session: &Session, command: &VmCommand) -> Result<()> {
         VmCommand::DetachNic { vm, nic, wait } => super::devices::detach_nic(session, vm, nic, wait).await,
         VmCommand::Set(args) => super::memory::set(session, args).await,
         VmCommand::Snapshot(command) => super::snapshot::run(session, command).await,
+        VmCommand::Clone { vm, name } => super::snapshot::clone(session, vm, name).await,
         VmCommand::Delete(args) => {
             let vm = session.client.delete_vm(&args.vm).await?;
             settle(session, args, vm, Goal::Gone).await

@@ -140,6 +140,8 @@ pub struct NicView {
     pub mac: Option<String>,
     /// The address that the VM has in the network; null: the network has no subnet.
     pub ip: Option<String>,
+    /// Whether it leads nowhere: a clone's guest remembers it, and is asked to give it up.
+    pub unplugged: bool,
 }
 
 impl From<v1::VmNic> for NicView {
@@ -148,6 +150,7 @@ impl From<v1::VmNic> for NicView {
             network: nic.network,
             mac: some(nic.mac),
             ip: some(nic.ip),
+            unplugged: nic.unplugged,
         }
     }
 }
@@ -285,7 +288,13 @@ impl VmView {
     /// Its NICs in a line: `lan 52:54:00:00:00:01 10.1.0.7, wide …`.
     fn nics(&self) -> String {
         let one = |nic: &NicView| {
-            let parts = [Some(nic.network.as_str()), nic.mac.as_deref(), nic.ip.as_deref()];
+            let unplugged = nic.unplugged.then_some("(unplugged)");
+            let parts = [
+                Some(nic.network.as_str()),
+                nic.mac.as_deref(),
+                nic.ip.as_deref(),
+                unplugged,
+            ];
             parts.into_iter().flatten().collect::<Vec<_>>().join(" ")
         };
         let nics: Vec<String> = self.spec.nics.iter().map(one).collect();

@@ -193,6 +193,33 @@ fn a_restored_vm_is_waited_for_and_a_clone_has_its_own_name() {
 }
 
 #[test]
+fn a_clone_is_made_by_a_snapshot_that_is_gone_when_it_runs_and_when_it_cannot() {
+    let fake = Fake::start();
+    let next = vec![v1::VmState::Pending, v1::VmState::Running];
+    let vms = [
+        ("vm1".to_owned(), (vm("vm1", v1::VmState::Running), vec![])),
+        ("vm2".to_owned(), (vm("vm2", v1::VmState::Stopped), next)),
+    ];
+    fake.state().vms = vms.into();
+    for (clone, code) in [("vm2", 0), ("vm9", 3)] {
+        fake.state().snapshots = vec![(ready(), vec![])];
+        let ended = fake.run(&format!("vm clone vm1 {clone}"));
+        assert_eq!(ended.code, Some(code), "{ended:?}");
+        let state = fake.state();
+        assert_eq!(state.snapshots[0].0.phase(), v1::SnapshotPhase::Deleting);
+        if code == 0 {
+            assert!(ended.stdout.contains("vm2 is running"), "{ended:?}");
+            let asked = &state.restored[0];
+            assert!(asked.new_addresses && asked.clone == "vm2" && !asked.snapshot.is_empty());
+        }
+    }
+    assert_eq!(
+        fake.run("vm snapshot restore vm1 s7 --new-addresses").code,
+        Some(2)
+    );
+}
+
+#[test]
 fn a_deleted_snapshot_is_waited_for_until_its_files_are_gone() {
     let fake = Fake::start();
     fake.state().snapshots = vec![(ready(), vec![])];

@@ -62,6 +62,14 @@ pub struct Offer {
     pub networking: String,
 }
 
+/// The NICs that the VMM starts with, in the specification's order: one that is to begin as a snapshot is given those that came since when it runs.
+pub fn at_its_start(desired: &VmDesired) -> Vec<VmNic> {
+    let nics = desired.spec.as_ref().map_or(&[][..], |spec| &spec.nics);
+    let restored = desired.restore.is_some();
+    let had = |nic: &&VmNic| !restored || nic.attach_revision == 0;
+    nics.iter().filter(had).cloned().collect()
+}
+
 /// See the module.
 pub struct Networks {
     config: NetworksConfig,
@@ -144,8 +152,8 @@ impl Networks {
     /// # Errors
     /// `network_unavailable`, with what could not be made.
     pub async fn attach(&self, key: &Key, desired: &VmDesired) -> Result<Vec<Nic>, Fault> {
-        let asked = desired.spec.as_ref().map_or(&[][..], |spec| &spec.nics);
-        let nics = plan::nics(&self.names, key, asked, &desired.networks)?;
+        let asked = at_its_start(desired);
+        let nics = plan::nics(&self.names, key, &asked, &desired.networks)?;
         self.runs().nics.insert(key.clone(), nics.clone());
         if nics.is_empty() {
             return Ok(nics);
@@ -327,6 +335,7 @@ impl Networks {
                 allow_spoofing: false,
                 revision: 0,
                 slot: 0,
+                unplugged: false,
             };
             rules::apply(&rules::script(&self.names, [&sample].into_iter()), true).await?;
         }

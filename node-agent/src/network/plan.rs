@@ -9,7 +9,7 @@
 //! All that is made here is named by [`Names`]; nothing else is ever removed. A device's name holds what it is made of, so a device
 //! of a name is the wanted one, or is not wanted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
 use drover_proto::v1::{Network, NetworkKind, VmNic};
@@ -19,8 +19,8 @@ use serde::{Deserialize, Serialize};
 use super::config::NetworksConfig;
 use crate::key::{Key, is_name};
 
-/// NICs of a VM at most, as the controllers bound them too.
-pub const NICS_MAX: usize = 4;
+/// NICs of a VM at most: as many as the controllers give one, and those that a clone's guest has yet to give up.
+pub const NICS_MAX: usize = 8;
 /// Bytes of a MAC.
 const MAC_BYTES: usize = 6;
 
@@ -47,6 +47,9 @@ pub struct Nic {
     /// Its slot; 0: counted.
     #[serde(default)]
     pub slot: u32,
+    /// It leads nowhere: the guest remembers it, and its addresses are another's.
+    #[serde(default)]
+    pub unplugged: bool,
 }
 
 impl Nic {
@@ -160,6 +163,7 @@ pub fn nics(names: &Names, key: &Key, nics: &[VmNic], networks: &[Network]) -> R
             allow_spoofing: network.allow_spoofing,
             revision: nic.attach_revision,
             slot: nic.slot,
+            unplugged: nic.unplugged,
         })
     };
     nics.iter().map(one).collect()
@@ -197,6 +201,8 @@ pub struct Wanted {
     pub taps: BTreeMap<String, Tap>,
     /// What is to be a port of which bridge: TAPs, tunnels, uplinks.
     pub ports: BTreeMap<String, String>,
+    /// TAPs that lead nowhere.
+    pub nowhere: BTreeSet<String>,
     /// No TAP is to be removed: of some it is not known whether they are wanted.
     pub spares_taps: bool,
 }
@@ -240,6 +246,10 @@ pub fn wanted(names: &Names, config: &NetworksConfig, runs: &BTreeMap<Key, Vec<N
                 alias: format!("{key} in {}", nic.network),
             };
             wanted.taps.insert(nic.tap.clone(), tap);
+            if nic.unplugged {
+                wanted.nowhere.insert(nic.tap.clone());
+                continue;
+            }
             if let Some(bridge) = bridge_of(names, config, nic, &mut wanted) {
                 wanted.ports.insert(nic.tap.clone(), bridge);
             }
@@ -324,8 +334,15 @@ pub fn steps(names: &Names, wanted: &Wanted, links: &[Link]) -> (Vec<Step>, BTre
         }
     }
     for (name, tap) in &wanted.taps {
-        if !by_name.contains_key(name.as_str()) {
-            steps.push(Step::MakeTap(name.clone(), tap.clone()));
+        match by_name.get(name.as_str()) {
+            None => steps.push(Step::MakeTap(name.clone(), tap.clone())),
+            Some(there) if wanted.nowhere.contains(name) && !there.up => {
+                steps.push(Step::Up((*there).clone()));
+            }
+            Some(_) => {}
+        }
+        if wanted.nowhere.contains(name) {
+            continue;
         }
         if !wanted.ports.contains_key(name) {
             problems.insert(
@@ -417,6 +434,7 @@ mod tests {
             allow_spoofing: false,
             revision: 0,
             slot: 0,
+            unplugged: false,
         }
     }
 
@@ -466,6 +484,29 @@ mod tests {
             steps.iter().for_each(|step| take(links, step));
         }
         panic!("never settled: {wanted:?} {links:?}");
+    }
+
+    #[test]
+    fn a_nic_that_is_unplugged_has_a_tap_that_is_up_and_on_no_bridge_also_where_its_network_is_not() {
+        let names = Names::new("c", "host1");
+        let key = Key::start("vm1", 1);
+        let unplugged = |network| Nic {
+            unplugged: true,
+            ..nic(&names, &key, 1, network)
+        };
+        for network in ["lan", "wide", "unknown"] {
+            let runs = BTreeMap::from([(key.clone(), vec![unplugged(network)])]);
+            let wanted = wanted(&names, &config(), &runs);
+            let mut links = vec![link(1, "br0")];
+            for _ in 0..4 {
+                let (steps, problems) = steps(&names, &wanted, &links);
+                assert!(problems.is_empty(), "{problems:?}");
+                steps.iter().for_each(|step| take(&mut links, step));
+            }
+            assert_eq!(steps(&names, &wanted, &links).0, []);
+            assert_eq!(links.len(), 2, "{links:?}");
+            assert!(links[1].up && links[1].master.is_none());
+        }
     }
 
     #[test]

@@ -50,6 +50,7 @@ pub fn script<'a>(names: &Names, nics: impl Iterator<Item = &'a Nic> + Clone) ->
 fn chain(nic: &Nic) -> String {
     let mac = nic.mac_text();
     let rules = match (nic.allow_spoofing, nic.ip) {
+        _ if nic.unplugged => "drop".to_owned(),
         (true, _) => "accept".to_owned(),
         (false, None) => format!(
             "ether saddr != {mac} drop\n\

@@ -3,7 +3,9 @@
 use drover_chaos_cluster::points::{AFTER_ATTACH, AFTER_TAP};
 use drover_chaos_cluster::{await_some, cluster::host_ip};
 use drover_proto::Code;
-use drover_proto::v1::{Network, NetworkKind, RestartPolicy, VmDeviceState, VmNic, VmSpec, VmState};
+use drover_proto::v1::{
+    Network, NetworkKind, RestartPolicy, SnapshotPhase, VmDeviceState, VmNic, VmSpec, VmState,
+};
 
 use super::*;
 
@@ -303,4 +305,66 @@ fn an_agent_that_dies_while_a_nic_comes_or_goes_leaves_one_tap_or_none() {
     await_no_nic(&cluster);
     await_devices(&cluster, 0, (0, 0, 0));
     assert_sound_at_the_end(&cluster, &mut Console::new(VM));
+}
+
+#[test]
+fn a_clone_has_a_nic_of_its_own_and_the_one_that_its_guest_remembers_leads_nowhere() {
+    const CLONE: &str = "vm2";
+    let Some(cluster) = cluster() else { return };
+    let last = PARTIES - 1;
+    cluster
+        .client
+        .create_network(&wide())
+        .expect("a network is created");
+    // Its guest never gives a NIC up.
+    cluster
+        .client
+        .create_vm(&with_nic(VM, &host_name(0)), true)
+        .expect("the VM is created");
+    cluster.client.await_running(VM);
+    add_pinger(&cluster, last, &[0, 1]);
+    await_answer(&cluster, last);
+    cluster.client.create_snapshot(VM, "now").expect("it runs");
+    let taken = cluster.client.await_snapshot(VM, "now");
+    assert_eq!(taken.phase(), SnapshotPhase::Ready, "{taken:?}");
+    let fault = cluster
+        .client
+        .restore_vm(VM, "now", CLONE)
+        .expect_err("its addresses are another's");
+    assert_eq!(fault.code, Code::AddressInUse);
+    let made = cluster.client.clone_vm(VM, "now", CLONE).expect("it gets others");
+    let nics = made.spec.expect("it has one").nics;
+    let [remembered, own] = nics.as_slice() else {
+        panic!("{nics:?}");
+    };
+    assert!(remembered.unplugged && !own.unplugged && remembered.mac != own.mac);
+    assert_eq!((remembered.ip.as_str(), own.ip.as_str()), ("", "10.77.0.3"));
+    cluster.client.await_running(CLONE);
+    let has_both = |vm: &Vm| reported(vm) == [remembered.mac.as_str(), own.mac.as_str()];
+    cluster.client.await_vm(CLONE, "seen with both NICs", has_both);
+    await_answer(&cluster, last);
+
+    let (source, _) = cluster.await_runs_exactly_once(CLONE);
+    let moved = cluster
+        .client
+        .migrate(CLONE, &host_name(1 - source))
+        .expect("both hosts offer the network");
+    assert_done(&cluster.client.await_end(&moved.id));
+    cluster.client.await_vm(CLONE, "seen with both NICs", has_both);
+    await_answer(&cluster, last);
+    // Both guests answer to the address; only the first one was heard.
+    for vm in [VM, CLONE] {
+        cluster.client.stop_vm(vm).expect("it runs");
+        cluster
+            .client
+            .await_vm(vm, "stopped", |vm| vm.state() == VmState::Stopped);
+        assert!(!cluster.ping(last, ADDRESS.parse().expect("it is one")), "{vm}");
+    }
+    let started = cluster.client.start_vm(CLONE).expect("it is stopped");
+    assert_eq!(started.spec.expect("it has one").nics, [own.clone()]);
+    cluster.client.await_running(CLONE);
+    cluster.client.await_vm(CLONE, "seen with its own NIC", |vm| {
+        reported(vm) == [own.mac.as_str()]
+    });
+    cluster.witness.assert_clean();
 }

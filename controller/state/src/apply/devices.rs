@@ -189,7 +189,7 @@ impl Tx<'_> {
                 ip: asked.ip,
                 slot,
                 attach_revision: revision,
-                detach_revision: 0,
+                ..VmNic::default()
             }],
             ..VmSpec::default()
         };

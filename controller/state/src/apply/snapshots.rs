@@ -3,7 +3,7 @@
 use drover_proto::v1::{
     BeginRestoreRequest, CommandResponse, CreateSnapshot, DeleteSnapshot, Reason, Removal,
     ReportSnapshotRequest, Restore, RestoreVm, Snapshot, SnapshotNews, SnapshotPhase, Vm, VmDevice,
-    VmDeviceState, VmSpec, VmState, Volume,
+    VmDeviceState, VmNic, VmSpec, VmState, Volume,
 };
 use drover_proto::{Code, Fault};
 
@@ -250,7 +250,11 @@ impl Tx<'_> {
         let clone = !asked.clone.is_empty();
         let name = if clone { &asked.clone } else { &asked.vm };
         let spec = if clone {
-            self.spec_of_clone(name, &snapshot)?
+            self.spec_of_clone(name, &snapshot, asked.new_addresses)?
+        } else if asked.new_addresses {
+            let message =
+                "new_addresses is true; only a new VM beside the first gets NICs of its own: name it";
+            return Err(Fault::new(Code::InvalidArgument, message).field("new_addresses"));
         } else {
             self.spec_as_it_was(name, &snapshot)?
         };
@@ -326,7 +330,7 @@ impl Tx<'_> {
     }
 
     /// What a new VM beside the one that the snapshot is of is, if it can be.
-    fn spec_of_clone(&self, name: &str, snapshot: &Snapshot) -> Result<VmSpec, Fault> {
+    fn spec_of_clone(&self, name: &str, snapshot: &Snapshot, new_addresses: bool) -> Result<VmSpec, Fault> {
         self.may_be_named("clone", name)?;
         let mut spec = VmSpec {
             name: name.to_owned(),
@@ -370,6 +374,9 @@ impl Tx<'_> {
         if self.state.volumes.len() + pools.len() > VOLUMES_MAX {
             let message = format!("clone is {name}; the cluster takes {VOLUMES_MAX} volumes in all");
             return Err(Fault::new(Code::InvalidArgument, message).field("clone"));
+        }
+        if new_addresses {
+            replace_nics(&mut spec)?;
         }
         cloud::room(self.state, &spec, "snapshot")?;
         self.could_be_restored(&mut spec, snapshot, &pools)?;
@@ -587,6 +594,35 @@ fn may_be_taken(state: &State, vm: &Vm) -> Result<String, Fault> {
             refused(Code::SnapshotUnavailable, message)
         }
     }
+}
+
+/// Gives the VM that is to begin as a snapshot a NIC beside each that its guest remembers. Those lead nowhere, and the guest is to give them up.
+fn replace_nics(spec: &mut VmSpec) -> Result<(), Fault> {
+    if spec.nics.is_empty() {
+        return Ok(());
+    }
+    spec.devices_revision += 1;
+    let revision = spec.devices_revision;
+    let fresh = |nic: &VmNic| VmNic {
+        network: nic.network.clone(),
+        attach_revision: revision,
+        ..VmNic::default()
+    };
+    let fresh: Vec<VmNic> = spec.nics.iter().map(fresh).collect();
+    for nic in &mut spec.nics {
+        nic.ip.clear();
+        (nic.unplugged, nic.detach_revision) = (true, revision);
+    }
+    spec.nics.extend(fresh);
+    fix_slots(spec);
+    if spec.nics.iter().all(|nic| nic.slot > 0) {
+        return Ok(());
+    }
+    let message = format!(
+        "clone is {}; beside all that it has there are not slots enough for NICs of its own",
+        spec.name
+    );
+    Err(Fault::new(Code::InvalidArgument, message).field("clone"))
 }
 
 /// What the VM that runs was given, or is to give up, and its VMM has not told that it is so.

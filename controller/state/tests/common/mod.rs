@@ -47,6 +47,7 @@ pub fn host_spec(name: &str) -> HostSpec {
         networking: "ok".into(),
         sandbox: "ok".into(),
         seeds: true,
+        unplugs: true,
         snapshots: true,
         ..HostSpec::default()
     }
@@ -294,6 +295,17 @@ pub fn restore(vm: &str, snapshot: &str, clone: &str) -> Kind {
         vm: vm.into(),
         snapshot: snapshot.into(),
         clone: clone.into(),
+        new_addresses: false,
+    })
+}
+
+/// As the new VM `clone`, with addresses of its own.
+pub fn clone_anew(vm: &str, snapshot: &str, clone: &str) -> Kind {
+    Kind::RestoreVm(RestoreVm {
+        vm: vm.into(),
+        snapshot: snapshot.into(),
+        clone: clone.into(),
+        new_addresses: true,
     })
 }
 
