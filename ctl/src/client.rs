@@ -405,12 +405,12 @@ impl Client {
             .await
     }
 
-    /// Forgets a volume, and has what it holds removed, unless that is to be kept.
-    pub async fn delete_volume(&self, name: &str, keep_content: bool) -> Result<v1::Volume> {
+    /// Forgets a volume, and has what it holds removed, or not.
+    pub async fn delete_volume(&self, name: &str, remove_content: bool) -> Result<v1::Volume> {
         let request = v1::DeleteVolumeRequest {
             request_id: request_id()?,
             name: name.to_owned(),
-            keep_content,
+            remove_content,
         };
         self.plain(async |mut grpc| grpc.delete_volume(request.clone()).await)
             .await

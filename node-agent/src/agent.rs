@@ -9,7 +9,7 @@ use drover_pki::{Credentials, PkiError, Role};
 use drover_proto::v1::agent_server::AgentServer;
 use drover_proto::v1::{HostSpec, Settings};
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
@@ -28,6 +28,8 @@ use crate::{DEVICE_MODEL, inventory};
 
 /// News that may wait for the supervisor; whoever has more waits.
 const EVENTS_MAX: usize = 256;
+/// Volumes that are filled from images at once.
+const FILLS_AT_ONCE: usize = 2;
 
 /// What the agent's tasks share.
 pub struct Context {
@@ -47,6 +49,8 @@ pub struct Context {
     pub sandbox: Sandbox,
     /// The contents that are to be filled from images here, by their numbers: what is not among them any more is given up.
     pub fills: Arc<Mutex<BTreeSet<u64>>>,
+    /// A turn for each that is filled at once: others wait, so that the storage, and the agent's threads, are there for VMs.
+    pub filling: Semaphore,
     /// The newest answered heartbeat.
     pub grants: watch::Sender<Grants>,
     /// Asks for a heartbeat out of turn.
@@ -134,6 +138,7 @@ impl Agent {
             settings: watch::Sender::new(None),
             networks: Networks::new(&config).await,
             fills: Arc::default(),
+            filling: Semaphore::new(FILLS_AT_ONCE),
             grants: watch::Sender::default(),
             heartbeat_now: Notify::new(),
             register_again: Notify::new(),
@@ -203,6 +208,7 @@ fn host_spec(config: &Config, addr: SocketAddr) -> Result<HostSpec, AgentError> 
         sandbox: String::new(),
         seeds: true,
         unplugs: true,
+        numbers: true,
         snapshots: true,
     })
 }

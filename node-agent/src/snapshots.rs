@@ -252,9 +252,21 @@ pub async fn fill(context: &Context, volume: &Volume) -> Result<(), Fault> {
 async fn fill_and_tell(context: &Context, volume: &Volume) -> Result<(), Fault> {
     let pool = pool(context, &volume.pool)?;
     let image = context.config.images_dir.join(&volume.image);
+    let turn = context.filling.acquire().await;
+    let _turn = turn.map_err(|error| Fault::new(Code::Internal, error.to_string()))?;
+    let (wanted, host) = (context.fills.clone(), context.config.name.clone());
+    if !wanted
+        .lock()
+        .expect("nobody panics with it")
+        .contains(&volume.content)
+    {
+        return Err(Fault::new(
+            Code::VmStopped,
+            "it is no longer desired on this host",
+        ));
+    }
     tracing::info!(volume = volume.name, image = volume.image, "is filled");
     let done = Arc::new(AtomicU64::new(0));
-    let (wanted, host) = (context.fills.clone(), context.config.name.clone());
     let (order, done_there) = (volume.clone(), done.clone());
     let filled = blocking(move || {
         let goes_on = |bytes| {

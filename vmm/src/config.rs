@@ -32,7 +32,7 @@ pub const MEMORY_MIB_MAX: u64 = 1 << 20;
 /// Most disks of a VM, a seed disk among them; the bus has 31 slots.
 pub const DISKS_MAX: usize = 25;
 /// Most NICs of a VM: with random numbers and all disks the bus is full, and has no slot for a balloon.
-pub const NICS_MAX: usize = 6;
+pub const NICS_MAX: usize = 8;
 /// Pages of 4 KiB in a MiB.
 pub const PAGES_A_MIB: u64 = (1 << 20) / PAGE;
 /// Least MTU of a NIC (RFC 791, 3.2).

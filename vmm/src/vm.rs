@@ -362,6 +362,11 @@ impl Vm {
         &self.ended
     }
 
+    /// When its devices may work.
+    pub fn io_gate(&self) -> Arc<IoGate> {
+        self.io.clone()
+    }
+
     /// The guest's memory.
     pub fn memory(&self) -> &Memory {
         &self.memory

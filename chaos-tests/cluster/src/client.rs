@@ -381,11 +381,11 @@ impl Client {
     }
 
     /// Deletes a volume, with what it holds or without.
-    pub fn delete_volume(&self, name: &str, keep_content: bool) -> Result<Volume, Fault> {
+    pub fn delete_volume(&self, name: &str, remove_content: bool) -> Result<Volume, Fault> {
         let request = DeleteVolumeRequest {
             request_id: request_id(),
             name: name.to_owned(),
-            keep_content,
+            remove_content,
         };
         self.call(|mut client| {
             let request = request.clone();

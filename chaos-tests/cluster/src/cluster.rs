@@ -616,9 +616,20 @@ impl Cluster {
             .issue_to(&self.root.path().join(format!("as-{name}")), role, name)?)
     }
 
-    /// A volume's file in the pool `default`.
+    /// A volume's folder in the pool `default`.
+    pub fn volume_folder(&self, volume: &str) -> PathBuf {
+        self.root.path().join(POOL).join(volume)
+    }
+
+    /// The file in it that holds what the volume was made with, or was given by its last restore; one that is not there where it has none.
     pub fn volume_file(&self, volume: &str) -> PathBuf {
-        self.root.path().join(POOL).join(volume).join("data.raw")
+        let folder = self.volume_folder(volume);
+        let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        let number =
+            |name: &str| -> Option<u64> { name.strip_prefix("data-")?.strip_suffix(".raw")?.parse().ok() };
+        let newest = names.filter_map(|name| number(&name)).max();
+        folder.join(format!("data-{}.raw", newest.unwrap_or(0)))
     }
 
     /// The folder of all agents' images.

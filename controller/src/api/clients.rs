@@ -372,7 +372,7 @@ impl Controller for Api {
             |_, message| {
                 let delete = DeleteVolume {
                     name: message.name,
-                    keep_content: message.keep_content,
+                    remove_content: message.remove_content,
                 };
                 (message.request_id, Kind::DeleteVolume(delete))
             },

@@ -244,11 +244,9 @@ pub(crate) fn checked(asked: Option<&Network>) -> Result<Network, Fault> {
 /// # Errors
 /// `invalid_argument`, by field.
 pub(crate) fn check_nics(spec: &mut VmSpec) -> Result<(), Fault> {
-    if spec.nics.len() > NICS_MAX {
-        let message = format!(
-            "spec.nics has {} NICs; at most {NICS_MAX} are possible",
-            spec.nics.len()
-        );
+    let plugged = spec.nics.iter().filter(|nic| !nic.unplugged).count();
+    if plugged > NICS_MAX {
+        let message = format!("spec.nics has {plugged} NICs; at most {NICS_MAX} are possible");
         return Err(invalid("spec.nics", message));
     }
     for nic in &mut spec.nics {

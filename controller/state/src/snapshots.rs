@@ -21,7 +21,7 @@ use crate::cloud;
 use crate::placement::Purpose;
 use crate::state::{State, epoch_of, host_of, spec_of};
 use crate::validate::quoted;
-use crate::volumes::has_pool;
+use crate::volumes::{TOLD_MAX, has_pool};
 
 /// What is to be removed of volumes: by volume and content, the pool.
 pub(crate) type Removals = BTreeMap<(String, u64), String>;
@@ -104,7 +104,7 @@ impl State {
                 content: *content,
                 ..Removal::default()
             });
-        snapshots.chain(contents).collect()
+        snapshots.chain(contents.take(TOLD_MAX)).collect()
     }
 
     fn remover(&self, pool: &str, first: &str) -> Option<&str> {

@@ -14,6 +14,9 @@ use crate::snapshots::{knows_snapshots, too_old};
 use crate::state::{State, spec_of};
 use crate::validate::{self, quoted};
 
+/// Most volumes that a host is asked to fill, and contents that it is asked to remove, at once.
+pub(crate) const TOLD_MAX: usize = 64;
+
 impl State {
     /// One volume. Who has it is not filled in: see [`State::volumes_with_users`].
     pub fn volume(&self, name: &str) -> Option<&Volume> {
@@ -40,10 +43,11 @@ impl State {
         let waits = |volume: &&Volume| volume.filling && volume.reason.is_none();
         let by_this = |volume: &&Volume| self.filler(volume) == Some(host);
         let volumes = self.volumes.values().filter(waits).filter(by_this);
-        volumes.cloned().collect()
+        volumes.take(TOLD_MAX).cloned().collect()
     }
 
-    fn filler(&self, volume: &Volume) -> Option<&str> {
+    /// The host that is asked to fill the volume.
+    pub(crate) fn filler(&self, volume: &Volume) -> Option<&str> {
         let can = |(_, host): &(&String, &Host)| {
             let up = host.state() == HostState::Up && has_pool(host, &volume.pool);
             let same = |image: &Image| image.blake3 == volume.image_blake3;
@@ -204,6 +208,11 @@ pub(crate) fn reaches(state: &State, spec: &VmSpec, host: &Host) -> Result<(), F
         }
         if volume.content > 0 && !knows_snapshots(host) {
             return Err(too_old());
+        }
+        let numbers = host.spec.as_ref().is_some_and(|spec| spec.numbers);
+        if volume.content > 0 && !volume.used && !numbers {
+            let message = "has an agent of a version that makes no file of a new volume: upgrade it";
+            return Err(Fault::new(Code::ProtocolVersion, message));
         }
     }
     Ok(())

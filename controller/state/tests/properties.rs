@@ -11,9 +11,9 @@ use common::*;
 use drover_proto::Code;
 use drover_proto::v1::command::Kind;
 use drover_proto::v1::{
-    AttachDisk, AttachNic, Command, DetachDisk, DetachNic, MigrationPhase, ReportSnapshotRequest,
-    ReportVmRequest, RestartPolicy, Snapshot, SnapshotNews, SnapshotPhase, VmDevice, VmDeviceState,
-    VmDevices, VmDisk, VmNic, VmState,
+    AttachDisk, AttachNic, Command, DeleteVolume, DetachDisk, DetachNic, Image, MigrationPhase,
+    ReportSnapshotRequest, ReportVmRequest, ReportVolumeRequest, RestartPolicy, Snapshot, SnapshotNews,
+    SnapshotPhase, VmDevice, VmDeviceState, VmDevices, VmDisk, VmNic, VmState, VolumeNews,
 };
 use drover_state::{State, apply, desired, epoch_of, grants, host_of, into_result, is_committed};
 use proptest::prelude::*;
@@ -36,8 +36,11 @@ enum Step {
     Create(usize, u64, Vec<(usize, bool)>, Vec<(usize, u8)>),
     CreateNetwork(usize),
     DeleteNetwork(usize),
-    CreateVolume(usize, u64),
-    DeleteVolume(usize),
+    /// Of an image where that is said.
+    CreateVolume(usize, u64, bool),
+    DeleteVolume(usize, bool),
+    /// By a host, of this content or another, filled or not.
+    Filled(usize, usize, bool, bool),
     Start(usize),
     Stop(usize),
     Delete(usize),
@@ -61,7 +64,7 @@ enum Step {
     Take(usize),
     Told(usize, i64, bool),
     Drop(usize),
-    Restore(usize, Option<usize>),
+    Restore(usize, Option<usize>, bool),
     Begin(usize, i64),
     Removed(usize),
 }
@@ -92,8 +95,11 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(v, m, d, n)| Step::Create(v, m, d, n)),
         3 => (0..NETWORKS.len()).prop_map(Step::CreateNetwork),
         1 => (0..NETWORKS.len()).prop_map(Step::DeleteNetwork),
-        2 => (0..VOLUMES.len(), 0..4_u64).prop_map(|(v, size)| Step::CreateVolume(v, size)),
-        1 => (0..VOLUMES.len()).prop_map(Step::DeleteVolume),
+        3 => (0..VOLUMES.len(), 0..4_u64, prop::bool::weighted(0.4))
+            .prop_map(|(v, size, image)| Step::CreateVolume(v, size, image)),
+        1 => (0..VOLUMES.len(), any::<bool>()).prop_map(|(v, removes)| Step::DeleteVolume(v, removes)),
+        3 => (host.clone(), 0..VOLUMES.len(), prop::bool::weighted(0.8), prop::bool::weighted(0.8))
+            .prop_map(|(h, v, this, filled)| Step::Filled(h, v, this, filled)),
         1 => vm.clone().prop_map(Step::Start),
         1 => vm.clone().prop_map(Step::Stop),
         1 => vm.clone().prop_map(Step::Delete),
@@ -117,7 +123,8 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (0..SNAPSHOTS, prop_oneof![8 => Just(0_i64), 1 => Just(-1), 1 => Just(1)], prop::bool::weighted(0.8))
             .prop_map(|(s, e, done)| Step::Told(s, e, done)),
         1 => (0..SNAPSHOTS).prop_map(Step::Drop),
-        4 => (0..SNAPSHOTS, prop::option::weighted(0.4, 0..VMS.len())).prop_map(|(s, v)| Step::Restore(s, v)),
+        4 => (0..SNAPSHOTS, prop::option::weighted(0.4, 0..VMS.len()), any::<bool>())
+            .prop_map(|(s, v, anew)| Step::Restore(s, v, anew)),
         5 => (0..VMS.len(), prop_oneof![8 => Just(0_i64), 1 => Just(-1), 1 => Just(1)]).prop_map(|(v, e)| Step::Begin(v, e)),
         2 => host.clone().prop_map(Step::Removed),
         1 => host.clone().prop_map(Step::Down),
@@ -184,8 +191,34 @@ fn resolve(state: &State, step: &Step) -> Kind {
             spec.set_restart(RestartPolicy::OnFailure);
             Kind::CreateVm(request)
         }
-        Step::CreateVolume(volume, mib) => create_volume(VOLUMES[volume], "", mib << 20),
-        Step::DeleteVolume(volume) => delete_volume(VOLUMES[volume]),
+        Step::CreateVolume(volume, mib, of_image) => {
+            let Kind::CreateVolume(mut create) = create_volume(VOLUMES[volume], "", mib << 20) else {
+                unreachable!()
+            };
+            if of_image {
+                create.volume.as_mut().unwrap().image = "debian".into();
+            }
+            Kind::CreateVolume(create)
+        }
+        Step::DeleteVolume(volume, remove_content) => Kind::DeleteVolume(DeleteVolume {
+            name: VOLUMES[volume].into(),
+            remove_content,
+        }),
+        Step::Filled(host, volume, this, filled) => {
+            let content = state.volume(VOLUMES[volume]).map_or(0, |volume| volume.content);
+            let news = if filled {
+                VolumeNews::Filled
+            } else {
+                VolumeNews::Failed
+            };
+            Kind::ReportVolume(ReportVolumeRequest {
+                host: HOSTS[host].into(),
+                volume: VOLUMES[volume].into(),
+                content: if this { content } else { content + 1 },
+                news: news.into(),
+                ..ReportVolumeRequest::default()
+            })
+        }
         Step::CreateNetwork(network) => {
             let (name, vni, subnet) = NETWORKS[network];
             create_network(name, vni, subnet)
@@ -240,9 +273,12 @@ fn resolve(state: &State, step: &Step) -> Kind {
             news(&of.host, &of.id, skewed(of.epoch, skew), said)
         }
         Step::Drop(back) => drop_snapshot(&recent(state, back).vm, &recent(state, back).id),
-        Step::Restore(back, clone) => {
+        Step::Restore(back, clone, anew) => {
             let of = recent(state, back);
-            restore(&of.vm, &of.id, clone.map_or("", |vm| VMS[vm]))
+            match clone {
+                Some(vm) if anew => clone_anew(&of.vm, &of.id, VMS[vm]),
+                _ => restore(&of.vm, &of.id, clone.map_or("", |vm| VMS[vm])),
+            }
         }
         Step::Begin(vm, skew) => {
             let known = state.vm(VMS[vm]);
@@ -432,7 +468,15 @@ fn volumes_have_one_writer_or_only_readers(state: &State) {
 /// that may run it is told the networks, and of a VXLAN network exactly the other hosts that hold a VM in it.
 fn nics_have_networks_and_addresses_of_their_own(state: &State) {
     let (mut macs, mut ips) = (BTreeSet::new(), BTreeSet::new());
-    for nic in state.vms().flat_map(|vm| &vm.spec.as_ref().unwrap().nics) {
+    let nics: Vec<&VmNic> = state
+        .vms()
+        .flat_map(|vm| &vm.spec.as_ref().unwrap().nics)
+        .collect();
+    for nic in nics.iter().filter(|nic| nic.unplugged) {
+        state.network(&nic.network).expect("a network in use stays");
+        assert!(nic.ip.is_empty() && nic.detach_revision > 0, "{nic:?}");
+    }
+    for nic in nics.into_iter().filter(|nic| !nic.unplugged) {
         let network = state.network(&nic.network).expect("a network in use stays");
         assert!(macs.insert(&nic.mac), "{} stands twice", nic.mac);
         assert_eq!(nic.ip.is_empty(), network.subnet.is_empty(), "{nic:?}");
@@ -522,7 +566,7 @@ fn contents_change_only_when_a_restored_run_begins(before: &State, after: &State
             let now = after.volume(&disk.volume).map(|volume| volume.content);
             if was.is_some() && was != now {
                 changed.push((was, now));
-                assert!(now > was && !disk.read_only, "{} went back", disk.volume);
+                assert!(!disk.read_only, "{} was read only", disk.volume);
                 assert!(vm.restored == now.unwrap() && vm.restore.is_none());
             }
         }
@@ -542,6 +586,54 @@ fn contents_change_only_when_a_restored_run_begins(before: &State, after: &State
             removals.find(|removal| (&removal.volume, removal.content) == (&used.name, used.content));
         assert!(removed.is_none(), "{removed:?} is used");
     }
+}
+
+/// No VM has a volume that is filled, one host at most is asked for it, and nobody is told to remove what is put there. A clone that has not begun
+/// has every NIC that its guest remembers.
+fn nobody_has_what_is_not_whole_yet(state: &State) {
+    let all: Vec<_> = HOSTS.iter().map(|host| desired(state, host)).collect();
+    for vm in state.vms() {
+        for disk in &vm.spec.as_ref().unwrap().disks {
+            let volume = state.volume(&disk.volume).expect("a volume in use stays");
+            assert!(!volume.filling, "{} is not filled", volume.name);
+        }
+        if let Some(restore) = vm.restore.as_ref().filter(|restore| restore.clone) {
+            let then = state.snapshot(&restore.snapshot).unwrap().spec.as_ref().unwrap();
+            let now = &vm.spec.as_ref().unwrap().nics;
+            for nic in &then.nics {
+                assert!(now.iter().any(|has| has.mac == nic.mac), "{} is gone", nic.mac);
+            }
+        }
+    }
+    let mut asked = BTreeSet::new();
+    for volume in all.iter().flat_map(|desired| &desired.fills) {
+        assert!(asked.insert(&volume.name), "{} is filled by two", volume.name);
+        let known = state.volume(&volume.name).unwrap();
+        assert!(known.filling && known.content == volume.content && known.reason.is_none());
+    }
+    for removal in all.iter().flat_map(|desired| &desired.removals) {
+        let kept = state.volume(&removal.volume);
+        assert!(
+            kept.is_none_or(|volume| volume.content != removal.content),
+            "{removal:?}"
+        );
+    }
+}
+
+/// With an image that volumes can be made of, on two hosts.
+fn cluster() -> State {
+    let mut cluster = Cluster::new();
+    for host in ["host1", "host2"] {
+        let mut spec = host_spec(host);
+        spec.images.push(Image {
+            name: "debian".into(),
+            kind: "qcow2".into(),
+            disk_bytes: 1 << 20,
+            ..Image::default()
+        });
+        cluster.ok(Kind::RegisterHost(spec));
+    }
+    cluster.state
 }
 
 /// Slots are all counted or all written down, each once; and while a run goes on, nothing leaves its specification but what was to be
@@ -619,9 +711,10 @@ fn migrations_go_forward(before: &State, after: &State) {
     }
 }
 
-fn command(now_ms: u64, request_id: String, kind: Kind) -> Command {
+/// `after_ms`: since these tests were written, so that contents are numbered as they are.
+fn command(after_ms: u64, request_id: String, kind: Kind) -> Command {
     Command {
-        now_ms,
+        now_ms: 1_796_000_000_000 + after_ms,
         request_id,
         caller: "user/test".into(),
         kind: Some(kind),
@@ -633,7 +726,7 @@ proptest! {
 
     #[test]
     fn every_log_keeps_the_invariants(steps in prop::collection::vec(step(), 1..120)) {
-        let mut state = Cluster::new().state;
+        let mut state = cluster();
         let mut watch = Watch::default();
         for (at, step) in (0..).zip(&steps) {
             let before = state.clone();
@@ -652,6 +745,7 @@ proptest! {
             snapshots_are_of_a_run_that_nothing_moves(&state);
             contents_change_only_when_a_restored_run_begins(&before, &state, step);
             what_a_run_has_leaves_by_its_vmms_word_only(&before, &state, &kind);
+            nobody_has_what_is_not_whole_yet(&state);
         }
     }
 
@@ -660,7 +754,7 @@ proptest! {
         steps in prop::collection::vec(step(), 1..80),
         cut in any::<prop::sample::Index>(),
     ) {
-        let mut state = Cluster::new().state;
+        let mut state = cluster();
         let mut restored = state.clone();
         let cut = cut.index(steps.len());
         for (at, step) in steps.iter().enumerate() {
@@ -676,12 +770,12 @@ proptest! {
 
     #[test]
     fn a_request_applied_twice_changes_nothing_the_second_time(steps in prop::collection::vec(step(), 1..60)) {
-        let mut state = Cluster::new().state;
+        let mut state = cluster();
         for (at, step) in steps.iter().enumerate() {
             let mut command = command(7, format!("r{at}"), resolve(&state, step));
             let first = apply(&mut state, &command).0;
             let before = state.encode();
-            command.now_ms = 8;
+            command.now_ms += 1;
             prop_assert_eq!(apply(&mut state, &command), (first, vec![]));
             prop_assert_eq!(state.encode(), before);
         }

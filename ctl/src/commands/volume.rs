@@ -26,6 +26,17 @@ pub async fn run(session: &Session, command: &VolumeCommand) -> Result<()> {
                 ..v1::Volume::default()
             };
             let created = VolumeView::from(session.client.create_volume(volume).await?);
+            if created.image != *image {
+                // It is empty, and nobody has it.
+                session.client.delete_volume(name, false).await?;
+                let message =
+                    "the controllers are of a version that makes no volumes of images: upgrade them";
+                return Err(Failure::new(
+                    Exit::Refused,
+                    Code::ProtocolVersion.as_str(),
+                    message,
+                ));
+            }
             let view = match no_wait {
                 true => created,
                 false => filled(session, created).await?,
@@ -44,7 +55,7 @@ pub async fn run(session: &Session, command: &VolumeCommand) -> Result<()> {
             session.out.list(&views)
         }
         VolumeCommand::Delete { volume, keep_content } => {
-            let view = VolumeView::from(session.client.delete_volume(volume, *keep_content).await?);
+            let view = VolumeView::from(session.client.delete_volume(volume, !keep_content).await?);
             let VolumeView { name, pool, .. } = &view;
             let sentence = match keep_content {
                 true => format!(
@@ -60,7 +71,8 @@ pub async fn run(session: &Session, command: &VolumeCommand) -> Result<()> {
 
 /// Waits until the volume holds what its image does. Ctrl-C ends that, and deletes it.
 async fn filled(session: &Session, created: VolumeView) -> Result<VolumeView> {
-    let name = created.name.clone();
+    let (name, content) = (created.name.clone(), created.content);
+    let is_it = |volume: &VolumeView| volume.name == name && volume.content == content;
     let mut bar = Bar::new(session.out, &name);
     let poll = async {
         let mut view = created;
@@ -68,8 +80,8 @@ async fn filled(session: &Session, created: VolumeView) -> Result<VolumeView> {
             bar.show(&format!("{name} filling"), view.progress);
             tokio::time::sleep(POLL).await;
             let volumes = session.client.volumes().await?;
-            let found = volumes.into_iter().find(|volume| volume.name == name);
-            view = found.map(VolumeView::from).ok_or_else(|| {
+            let found = volumes.into_iter().map(VolumeView::from).find(is_it);
+            view = found.ok_or_else(|| {
                 let message = format!("{name} was deleted meanwhile");
                 Failure::new(Exit::Refused, Code::VolumeNotFound.as_str(), message)
             })?;
@@ -79,8 +91,8 @@ async fn filled(session: &Session, created: VolumeView) -> Result<VolumeView> {
     let ended = tokio::select! {
         ended = poll => ended,
         _ = tokio::signal::ctrl_c() => {
-            session.client.delete_volume(&name, false).await?;
-            Err(Failure::interrupted(format!("{name} was ended, nothing is left of it")))
+            session.client.delete_volume(&name, true).await?;
+            Err(Failure::interrupted(format!("{name} is deleted, with what there is of it")))
         }
     };
     bar.finish();

@@ -548,7 +548,7 @@ impl Controller for Service {
             let message = format!("name is {}, which VM {vm} has", request.name);
             return Err(Fault::new(Code::VolumeInUse, message).field("name").into());
         }
-        if request.keep_content {
+        if !request.remove_content {
             state.kept.push(request.name);
         }
         let volume = state.volumes.remove(at);

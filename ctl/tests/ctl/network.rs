@@ -92,8 +92,8 @@ fn a_vm_is_created_with_its_nics_and_shows_them() {
     assert_eq!(
         json["spec"]["nics"],
         json!([
-            {"network": "lan", "mac": "52:54:00:00:00:01", "ip": "10.1.0.7"},
-            {"network": "wide", "mac": null, "ip": null},
+            {"network": "lan", "mac": "52:54:00:00:00:01", "ip": "10.1.0.7", "unplugged": false},
+            {"network": "wide", "mac": null, "ip": null, "unplugged": false},
         ])
     );
 }

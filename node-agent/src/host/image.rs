@@ -14,6 +14,15 @@ use super::copy;
 
 /// What a qcow2 file begins with (QEMU, docs/interop/qcow2.txt).
 pub const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+/// Of its header, up to where its first table is told; numbers are big-endian.
+const HEAD_BYTES: usize = 48;
+const CLUSTER_BITS_AT: usize = 20;
+const TABLE_ENTRIES_AT: usize = 36;
+const TABLE_AT: usize = 40;
+/// Most entries of the first table: of 32 MiB, as QEMU bounds it.
+const TABLE_ENTRIES_MAX: u32 = 4 << 20;
+/// Of its entries: where a second table is; 0: nowhere.
+const PLACE: u64 = 0x00ff_ffff_ffff_fe00;
 /// Read at once.
 const BLOCK_BYTES: usize = 1 << 20;
 /// What is zero in pieces of this size stays a hole.
@@ -23,8 +32,8 @@ const PIECE_BYTES: usize = 64 << 10;
 pub enum Disk {
     /// The file is the content.
     Raw(File),
-    /// The file describes it.
-    Qcow2(Box<FormatAccess<imago::file::File>>),
+    /// The file, of so many bytes, in clusters of so many, describes it.
+    Qcow2(Box<FormatAccess<imago::file::File>>, u64, u64),
 }
 
 impl Disk {
@@ -35,13 +44,16 @@ impl Disk {
     pub fn open(mut file: File) -> io::Result<Self> {
         let mut head = Vec::new();
         file.seek(SeekFrom::Start(0))?;
-        (&file).take(QCOW2_MAGIC.len() as u64).read_to_end(&mut head)?;
-        if head != QCOW2_MAGIC {
+        (&file).take(HEAD_BYTES as u64).read_to_end(&mut head)?;
+        if !head.starts_with(&QCOW2_MAGIC) {
             return Ok(Self::Raw(file));
         }
+        let head = <[u8; HEAD_BYTES]>::try_from(head).map_err(|_| cut_short())?;
+        let bytes = file.metadata()?.len();
+        let cluster = check_tables(&file, &head, bytes)?;
         let storage = imago::file::File::try_from(file)?;
         let image = Qcow2::<imago::file::File>::builder(storage).open(DenyImplicitOpenGate::default())?;
-        Ok(Self::Qcow2(Box::new(FormatAccess::new(image))))
+        Ok(Self::Qcow2(Box::new(FormatAccess::new(image)), bytes, cluster))
     }
 
     /// The disk's size.
@@ -51,7 +63,7 @@ impl Disk {
     pub fn bytes(&self) -> io::Result<u64> {
         match self {
             Self::Raw(file) => Ok(file.metadata()?.len()),
-            Self::Qcow2(image) => Ok(image.size()),
+            Self::Qcow2(image, ..) => Ok(image.size()),
         }
     }
 
@@ -63,13 +75,47 @@ impl Disk {
     pub fn copy_to(&self, to: &File, goes_on: &dyn Fn(u64) -> bool) -> io::Result<()> {
         match self {
             Self::Raw(file) => copy::copy(file, to, goes_on),
-            Self::Qcow2(image) => copy_mapped(image, to, goes_on),
+            Self::Qcow2(image, bytes, cluster) => copy_mapped(image, bytes + cluster, to, goes_on),
         }
     }
 }
 
+fn cut_short() -> io::Error {
+    io::Error::other("the file is cut short, or damaged")
+}
+
+/// Whether its tables are in the file, which has so many `bytes`; the size of its clusters. The library reads zeroes beyond a file's end, of which it
+/// would make an empty disk.
+fn check_tables(file: &File, head: &[u8; HEAD_BYTES], bytes: u64) -> io::Result<u64> {
+    let u32_at = |at: usize| u32::from_be_bytes(head[at..at + 4].try_into().expect("four bytes"));
+    let cluster = 1u64
+        .checked_shl(u32_at(CLUSTER_BITS_AT))
+        .filter(|cluster| (512..=2 << 20).contains(cluster))
+        .ok_or_else(cut_short)?;
+    let entries = u32_at(TABLE_ENTRIES_AT);
+    let place = u64::from_be_bytes(head[TABLE_AT..].try_into().expect("eight bytes"));
+    let end = place.checked_add(u64::from(entries) * 8);
+    if entries > TABLE_ENTRIES_MAX || end.is_none_or(|end| end > bytes) {
+        return Err(cut_short());
+    }
+    let mut table = vec![0; entries as usize * 8];
+    file.read_exact_at(&mut table, place)?;
+    for entry in table.chunks_exact(8) {
+        let second = u64::from_be_bytes(entry.try_into().expect("eight bytes")) & PLACE;
+        if second
+            .checked_add(cluster)
+            .is_none_or(|end| second > 0 && end > bytes)
+        {
+            return Err(cut_short());
+        }
+    }
+    Ok(cluster)
+}
+
+/// `beyond`: where its file, and the last cluster, which may be short, end.
 fn copy_mapped(
     image: &FormatAccess<imago::file::File>,
+    beyond: u64,
     to: &File,
     goes_on: &dyn Fn(u64) -> bool,
 ) -> io::Result<()> {
@@ -88,6 +134,12 @@ fn copy_mapped(
         if let Mapping::Zero { .. } = mapping {
             at += length;
             continue;
+        }
+        // The library reads zeroes beyond the file's end.
+        if let Mapping::Raw { offset, .. } = mapping
+            && offset.checked_add(length).is_none_or(|end| end >= beyond)
+        {
+            return Err(unreadable(cut_short()));
         }
         let now = usize::try_from(length).map_or(BLOCK_BYTES, |length| length.min(BLOCK_BYTES));
         let part = &mut block[..now];
@@ -226,9 +278,43 @@ mod tests {
             let copied = opened.and_then(|disk| disk.copy_to(&to, &|_| true));
             assert!(copied.is_err(), "byte {at}");
         }
-        fs::write(&harmed, &whole[..whole.len() / 2]).unwrap();
-        let to = File::create(dir.path().join("copy")).unwrap();
-        let opened = Disk::open(File::open(&harmed).unwrap());
-        assert!(opened.and_then(|disk| disk.copy_to(&to, &|_| true)).is_err());
+        let is_refused = |bytes: &[u8]| {
+            fs::write(&harmed, bytes).unwrap();
+            let to = File::create(dir.path().join("copy")).unwrap();
+            let opened = Disk::open(File::open(&harmed).unwrap());
+            opened.and_then(|disk| disk.copy_to(&to, &|_| true)).is_err()
+        };
+        assert!(is_refused(&whole[..whole.len() / 2]));
+        let Some((_, image)) = converted(dir.path(), &["-f", "raw", "-O", "qcow2"]) else {
+            return;
+        };
+        let whole = fs::read(&image).unwrap();
+        assert!(!is_refused(&whole));
+        assert!(is_refused(&whole[..whole.len() - MIB]));
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+        #[test]
+        fn whatever_bytes_are_harmed_it_ends_and_nobody_panics(
+            harm in proptest::collection::vec((0usize..0x5_0000, proptest::num::u8::ANY), 1..6),
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let Some((_, image)) = converted(dir.path(), &["-f", "raw", "-O", "qcow2"]) else { return Ok(()) };
+            let mut bytes = fs::read(&image).unwrap();
+            for (at, byte) in harm {
+                // The header, and the tables' beginnings: what else there is, is content.
+                let at = if at % 2 == 0 { at % 0x70 } else { at };
+                if let Some(there) = bytes.get_mut(at) {
+                    *there = byte;
+                }
+            }
+            fs::write(&image, &bytes).unwrap();
+            let to = File::create(dir.path().join("copy")).unwrap();
+            if let Ok(disk) = Disk::open(File::open(&image).unwrap()) {
+                let steps = std::cell::Cell::new(0);
+                let _ = disk.copy_to(&to, &|_| { steps.set(steps.get() + 1); steps.get() < 64 });
+            }
+        }
     }
 }

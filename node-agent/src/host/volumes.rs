@@ -1,4 +1,5 @@
-//! Volumes' files: `<pool's folder>/<volume>/data.raw`, on storage that several hosts reach.
+//! Volumes' files: `<pool's folder>/<volume>/data-<content>.raw`, on storage that several hosts reach; `data.raw` of volumes from before contents had
+//! numbers.
 //!
 //! The file is made by the agent that first starts a VM with it, thin and whole: written beside its place, then linked into it.
 //! A link, not a rename: it fails where something is, so that no agent, however late, puts an empty file over another's. What is
@@ -25,7 +26,7 @@ use super::copy;
 use super::image::Disk;
 use crate::key::{Key, is_name};
 
-/// A volume's content, in its folder: the one that it began with, or was given by the restore of this number.
+/// A volume's content, in its folder. Its number is no other's of that volume, nor of one of its name before.
 fn data(content: u64) -> String {
     match content {
         0 => "data.raw".to_owned(),
@@ -205,10 +206,17 @@ pub fn fill(
         disk.copy_to(file, &more)
     };
     let staged = format!(".{}.{host}.fill", data(volume.content));
+    let not_desired = || Fault::new(Code::VmStopped, "it is no longer desired on this host");
     make(pool, volume, &path, &staged, content).map_err(|error| match stopped.get() {
-        true => Fault::new(Code::VmStopped, "it is no longer desired on this host"),
+        true => not_desired(),
         false => failed(error),
-    })
+    })?;
+    // Whoever removed it may have come before it was there.
+    if goes_on(bytes) {
+        return Ok(());
+    }
+    remove(&path).map_err(failed)?;
+    Err(not_desired())
 }
 
 /// Removes a content of a volume, which the controllers have ordered; what is not there is removed.
@@ -218,12 +226,20 @@ pub fn remove_content(pool: &Path, volume: &str, content: u64) -> io::Result<()>
     }
     fs::metadata(pool)?; // Where the pool's storage is missing nothing was removed.
     let folder = pool.join(volume);
-    remove(&folder.join(data(content)))?;
-    match File::open(&folder) {
-        Ok(folder) => folder.sync_all(),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
+    let entries = match fs::read_dir(&folder) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    // What somebody is still making of it first: then it cannot come to its place after this.
+    let making = format!(".{}.", data(content));
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(&making) {
+            remove(&entry.path())?;
+        }
     }
+    remove(&folder.join(data(content)))?;
+    File::open(&folder)?.sync_all()
 }
 
 /// Makes sure that the volume's file is there and is of its size; blocks on the storage. `maker`: the VMM that needs it, of the
@@ -240,11 +256,15 @@ pub fn ensure(pool: &Path, volume: &Volume, host: &str, maker: &Key) -> Result<P
     }
     let mut found = look(&path).map_err(failed)?;
     if found.is_none() {
-        if volume.used || volume.content > 0 || maker.migration().is_some() {
+        if volume.used || !volume.image.is_empty() || maker.migration().is_some() {
             let why = "it is not there, but was used before: is the pool's storage mounted on this host?";
             return Err(unusable(why.to_owned()));
         }
-        if let Some(other) = restored_content(pool, volume).map_err(failed)? {
+        let numbered = || match volume.content {
+            0 => numbered_content(pool, volume),
+            _ => Ok(None),
+        };
+        if let Some(other) = numbered().map_err(failed)? {
             let what = format!(
                 "it is not there, but {other} is, the content of a volume of this name that was deleted: rename it to {} to go on with it, or remove it",
                 data(0)
@@ -273,8 +293,8 @@ pub fn ensure(pool: &Path, volume: &Volume, host: &str, maker: &Key) -> Result<P
     }
 }
 
-/// A content that a restore has put into the volume's folder, if there is one.
-fn restored_content(pool: &Path, volume: &Volume) -> io::Result<Option<String>> {
+/// A content with a number in the volume's folder, if there is one.
+fn numbered_content(pool: &Path, volume: &Volume) -> io::Result<Option<String>> {
     let entries = match fs::read_dir(pool.join(&volume.name)) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         entries => entries?,
@@ -464,8 +484,11 @@ mod tests {
         // It is given up in the middle, and nothing is left of it.
         let (code, _) = put(&of(&content), &|bytes| bytes < MIB).unwrap_err();
         assert_eq!((code, left()), (Code::VmStopped, 0));
-        put(&of(&content), &go_on).unwrap();
+        // Nor where that is heard of only when it is in its place.
         let path = pool.join("data/data-9.raw");
+        let (code, _) = put(&of(&content), &|_| !path.exists()).unwrap_err();
+        assert_eq!((code, left()), (Code::VmStopped, 0));
+        put(&of(&content), &go_on).unwrap();
         let mut found = fs::read(&path).unwrap();
         assert!(found.split_off(content.len()).iter().all(|byte| *byte == 0));
         assert!(found == content && left() == 1);
@@ -476,6 +499,55 @@ mod tests {
         assert_eq!(&fs::read(&path).unwrap()[..4], b"kept");
         file.set_len(MIB).unwrap();
         assert_eq!(put(&of(&content), &go_on).unwrap_err().0, Code::DiskUnusable);
+    }
+
+    #[test]
+    fn a_content_is_removed_with_what_anybody_is_still_making_of_it_and_no_other() {
+        let pool = tempfile::tempdir().unwrap();
+        remove_content(pool.path(), "data", 9).unwrap();
+        let folder = pool.path().join("data");
+        fs::create_dir(&folder).unwrap();
+        let others = ["data-90.raw", "data-10.raw", ".data-90.raw.host1.fill", WRITER];
+        let made = ["data-9.raw", ".data-9.raw.host1.fill", ".data-9.raw.host2.vm1.3"];
+        for name in others.iter().chain(&made) {
+            fs::write(folder.join(name), b"content").unwrap();
+        }
+        remove_content(pool.path(), "data", 9).unwrap();
+        let left = fs::read_dir(&folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name());
+        let mut left: Vec<_> = left.map(|name| name.into_string().unwrap()).collect();
+        left.sort();
+        let mut wanted = others;
+        wanted.sort_unstable();
+        assert_eq!(left, wanted);
+        remove_content(&pool.path().join("not-mounted"), "data", 9).unwrap_err();
+    }
+
+    #[test]
+    fn a_numbered_volume_that_nobody_has_used_gets_a_file_of_its_own_beside_whatever_lies_there() {
+        let pool = tempfile::tempdir().unwrap();
+        let folder = pool.path().join("data");
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("data-7.raw"), b"of one before").unwrap();
+        let new = Volume {
+            content: 8,
+            ..volume(false)
+        };
+        let path = ensure(pool.path(), &new, "host1", &start(1)).unwrap();
+        assert_eq!(path, folder.join("data-8.raw"));
+        fs::remove_file(&path).unwrap();
+        let used = Volume {
+            used: true,
+            ..new.clone()
+        };
+        refused(pool.path(), &used, &start(2));
+        let of_image = Volume {
+            image: "debian".into(),
+            ..new
+        };
+        refused(pool.path(), &of_image, &start(2));
+        assert_eq!(fs::read(folder.join("data-7.raw")).unwrap(), b"of one before");
     }
 
     #[test]

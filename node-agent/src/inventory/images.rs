@@ -145,13 +145,17 @@ fn inspect(path: &Path, name: &str) -> Image {
         image.blake3 = hasher.finalize().to_hex().to_string();
         let told = kind_of(&mut file, name)?;
         if told == Ok(QCOW2) || told == Ok(RAW_DISK) {
-            return Ok(match Disk::open(file).and_then(|disk| disk.bytes()) {
-                Ok(bytes) => {
-                    image.disk_bytes = bytes;
-                    told
-                }
-                Err(error) => Err(format!("no disk can be made of it: {error}")),
-            });
+            // A file that a library cannot cope with costs its own use, and not the host's registration.
+            let asked = std::panic::catch_unwind(|| Disk::open(file).and_then(|disk| disk.bytes()));
+            return Ok(
+                match asked.unwrap_or_else(|_| Err(io::Error::other("it is damaged"))) {
+                    Ok(bytes) => {
+                        image.disk_bytes = bytes;
+                        told
+                    }
+                    Err(error) => Err(format!("no disk can be made of it: {error}")),
+                },
+            );
         }
         Ok(told)
     });

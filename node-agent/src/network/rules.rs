@@ -50,6 +50,7 @@ pub fn script<'a>(names: &Names, nics: impl Iterator<Item = &'a Nic> + Clone) ->
 fn chain(nic: &Nic) -> String {
     let mac = nic.mac_text();
     let rules = match (nic.allow_spoofing, nic.ip) {
+        // Its TAP is on no bridge; should anybody put it on one, it says nothing there.
         _ if nic.unplugged => "drop".to_owned(),
         (true, _) => "accept".to_owned(),
         (false, None) => format!(

@@ -180,6 +180,11 @@ impl IoGate {
         }
     }
 
+    /// How long it is until the deadline.
+    pub fn left(&self) -> Duration {
+        Duration::from_nanos(self.state().deadline_ns.saturating_sub(boottime_ns()))
+    }
+
     /// Begins a request, if one may begin now.
     pub fn begin(&self) -> Option<Begun<'_>> {
         let mut state = self.state();

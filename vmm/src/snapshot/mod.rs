@@ -195,12 +195,13 @@ pub fn run(machine: &Machine, task: &Task) {
 }
 
 /// The files that are written behind the VM, memory's first, and the disks' shadows, which fill the others.
-fn prepare(memory_bytes: u64, task: &Task) -> Result<(Vec<Sheet>, Vec<Arc<Shadow>>), Fault> {
+fn prepare(vm: &Vm, task: &Task) -> Result<(Vec<Sheet>, Vec<Arc<Shadow>>), Fault> {
+    let memory_bytes = vm.memory().bytes();
     let mut sheets = vec![task.folder.sheet(MEMORY, memory_bytes)?];
     let mut shadows = Vec::with_capacity(task.disks.len());
     task.pipe.expect(memory_bytes);
     for wanted in &task.disks {
-        let shadow = Shadow::new(wanted.disk.clone(), sheets.len(), task.pipe.clone());
+        let shadow = Shadow::new(wanted.disk.clone(), sheets.len(), task.pipe.clone(), vm.io_gate());
         sheets.push(task.folder.sheet(&wanted.name, shadow.bytes())?);
         task.pipe.expect(shadow.bytes());
         shadows.push(Arc::new(shadow));
@@ -220,7 +221,7 @@ fn report_until(ended: &Receiver<()>, machine: &Machine, pipe: &Pipe) {
 
 fn take(machine: &Machine, task: &Task) -> Result<Whole, Fault> {
     let pipe = &task.pipe;
-    let (mut sheets, shadows) = prepare(machine.built().memory().bytes(), task)?;
+    let (mut sheets, shadows) = prepare(machine.built(), task)?;
     let (alive, writer_ended) = channel();
     let saved = std::thread::scope(|scope| {
         let writer = std::thread::Builder::new().name("snap-writer".to_owned());

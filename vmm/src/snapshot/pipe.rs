@@ -26,9 +26,11 @@ use super::stage::Amounts;
 use crate::fd;
 
 /// Buffers of a block: 16 MiB.
-const BUFFERS: usize = 256;
+pub(super) const BUFFERS: usize = 256;
 /// Of these, those that nobody has who copies in order.
 const FOR_THE_GUEST: usize = BUFFERS / 2;
+/// Most blocks whose digests are kept, of all files: some 64 MiB. A guest gets so far ahead of the copy by writing to 64 GiB in other places than where it is.
+const AHEAD_MAX: usize = 1 << 20;
 /// So long the guest waits for a buffer at most. A file system that takes no 64 KiB for so long hangs, or its disk is far too slow for this guest.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -130,9 +132,10 @@ impl Pipe {
         self.buffer_until(Instant::now() + PATIENCE)
     }
 
-    /// Until when a request of the guest's that begins now waits for buffers, however many it needs: its disk's lease may end meanwhile.
-    pub fn patience() -> Instant {
-        Instant::now() + PATIENCE
+    /// Until when a request of the guest's that begins now waits for buffers, however many it needs. `left`: until the lease ends, after which nothing may
+    /// be written that waited here, for another host may have the disk by then.
+    pub fn patience(left: Duration) -> Instant {
+        Instant::now() + PATIENCE.min(left)
     }
 
     /// A buffer for a block of a request that has waited since `until` was told.
@@ -149,7 +152,7 @@ impl Pipe {
             if left.is_zero() {
                 drop(state);
                 let message = format!(
-                    "the snapshot's files have taken too little for {} ms, and the guest would have to wait for them",
+                    "the snapshot's files have taken too little for {} ms, or until the lease ended, and the guest would have to wait for them",
                     PATIENCE.as_millis()
                 );
                 self.fail(Fault::new(Code::SnapshotFailed, message));
@@ -273,6 +276,13 @@ impl Pipe {
                 }
                 Err(fault) => self.fail(fault),
             }
+            if sheets.iter().map(Sheet::ahead).sum::<usize>() > AHEAD_MAX {
+                let message = format!(
+                    "the guest has written to more than {} GiB ahead of the snapshot's copy: take it when the guest writes less",
+                    (AHEAD_MAX * BLOCK) >> 30
+                );
+                self.fail(Fault::new(Code::SnapshotFailed, message));
+            }
             self.give_back(data);
         }
     }
@@ -301,6 +311,14 @@ mod tests {
         pipe.give_back(Vec::with_capacity(BLOCK));
         assert!(pipe.spare_buffer().unwrap().is_none());
         assert!(pipe.buffer_until(Instant::now() + SOON).is_ok());
+    }
+
+    #[test]
+    fn a_request_waits_for_buffers_until_its_lease_ends_and_no_longer_than_a_guest_can_wait() {
+        let before = Instant::now();
+        assert!(Pipe::patience(Duration::ZERO) <= Instant::now());
+        let hour = Pipe::patience(Duration::from_secs(3600));
+        assert!(hour >= before + PATIENCE && hour <= Instant::now() + PATIENCE);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use drover_proto::{Code, Fault};
 
 use super::format::{BLOCK_BYTES, is_zero};
 use super::pipe::{Pipe, blocks};
+use crate::devices::gate::IoGate;
 use crate::devices::virtio::blk::SECTOR;
 use crate::devices::virtio::blk::disk::{Disk, Guard};
 
@@ -31,19 +32,21 @@ pub struct Shadow {
     bytes: u64,
     sheet: usize,
     pipe: Arc<Pipe>,
+    gate: Arc<IoGate>,
     /// Held while a block is read: so nobody changes one that is being read.
     copied: Mutex<Copied>,
 }
 
 impl Shadow {
     /// Of `disk`, into sheet `sheet`. From the instant on it is to be the disk's guard.
-    pub fn new(disk: Arc<Disk>, sheet: usize, pipe: Arc<Pipe>) -> Self {
+    pub fn new(disk: Arc<Disk>, sheet: usize, pipe: Arc<Pipe>, gate: Arc<IoGate>) -> Self {
         let bytes = disk.sectors() * SECTOR;
         Self {
             disk,
             bytes,
             sheet,
             pipe,
+            gate,
             copied: Mutex::new(Copied {
                 set: PageSet::empty(blocks(bytes)),
                 next: 0,
@@ -134,7 +137,7 @@ impl Shadow {
 
     fn copy_before(&self, at: u64, len: u64) -> Result<(), Fault> {
         let end = blocks(at.saturating_add(len).min(self.bytes));
-        let until = Pipe::patience();
+        let until = Pipe::patience(self.gate.left());
         let mut copied = self.copied();
         let mut block = at / BLOCK_BYTES;
         while block < end {
@@ -168,7 +171,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::snapshot::pipe::BUFFERS;
     use crate::snapshot::sheet::Sheet;
+    use crate::time::boottime_ns;
 
     #[derive(Clone, Debug)]
     enum Change {
@@ -208,6 +213,12 @@ mod tests {
         }
     }
 
+    fn gate() -> Arc<IoGate> {
+        let gate = Arc::new(IoGate::default());
+        gate.open(u64::MAX).unwrap();
+        gate
+    }
+
     fn disk(path: &Path) -> Arc<Disk> {
         std::fs::File::create(path)
             .unwrap()
@@ -231,7 +242,7 @@ mod tests {
             let then = std::fs::read(&path).unwrap();
             let pipe = Arc::new(Pipe::new().unwrap());
             let mut sheets = [Sheet::create(dir.path(), "copy", SECTORS * SECTOR).unwrap()];
-            let shadow = Arc::new(Shadow::new(disk.clone(), 0, pipe.clone()));
+            let shadow = Arc::new(Shadow::new(disk.clone(), 0, pipe.clone(), gate()));
             disk.guard(Some(shadow.clone()));
             early.iter().for_each(|change| apply(&disk, change));
             std::thread::scope(|scope| {
@@ -256,11 +267,29 @@ mod tests {
         let disk = disk(&dir.path().join("disk"));
         disk.write_at(&[1; 512], 0).unwrap();
         let pipe = Arc::new(Pipe::new().unwrap());
-        disk.guard(Some(Arc::new(Shadow::new(disk.clone(), 0, pipe.clone()))));
+        disk.guard(Some(Arc::new(Shadow::new(disk.clone(), 0, pipe.clone(), gate()))));
         pipe.fail(Fault::new(Code::Cancelled, "cancelled"));
         disk.write_at(&[2; 512], 0).unwrap();
         let mut back = [0; 512];
         disk.read_at(&mut back, 0).unwrap();
         assert_eq!(back, [2; 512]);
+    }
+
+    #[test]
+    fn a_write_that_would_wait_for_the_snapshots_files_past_its_lease_goes_on_and_the_snapshot_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = disk(&dir.path().join("disk"));
+        disk.write_at(&[1; 512], 0).unwrap();
+        let pipe = Arc::new(Pipe::new().unwrap());
+        // The files take nothing: every buffer is away.
+        let away: Vec<_> = (0..BUFFERS).map(|_| pipe.buffer().unwrap()).collect();
+        let gate = Arc::new(IoGate::default());
+        gate.open(boottime_ns()).unwrap();
+        disk.guard(Some(Arc::new(Shadow::new(disk.clone(), 0, pipe.clone(), gate))));
+        disk.write_at(&[2; 512], 0).unwrap();
+        let mut back = [0; 512];
+        disk.read_at(&mut back, 0).unwrap();
+        assert_eq!((back, away.len()), ([2; 512], BUFFERS));
+        assert_eq!(pipe.check().unwrap_err().code, Code::SnapshotFailed);
     }
 }

@@ -13,9 +13,6 @@ use drover_proto::{Code, Fault};
 
 use super::format::{BLOCK, BLOCK_BYTES, Digest, Listed, chunk_bytes, digest, fold, is_zero};
 
-/// Most blocks whose digests are kept: some 64 MiB. A guest gets so far ahead of the copy by writing to 64 GiB in other places than where it is.
-const AHEAD_MAX: usize = 1 << 20;
-
 /// A file could not be written.
 pub fn unwritten(path: &Path, error: &io::Error) -> Fault {
     Fault::new(Code::SnapshotFailed, format!("{}: {error}", path.display()))
@@ -76,14 +73,6 @@ impl Sheet {
         if is_zero(data) {
             return Ok(0);
         }
-        if self.ahead.len() >= AHEAD_MAX {
-            let message = format!(
-                "{}: the guest has written to more than {} GiB ahead of the snapshot's copy; take it when the guest writes less",
-                self.path.display(),
-                (AHEAD_MAX * BLOCK) >> 30
-            );
-            return Err(Fault::new(Code::SnapshotFailed, message));
-        }
         self.ahead.insert(index, digest(data));
         self.file
             .write_all_at(data, at)
@@ -96,6 +85,11 @@ impl Sheet {
         while (self.listed.len() as u64 + 1) * self.chunk() <= index {
             self.list_next();
         }
+    }
+
+    /// Blocks whose digests are kept.
+    pub fn ahead(&self) -> usize {
+        self.ahead.len()
     }
 
     /// Blocks of a chunk.

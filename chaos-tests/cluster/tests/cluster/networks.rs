@@ -340,7 +340,12 @@ fn a_clone_has_a_nic_of_its_own_and_the_one_that_its_guest_remembers_leads_nowhe
     assert!(remembered.unplugged && !own.unplugged && remembered.mac != own.mac);
     assert_eq!((remembered.ip.as_str(), own.ip.as_str()), ("", "10.77.0.3"));
     cluster.client.await_running(CLONE);
-    let has_both = |vm: &Vm| reported(vm) == [remembered.mac.as_str(), own.mac.as_str()];
+    // The one is asked for in vain, the other attached.
+    let has_both = |vm: &Vm| {
+        let devices = vm.devices.iter().flat_map(|devices| &devices.devices);
+        let macs: Vec<&str> = devices.map(|device| device.mac.as_str()).collect();
+        macs == [remembered.mac.as_str(), own.mac.as_str()] && reported(vm) == [own.mac.as_str()]
+    };
     cluster.client.await_vm(CLONE, "seen with both NICs", has_both);
     await_answer(&cluster, last);
 

@@ -77,8 +77,8 @@ fn restored_console(cluster: &Cluster, vm: &str, then: u64) -> Console {
 }
 
 fn folders(cluster: &Cluster) -> usize {
-    let pool = cluster.volume_file("data");
-    let pool = pool.parent().and_then(std::path::Path::parent).expect("a pool");
+    let volume = cluster.volume_folder("data");
+    let pool = volume.parent().expect("a pool");
     let clusters = std::fs::read_dir(pool.join(".snapshots")).into_iter().flatten();
     let of = |entry: std::io::Result<std::fs::DirEntry>| std::fs::read_dir(entry.expect("a folder").path());
     clusters
@@ -132,7 +132,7 @@ fn goes_back_and_runs_beside_itself(cluster: &Cluster) {
     cluster.await_runs_exactly_once(VM);
     let fault = cluster
         .client
-        .delete_volume("vm2-data", false)
+        .delete_volume("vm2-data", true)
         .expect_err("the clone has it");
     assert_eq!(fault.code, Code::VolumeInUse);
     assert!(
@@ -142,6 +142,7 @@ fn goes_back_and_runs_beside_itself(cluster: &Cluster) {
 
     let fault = cluster.client.restore_vm(VM, "nightly", "").expect_err("it runs");
     assert_eq!(fault.code, Code::VmState, "{fault}");
+    let replaced = cluster.volume_file("data");
     stop(cluster);
     let reports_last = console.reports.len();
     cluster
@@ -157,12 +158,9 @@ fn goes_back_and_runs_beside_itself(cluster: &Cluster) {
         console.reports.len()
     );
     let mut console = restored_console(cluster, VM, before);
-    assert!(!cluster.volume_file("data").exists() || folders(cluster) > 0);
-    drover_chaos_cluster::await_some("what was replaced to be removed", || {
-        match cluster.volume_file("data").exists() {
-            false => Ok(()),
-            true => Err("data.raw is there".to_owned()),
-        }
+    drover_chaos_cluster::await_some("what was replaced to be removed", || match replaced.exists() {
+        false => Ok(()),
+        true => Err(format!("{} is there", replaced.display())),
     });
     // From here on it is as any other: what it writes is there after the next start.
     let restored = acknowledged(cluster, &mut console, 1);
@@ -261,7 +259,8 @@ fn whoever_dies_while_a_vm_is_restored_leaves_it_as_it_was_until_it_begins_and_a
     ready(&cluster.client.await_snapshot(VM, "nightly"));
     acknowledged(&cluster, &mut console, 2);
     stop(&cluster);
-    let content = std::fs::read(cluster.volume_file("data")).expect("its file is there");
+    let file = cluster.volume_file("data");
+    let content = std::fs::read(&file).expect("its file is there");
 
     // Withdrawn between the copy and the beginning: the VM is what it was.
     cluster.hold(AFTER_RESTORE_COPY);
@@ -276,7 +275,7 @@ fn whoever_dies_while_a_vm_is_restored_leaves_it_as_it_was_until_it_begins_and_a
     cluster.client.await_vm(VM, "stopped", |vm| {
         vm.state() == VmState::Stopped && vm.restore.is_none()
     });
-    let now = std::fs::read(cluster.volume_file("data")).expect("its file is there");
+    let now = std::fs::read(&file).expect("its file is there");
     assert!(now == content, "the volume was touched");
 
     // The agent: after the copy, and after the beginning is in the log.

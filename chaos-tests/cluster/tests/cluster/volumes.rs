@@ -1,7 +1,7 @@
 //! What a guest has written to a volume is there wherever and however often its VM starts.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use drover_chaos_cluster::points::{AFTER_FILL, BEFORE_FILL};
@@ -65,7 +65,8 @@ fn a_volume_follows_its_vm_through_a_migration_an_upgrade_and_the_kill_of_its_vm
     let mut console = Console::new(VM);
     let booted = acknowledged(&cluster, &mut console, 2);
     assert!(booted > 0, "the journal is written to");
-    let file = std::fs::metadata(cluster.volume_file("data")).expect("the first start made its file");
+    let content = cluster.volume_file("data");
+    let file = std::fs::metadata(&content).expect("the first start made its file");
     assert_eq!(file.len(), BYTES);
     assert!(
         file.blocks() * 512 < BYTES / 2,
@@ -114,10 +115,10 @@ fn a_volume_follows_its_vm_through_a_migration_an_upgrade_and_the_kill_of_its_vm
     drover_chaos_cluster::await_some("the volume to be free", || {
         cluster
             .client
-            .delete_volume("data", false)
+            .delete_volume("data", true)
             .map_err(|fault| fault.to_string())
     });
-    await_removed(&cluster.volume_file("data"));
+    await_removed(&content);
 }
 
 /// Waits until a host has removed it.
@@ -181,10 +182,9 @@ fn a_volume_made_of_an_image_holds_it_whole_whoever_dies_meanwhile_and_goes_when
     }
 
     // Whoever fills it dies: before it has begun, for good; and with the content in its place, unreported.
-    let content = |volume: &Volume| {
-        let folder = cluster_folder(&cluster, &volume.name);
-        folder.join(format!("data-{}.raw", volume.content))
-    };
+    let pool_file = |volume: &Volume| format!("{}/data-{}.raw", volume.name, volume.content);
+    let pool = cluster.volume_folder("data");
+    let pool = pool.parent().expect("a pool").to_owned();
     cluster.hold(BEFORE_FILL);
     let first = cluster
         .client
@@ -197,8 +197,8 @@ fn a_volume_made_of_an_image_holds_it_whole_whoever_dies_meanwhile_and_goes_when
         .create_vm(&with_volume("vm2", "first"), true)
         .expect_err("it is not filled");
     assert_eq!(fault.code, Code::VolumeNotReady);
-    assert!(!content(&first).exists());
-    let first_file = content(&first);
+    let first_file = pool.join(pool_file(&first));
+    assert!(!first_file.exists());
     cluster.kill_agent(0);
     cluster.release(BEFORE_FILL);
     cluster
@@ -221,7 +221,7 @@ fn a_volume_made_of_an_image_holds_it_whole_whoever_dies_meanwhile_and_goes_when
         .create_volume_of("second", "journal")
         .expect("it fits");
     cluster.await_reached(AFTER_FILL);
-    let second_file = cluster_folder(&cluster, "second").join(format!("data-{}.raw", second.content));
+    let second_file = pool.join(pool_file(&second));
     assert!(second_file.exists());
     cluster.kill_agent(0);
     cluster.release(AFTER_FILL);
@@ -247,22 +247,17 @@ fn a_volume_made_of_an_image_holds_it_whole_whoever_dies_meanwhile_and_goes_when
         cluster.client.delete_vm(vm).expect("it is deleted");
         cluster.await_no_vmm(vm);
     }
-    for (volume, keep, file) in [("first", true, &first_file), ("second", false, &second_file)] {
+    for (volume, removes, file) in [("first", false, &first_file), ("second", true, &second_file)] {
         drover_chaos_cluster::await_some("the volume to be free", || {
-            let deleted = cluster.client.delete_volume(volume, keep);
+            let deleted = cluster.client.delete_volume(volume, removes);
             deleted.map_err(|fault| fault.to_string())
         });
-        if !keep {
+        if removes {
             await_removed(file);
         }
     }
     assert!(first_file.exists(), "it was to be kept");
     cluster.witness.assert_clean();
-}
-
-fn cluster_folder(cluster: &Cluster, volume: &str) -> PathBuf {
-    let file = cluster.volume_file(volume);
-    file.parent().expect("in a folder of its own").to_owned()
 }
 
 /// Another VM, another host, and the volume's end are refused as long as the VM has it.

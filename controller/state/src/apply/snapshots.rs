@@ -572,7 +572,9 @@ fn may_be_taken(state: &State, vm: &Vm) -> Result<String, Fault> {
         return Err(unfit(name, vm, "only of one that runs a snapshot is taken"));
     }
     if let Some(what) = changing(vm) {
-        let message = format!("vm is {name}, which is about to get or to give up {what}; wait for that");
+        let message = format!(
+            "vm is {name}, which is about to get or to give up {what}; wait for that, or stop it and start it"
+        );
         return refused(Code::DeviceBusy, message);
     }
     let writes = spec.disks.iter().find(|disk| !disk.read_only);

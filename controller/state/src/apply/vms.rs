@@ -357,7 +357,10 @@ impl Tx<'_> {
 
     /// The run has ended, and with it what was asked of it.
     fn nothing_has_it(&mut self, name: &str) {
-        self.drop_detached(name, |_, _| true);
+        // One that is still to begin as a snapshot has what that had, however often it is tried.
+        if self.vm_mut(name).restore.is_none() {
+            self.drop_detached(name, |_, _| true);
+        }
         self.forget_devices(name);
         let vm = self.vm_mut(name);
         (vm.shutdown, vm.seed) = (0, None);

@@ -27,13 +27,6 @@ impl Tx<'_> {
             let message = format!("volume.name is {}; a volume of this name exists", quoted(&name));
             return Err(Fault::new(Code::VolumeExists, message).field("volume.name"));
         }
-        let of_name = (name.clone(), 0)..=(name.clone(), u64::MAX);
-        if self.state.removals.range(of_name).next().is_some() {
-            let message = format!(
-                "volume.name is {name}; what one of this name held is still being removed: try again"
-            );
-            return Err(Fault::new(Code::VolumeInUse, message).field("volume.name"));
-        }
         if self.state.volumes.len() >= VOLUMES_MAX {
             let message = format!(
                 "volume.name is {name}; the cluster has {VOLUMES_MAX} volumes, which is all it takes"
@@ -50,14 +43,13 @@ impl Tx<'_> {
         let mut volume = Volume {
             created_ms: self.now_ms,
             writers: first_writers(self.now_ms),
+            content: self.new_content(),
             ..volume
         };
         if !volume.image.is_empty() {
             let image = volumes::image_for(self.state, &volume)?;
             (volume.size_bytes, volume.image_blake3) = (image.size_bytes, image.blake3);
-            // A file of its own, as a restore's: no agent that comes late puts it in another's place.
-            (volume.content, volume.filling) = (self.state.next_snapshot, true);
-            self.state.next_snapshot += 1;
+            volume.filling = true;
         }
         let message = match volume.image.as_str() {
             "" => format!("{name} was created by {}", self.caller),
@@ -66,6 +58,13 @@ impl Tx<'_> {
         self.state.volumes.insert(name.clone(), volume.clone());
         self.event("volume.created", format!("volume/{name}"), message);
         Ok(answer(volume))
+    }
+
+    /// The number of a new content: no file of a volume of any name was ever called so, in this cluster or in another on the same storage. So
+    /// nobody takes a file for it that was there before, and who removes that one, however late, does not remove this. Its digits are of the
+    /// time, and of the events until then, which rise with every volume that comes or goes. JSON holds it exactly.
+    fn new_content(&self) -> u64 {
+        self.now_ms.saturating_mul(1_000) + self.state.next_event % 1_000
     }
 
     pub(super) fn delete_volume(&mut self, delete: &DeleteVolume) -> Applied {
@@ -81,12 +80,13 @@ impl Tx<'_> {
             let message = format!("name is {}; no volume has this name", quoted(name));
             return Err(Fault::new(Code::VolumeNotFound, message).field("name"));
         };
-        // What was half filled is of no use to anybody.
-        let keeps = delete.keep_content && !volume.filling;
-        if !keeps {
+        // What was half filled is of no use to anybody. What was not used has no file, or one that is not this volume's.
+        let had = volume.content > 0 || volume.used;
+        let removes = had && (delete.remove_content || volume.filling);
+        if removes {
             self.remove_content(&volume, volume.content);
         }
-        let how = if keeps { "; its content stays" } else { "" };
+        let how = if removes { ", with what it held" } else { "" };
         let message = format!("{name} was deleted by {}{how}", self.caller);
         self.event("volume.deleted", format!("volume/{name}"), message);
         Ok(answer(volume))
@@ -96,6 +96,11 @@ impl Tx<'_> {
     pub(super) fn report_volume(&mut self, report: &ReportVolumeRequest) -> Applied {
         let name = &report.volume;
         let awaited = |volume: &&mut Volume| volume.filling && volume.content == report.content;
+        let asked = self
+            .state
+            .volume(name)
+            .and_then(|volume| self.state.filler(volume));
+        let is_asked = asked == Some(report.host.as_str());
         let Some(volume) = self.state.volumes.get_mut(name).filter(awaited) else {
             return Ok(CommandResponse::default());
         };
@@ -109,7 +114,8 @@ impl Tx<'_> {
                 );
                 ("volume.filled", message)
             }
-            VolumeNews::Failed if volume.reason.is_none() => {
+            // What went wrong on a host that is not asked any more says nothing.
+            VolumeNews::Failed if volume.reason.is_none() && is_asked => {
                 let unsaid = || reason(Code::Internal, "its host gave no reason");
                 let why = report.reason.as_ref().map_or_else(unsaid, bounded);
                 let message = format!(

@@ -48,6 +48,7 @@ pub fn host_spec(name: &str) -> HostSpec {
         sandbox: "ok".into(),
         seeds: true,
         unplugs: true,
+        numbers: true,
         snapshots: true,
         ..HostSpec::default()
     }
@@ -211,7 +212,7 @@ pub fn create_volume(name: &str, pool: &str, size_bytes: u64) -> Kind {
 pub fn delete_volume(name: &str) -> Kind {
     Kind::DeleteVolume(DeleteVolume {
         name: name.into(),
-        keep_content: false,
+        remove_content: true,
     })
 }
 
