@@ -366,7 +366,7 @@ fn a_clone_has_a_nic_of_its_own_and_the_one_that_its_guest_remembers_leads_nowhe
         assert!(!cluster.ping(last, ADDRESS.parse().expect("it is one")), "{vm}");
     }
     let started = cluster.client.start_vm(CLONE).expect("it is stopped");
-    assert_eq!(started.spec.expect("it has one").nics, [own.clone()]);
+    assert_eq!(started.spec.expect("it has one").nics, std::slice::from_ref(own));
     cluster.client.await_running(CLONE);
     cluster.client.await_vm(CLONE, "seen with its own NIC", |vm| {
         reported(vm) == [own.mac.as_str()]
