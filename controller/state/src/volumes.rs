@@ -33,6 +33,7 @@ impl State {
         }
         let with_users = |volume: &Volume| Volume {
             vms: users.remove(volume.name.as_str()).unwrap_or_default(),
+            waits: self.why_nobody_fills(volume),
             ..volume.clone()
         };
         self.volumes.values().map(with_users).collect()
@@ -44,6 +45,17 @@ impl State {
         let by_this = |volume: &&Volume| self.filler(volume) == Some(host);
         let volumes = self.volumes.values().filter(waits).filter(by_this);
         volumes.take(TOLD_MAX).cloned().collect()
+    }
+
+    /// Empty unless the volume waits for a host that can fill it.
+    fn why_nobody_fills(&self, volume: &Volume) -> String {
+        if !volume.filling || volume.reason.is_some() || self.filler(volume).is_some() {
+            return String::new();
+        }
+        format!(
+            "no host that is up has pool {}, and image {} as it was when the volume was created",
+            volume.pool, volume.image
+        )
     }
 
     /// The host that is asked to fill the volume.

@@ -215,8 +215,11 @@ fn a_volume_of_an_image_is_nobodys_until_a_host_has_filled_it() {
     has_images(&mut c, "host1", &[image("debian", "d2", 3 * MIB)]);
     assert_eq!(fills(&c, "host1").len(), 0);
     assert_eq!(fills(&c, "host2").len(), 1);
+    let waits = |c: &Cluster| c.state.volumes_with_users()[1].waits.clone();
+    assert_eq!(waits(&c), "");
     c.ok(host_down("host2"));
     assert_eq!((fills(&c, "host1").len(), fills(&c, "host2").len()), (0, 0));
+    assert!(waits(&c).contains("image debian"), "{}", waits(&c));
     assert_eq!(State::decode(&c.state.encode()).unwrap(), c.state);
 
     let stale = c.ok(news("root", made.content + 1, VolumeNews::Filled));

@@ -77,7 +77,11 @@ async fn filled(session: &Session, created: VolumeView) -> Result<VolumeView> {
     let poll = async {
         let mut view = created;
         while view.state == "filling" {
-            bar.show(&format!("{name} filling"), view.progress);
+            let what = match &view.waits {
+                None => format!("{name} filling"),
+                Some(why) => format!("{name} waits: {why}"),
+            };
+            bar.show(&what, view.progress);
             tokio::time::sleep(POLL).await;
             let volumes = session.client.volumes().await?;
             let found = volumes.into_iter().map(VolumeView::from).find(is_it);

@@ -20,6 +20,8 @@ pub struct VolumeView {
     pub state: &'static str,
     /// Why it failed.
     pub reason: Option<ReasonView>,
+    /// Why no host fills a filling one now.
+    pub waits: Option<String>,
     /// How far a filling one is, bytes of its size.
     pub progress: Option<BytesView>,
     /// The image that it was made of.
@@ -51,6 +53,7 @@ impl From<v1::Volume> for VolumeView {
             filling,
             reason,
             progress,
+            waits,
         } = volume;
         let state = match (filling, &reason) {
             (false, _) => "ready",
@@ -63,6 +66,7 @@ impl From<v1::Volume> for VolumeView {
             size_bytes,
             state,
             reason: ReasonView::of(reason),
+            waits: some(waits),
             progress: progress.map(BytesView::from),
             image: some(image),
             used,
