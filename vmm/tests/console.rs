@@ -15,9 +15,12 @@ use drover_proto::v1::{
     OutcomeRequest, SnapshotStage, StartOutgoingRequest, TakeSnapshotRequest, VmmInfo, VmmState,
 };
 use drover_proto::{Code, Fault, LOCAL_PREFIX};
+use drover_vmm::devices::attached::Gear;
 use drover_vmm::machine::Machine;
 use drover_vmm::time::NS_PER_S;
 use drover_vmm::uffd::Uffd;
+use drover_vmm::vm::Vm;
+use vm_memory::{Bytes, GuestAddress};
 
 /// Between two looks: typing all the time would take the processor from the guest.
 const PERIOD: Duration = Duration::from_millis(2);
@@ -253,6 +256,83 @@ fn a_guest_that_goes_on_from_a_snapshot_hears_what_was_typed_before_it_and_says_
     taken.converse(&again, 20);
     let seen = taken.finish(&again);
     taken.assert_all_came(&seen);
+}
+
+/// Where the device in slot 1 has its registers, and the driver its queue.
+const REGISTERS: u64 = 0xc000_8000;
+const AVAILABLE: u64 = 0x2000;
+
+fn set(vm: &Vm, register: u64, value: &[u8]) {
+    vm.devices().mmio_write(REGISTERS + register, value);
+}
+
+/// Writes the available ring's index, and rings.
+fn offer(vm: &Vm, index: u16) {
+    let at = GuestAddress(AVAILABLE + 2);
+    vm.memory().mapped().write_obj(index, at).unwrap();
+    set(vm, 0x3000, &[0, 0]);
+}
+
+/// What is typed goes, or goes not, to the virtio console within a while.
+fn await_typed(vm: &Vm, by_virtio: bool) {
+    let began = Instant::now();
+    while vm.devices().attached.type_in(b"").is_some() != by_virtio {
+        assert!(began.elapsed() < PATIENCE, "by virtio: not {by_virtio}");
+        std::thread::sleep(PERIOD);
+    }
+}
+
+#[test]
+fn what_is_typed_goes_to_the_serial_port_again_when_the_driver_has_broken_a_rule_or_is_gone() {
+    needs_kvm!();
+    let vm = common::empty_vm(1);
+    vm.equip(vec![(Some(1), Gear::Console)]).unwrap();
+    vm.open_devices(u64::MAX).unwrap();
+    // Bus master; a driver that accepts the standard, with a queue of 8 for input.
+    vm.devices().port_write(0xcf8, &0x8000_0804_u32.to_le_bytes());
+    vm.devices().port_write(0xcfc, &[6, 0]);
+    let start = |vm: &Vm| {
+        vm.memory()
+            .mapped()
+            .write_slice(&[0; 0x4000], GuestAddress(0x1000))
+            .unwrap();
+        // A buffer of a byte at 0x10000, to be written.
+        for (at, half) in [(0x1000, 0x1_0000u64), (0x1008, 1 | 2 << 32)] {
+            vm.memory().mapped().write_obj(half, GuestAddress(at)).unwrap();
+        }
+        for status in [0, 1, 3] {
+            set(vm, 20, &[status]);
+        }
+        set(vm, 8, &1u32.to_le_bytes());
+        set(vm, 12, &1u32.to_le_bytes());
+        set(vm, 20, &[11]);
+        set(vm, 24, &8u16.to_le_bytes());
+        for (register, at) in [(32, 0x1000u64), (40, AVAILABLE), (48, 0x3000)] {
+            set(vm, register, &at.to_le_bytes());
+        }
+        set(vm, 28, &1u16.to_le_bytes());
+        set(vm, 20, &[15]);
+    };
+    let serial = || vm.devices().serial().save().input;
+    start(&vm);
+    assert_eq!(
+        (vm.type_in(b"a"), serial()),
+        (1, b"a".to_vec()),
+        "it has given no buffer"
+    );
+    offer(&vm, 1);
+    await_typed(&vm, true);
+    assert_eq!((vm.type_in(b"bc"), serial()), (2, b"a".to_vec()));
+    // More than the queue has.
+    offer(&vm, 100);
+    await_typed(&vm, false);
+    assert_eq!((vm.type_in(b"d"), serial()), (1, b"ad".to_vec()));
+    start(&vm);
+    offer(&vm, 1);
+    await_typed(&vm, true);
+    set(&vm, 20, &[0]);
+    await_typed(&vm, false);
+    assert_eq!((vm.type_in(b"e"), serial()), (1, b"ade".to_vec()));
 }
 
 #[test]
