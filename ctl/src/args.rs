@@ -375,6 +375,9 @@ pub struct CreateArgs {
     /// Whether its guest can be asked to give memory up, and says which is free; auto: if every host is of a version that knows it
     #[arg(long, value_enum, default_value_t, num_args = 0..=1, require_equals = true, default_missing_value = "on", value_name = "WHEN")]
     pub balloon: WithBalloon,
+    /// Give its console a virtio device beside the serial port (Linux: hvc0); starts on and moves to hosts of device model 6 and later only
+    #[arg(long)]
+    pub virtio_console: bool,
     /// Start on this host only [default: placement decides]
     #[arg(long, value_name = "HOST")]
     pub host: Option<String>,

@@ -110,6 +110,8 @@ pub struct Params {
     pub spare_written: bool,
     /// Whether the NIC of a station may come and go.
     pub net_hot_plug: bool,
+    /// Whether the console is a virtio device once the guest is up.
+    pub virtio_console: bool,
     /// The load on a disk, instead of a journal.
     pub disk_bench: Option<DiskBench>,
     /// The load on a NIC, instead of a station.
@@ -214,6 +216,7 @@ impl Params {
             reports: false,
             spare_written: false,
             net_hot_plug: false,
+            virtio_console: false,
             disk_bench: None,
             net_bench: None,
             fault: None,
@@ -264,7 +267,7 @@ impl Params {
                 "fault_after" => {
                     fault_after = Some((word, number(value, 0, FAULT_AFTER_MAX_S).map_err(bad)?))
                 }
-                "console" => {}
+                "console" => params.virtio_console = value == "virtio",
                 _ => return Err(bad(Why::Unknown)),
             }
         }
@@ -501,6 +504,7 @@ mod tests {
             reports: true,
             spare_written: true,
             net_hot_plug: false,
+            virtio_console: false,
             disk_bench: None,
             net_bench: None,
             fault: Some((Fault::Triple, 3)),
@@ -587,6 +591,11 @@ mod tests {
     #[test]
     fn the_last_word_of_a_name_counts() {
         assert_eq!(Params::parse("hz=100 hz=200").unwrap().hz, 200);
+        assert!(
+            Params::parse("console=ttyS0 console=virtio")
+                .unwrap()
+                .virtio_console
+        );
         let params = Params::parse("net=hot-plug ip=10.0.0.2").unwrap();
         assert_eq!((params.net, params.net_hot_plug), (Some([10, 0, 0, 2]), true));
         assert!(

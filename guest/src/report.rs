@@ -60,6 +60,19 @@ pub struct Second {
     pub disk_load: Option<DiskLoad>,
     /// The load's on a NIC, where there is one.
     pub net_load: Option<NetLoad>,
+    /// The virtio console's, where there is one.
+    pub console: Option<ConsoleSecond>,
+}
+
+/// Of the virtio console, with each line of a second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ConsoleSecond {
+    /// Lines said on it before this one.
+    pub lines: u64,
+    /// Lines that it did not take.
+    pub unsaid: u64,
+    /// Bytes typed on it.
+    pub typed: u64,
 }
 
 /// Of the balloon, with each line of a second; all are pages.
@@ -201,6 +214,7 @@ impl fmt::Display for Second {
             balloon,
             disk_load,
             net_load,
+            console,
         } = self;
         write!(
             f,
@@ -260,6 +274,12 @@ impl fmt::Display for Second {
             write!(
                 f,
                 " net_frames={frames} net_bytes={bytes} net_damaged={damaged} net_us={at_us}"
+            )?;
+        }
+        if let Some(ConsoleSecond { lines, unsaid, typed }) = console {
+            write!(
+                f,
+                " console_lines={lines} console_unsaid={unsaid} console_typed={typed}"
             )?;
         }
         Ok(())
@@ -351,6 +371,13 @@ impl Second {
                     writes: number(fields, "disk_writes")?,
                     lost: number(fields, "disk_lost")?,
                     at_us,
+                })
+            }),
+            console: number(fields, "console_typed").and_then(|typed| {
+                Some(ConsoleSecond {
+                    lines: number(fields, "console_lines")?,
+                    unsaid: number(fields, "console_unsaid")?,
+                    typed,
                 })
             }),
             net_load: number(fields, "net_us").and_then(|at_us| {
@@ -486,6 +513,24 @@ mod tests {
         let line = second.to_string();
         assert!(
             line.ends_with(" back=0 balloon=256 balloon_target=512 balloon_reported=1024 balloon_lost=0"),
+            "{line}"
+        );
+        assert_eq!(Second::parse(&line), Some(second));
+    }
+
+    #[test]
+    fn what_is_said_of_the_virtio_console_is_as_documented_and_reads_back() {
+        let second = Second {
+            console: Some(ConsoleSecond {
+                lines: 12,
+                unsaid: 0,
+                typed: 340,
+            }),
+            ..Second::default()
+        };
+        let line = second.to_string();
+        assert!(
+            line.ends_with(" back=0 console_lines=12 console_unsaid=0 console_typed=340"),
             "{line}"
         );
         assert_eq!(Second::parse(&line), Some(second));

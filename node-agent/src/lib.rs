@@ -36,7 +36,7 @@ pub use agent::{Agent, AgentError};
 pub use config::Config;
 
 /// Version of the save-state that the VMMs started here write; they read every lower one.
-pub const DEVICE_MODEL: u32 = 5;
+pub const DEVICE_MODEL: u32 = 6;
 
 /// Waits while a test holds the pause point `name`. Nothing in a build without the feature `chaos`.
 async fn pause_point(name: &'static str) {

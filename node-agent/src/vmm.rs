@@ -79,6 +79,8 @@ const PROGRESS_PERIOD: Duration = Duration::from_millis(250);
 const BLACKOUT_QUIET: Duration = Duration::from_millis(50);
 /// The slot of every VM's balloon: the last of its bus, which the cluster, counting from the first, comes to for nothing else.
 const BALLOON_SLOT: u32 = 31;
+/// The slot of a VM's virtio console: before the seed disk's and the balloon's, which the cluster gives to nothing else either.
+const CONSOLE_SLOT: u32 = 29;
 /// What a disk's serial number takes of its volume's name; a name is ASCII.
 const SERIAL_CHARS_MAX: usize = 20;
 /// A report of progress that is not taken by then is out of date.
@@ -244,6 +246,9 @@ async fn start(context: &Arc<Context>, link: &Arc<Link>, desired: &VmDesired) ->
     }
     if let Some(balloon) = desired.spec.as_ref().and_then(balloon) {
         config["balloon"] = balloon;
+    }
+    if let Some(console) = desired.spec.as_ref().and_then(console) {
+        config["console"] = console;
     }
     let (context, link) = (context.clone(), link.clone());
     let failed = |what: &str, error: &dyn std::fmt::Display| {
@@ -433,6 +438,12 @@ fn balloon(spec: &VmSpec) -> Option<serde_json::Value> {
             "slot": BALLOON_SLOT, "target_mib": target_mib(spec), "revision": spec.memory_revision,
         })
     })
+}
+
+/// What the VMM's config.json says of the VM's virtio console: nothing where it has none.
+fn console(spec: &VmSpec) -> Option<serde_json::Value> {
+    spec.virtio_console
+        .then(|| serde_json::json!({"slot": CONSOLE_SLOT}))
 }
 
 /// Gives the VM its seed disk, whose file is in the VMM's own folder, beside whatever disks it has.
@@ -970,6 +981,14 @@ mod tests {
             balloon(&spec),
             Some(serde_json::json!({"slot": 31, "target_mib": 24, "revision": 7}))
         );
+    }
+
+    #[test]
+    fn a_virtio_console_is_before_the_seed_disk_and_the_balloon() {
+        let mut spec = VmSpec::default();
+        assert_eq!(console(&spec), None, "an older VMM refuses the word");
+        spec.virtio_console = true;
+        assert_eq!(console(&spec), Some(serde_json::json!({"slot": 29})));
     }
 
     #[test]

@@ -1,8 +1,8 @@
-//! What the fuzz targets `virtio`, `nic` and `balloon` do with their bytes; the corpus test of the main workspace does the same.
+//! What the fuzz targets `virtio`, `nic`, `balloon` and `console` do with their bytes; the corpus test of the main workspace does the same.
 //!
 //! The first byte is a number of accesses, 12 bytes each: what kind, where (16 bits), how many bytes, and the bytes. What follows is the memory
 //! that the queues stand in, beginning with descriptors. A NIC gets before its driver's bytes those of a number of frames from outside: a byte that
-//! says how many, then each with a byte for its length in words of 8 bytes.
+//! says how many, then each with a byte for its length in words of 8 bytes. A console gets a byte for how much is typed first.
 
 #[path = "../tests/common/balloon.rs"]
 mod ballooned;
@@ -10,6 +10,8 @@ mod ballooned;
 mod driver;
 #[path = "../tests/common/nic.rs"]
 mod nic;
+#[path = "../tests/common/port.rs"]
+mod port;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,6 +22,7 @@ use drover_vmm::devices::pci::PciDevice;
 use drover_vmm::devices::virtio::blk::Blk;
 use drover_vmm::devices::virtio::blk::disk::Disk;
 use nic::Nic;
+use port::Ported;
 
 const DISK_BYTES: u64 = 64 << 10;
 const ACCESS_BYTES: usize = 12;
@@ -147,4 +150,33 @@ pub fn balloon(bytes: &[u8]) {
     made.rig.write(0x40_0000, &[7; 4096]);
     made.request(INFLATE, &[0x400]);
     assert!(made.is_hole(0x400), "the balloon does not work after a reset");
+}
+
+/// The same of a console, on which something was typed.
+pub fn console(bytes: &[u8]) {
+    let [typed, count, bytes @ ..] = bytes else {
+        return;
+    };
+    let accesses = ACCESSES_MAX.min(usize::from(*count)) * ACCESS_BYTES;
+    let (accesses, memory) = bytes.split_at(accesses.min(bytes.len()));
+    let mut made = Ported::driven();
+    made.give(1);
+    made.rig.run();
+    made.port.type_in(&vec![b'x'; usize::from(*typed)]);
+    for at in [DESCRIPTORS, DESCRIPTORS + 0x8000, DATA] {
+        made.rig.write(at, &memory[..memory.len().min(0x8000)]);
+    }
+    drive(&made.rig, accesses);
+    if let Err(what) = Ported::new().rig.device.restore(&made.rig.device.save()) {
+        panic!("a saved console is refused: {what}");
+    }
+    let before = made.console.next();
+    made.start();
+    made.offer(b"again");
+    while made.rig.device.step() {}
+    assert_eq!(
+        made.console.next(),
+        before + 5,
+        "the console does not work after a reset"
+    );
 }

@@ -92,9 +92,46 @@ pub struct Config {
     /// Its balloon, if it has one. Without a slot it is in the one after all others.
     #[serde(default)]
     pub balloon: Option<BalloonConfig>,
+    /// Whether its console has a virtio device beside the serial port. Without a slot it is in the one after all others.
+    #[serde(default)]
+    pub console: ConsoleConfig,
     /// How it cages itself; without it not at all, as the agents of before want it.
     #[serde(default)]
     pub sandbox: Option<SandboxConfig>,
+}
+
+/// The virtio device of the VM's console.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(untagged)]
+pub enum ConsoleConfig {
+    /// Whether there is one.
+    Is(bool),
+    /// There is one, in this slot.
+    At(ConsoleSlot),
+}
+
+/// Where the virtio device of the VM's console is.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleSlot {
+    /// The slot that it is in, as of a disk.
+    pub slot: usize,
+}
+
+impl Default for ConsoleConfig {
+    fn default() -> Self {
+        Self::Is(false)
+    }
+}
+
+impl ConsoleConfig {
+    /// The slot that it is told to be in, if there is one.
+    fn slot(self) -> Option<usize> {
+        match self {
+            Self::Is(_) => None,
+            Self::At(at) => Some(at.slot),
+        }
+    }
 }
 
 /// The balloon of the VM: its guest gives memory up as it is asked, and says which is free.
@@ -309,7 +346,12 @@ impl Config {
             .balloon
             .iter()
             .map(|balloon| Ok((balloon.slot, self.balloon_of(balloon)?)));
-        rng.into_iter().chain(disks).chain(nics).chain(balloon).collect()
+        let console = match self.console {
+            ConsoleConfig::Is(false) => None,
+            console => Some(Ok((console.slot(), Gear::Console))),
+        };
+        let counted = rng.into_iter().chain(disks).chain(nics);
+        counted.chain(balloon).chain(console).collect()
     }
 
     fn balloon_of(&self, balloon: &BalloonConfig) -> Result<Gear, Fault> {
@@ -351,7 +393,8 @@ impl Config {
         let nics = self.nics.iter().map(|nic| ("nics", nic.slot));
         let balloon = self.balloon.iter().map(|balloon| ("balloon", balloon.slot));
         let mut told = BTreeSet::new();
-        for (field, slot) in disks.chain(nics).chain(balloon) {
+        let console = std::iter::once(("console", self.console.slot()));
+        for (field, slot) in disks.chain(nics).chain(balloon).chain(console) {
             let Some(slot) = slot else { continue };
             if !(1..SLOTS).contains(&slot) {
                 let message = format!("slot {slot}, must be 1..={}", SLOTS - 1);
@@ -602,6 +645,39 @@ mod tests {
             serde_json::json!({"pages": 1}),
         ] {
             let fault = Config::parse(&text(|v| v["balloon"] = bad.clone())).unwrap_err();
+            assert_eq!(fault.code, Code::InvalidArgument, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_console_takes_the_slot_that_it_is_told_or_the_one_after_all_others() {
+        let equipment = |console: serde_json::Value| {
+            let config = text(|v| {
+                v["console"] = console;
+                v["rng"] = true.into();
+                v["balloon"] = serde_json::json!({});
+            });
+            Config::parse(&config).map(|config| config.equipment().unwrap())
+        };
+        let counted = equipment(true.into()).unwrap();
+        assert!(matches!(
+            counted.as_slice(),
+            [
+                (None, Gear::Rng),
+                (None, Gear::Balloon(..)),
+                (None, Gear::Console)
+            ]
+        ));
+        let told = equipment(serde_json::json!({"slot": 29})).unwrap();
+        assert!(matches!(told[2], (Some(29), Gear::Console)));
+        assert_eq!(equipment(false.into()).unwrap().len(), 2);
+        for bad in [
+            serde_json::json!({"slot": 32}),
+            serde_json::json!({"slot": 0}),
+            serde_json::json!({"slot": 29, "port": 1}),
+            "yes".into(),
+        ] {
+            let fault = equipment(bad.clone()).unwrap_err();
             assert_eq!(fault.code, Code::InvalidArgument, "{bad}");
         }
     }

@@ -48,4 +48,4 @@ pub mod version;
 pub mod vm;
 
 /// Version of the save-state this build writes; it reads every version up to it.
-pub const DEVICE_MODEL: u32 = 5;
+pub const DEVICE_MODEL: u32 = 6;

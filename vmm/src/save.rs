@@ -437,7 +437,7 @@ pub(crate) mod tests {
     fn a_state_of_the_wrong_shape_is_refused_with_what_is_wrong() {
         type Change = fn(&mut VmSave);
         let cases: [(Change, &str); 11] = [
-            (|save| save.device_model = DEVICE_MODEL + 1, "device model 6"),
+            (|save| save.device_model = DEVICE_MODEL + 1, "device model 7"),
             (|save| save.device_model = 0, "device model 0"),
             (|save| save.vcpus.clear(), "0 vCPUs"),
             (|save| save.vcpus[1].id = 0, "vCPU 0 stands where vCPU 1"),

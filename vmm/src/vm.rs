@@ -165,7 +165,7 @@ impl Vm {
         let devices = Arc::new(Devices::new(
             SerialPort::new(line, console.clone())?,
             Acpi::new(Box::new(Sci(fd.clone()))),
-            Attached::new(&fd, &memory, &io, gone),
+            Attached::new(&fd, &memory, &io, &console, gone),
         ));
         let vm = Self {
             io,
@@ -377,9 +377,10 @@ impl Vm {
         &self.console
     }
 
-    /// Types on the console; returns how many bytes fitted.
+    /// Types on the console, by its virtio device where that has a driver that takes any; returns how many bytes fitted.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
-        self.devices.serial().type_in(bytes)
+        let by_virtio = self.devices.attached.type_in(bytes);
+        by_virtio.unwrap_or_else(|| self.devices.serial().type_in(bytes))
     }
 
     /// The least device model that can take the VM over as it is now.

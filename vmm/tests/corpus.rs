@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use drover_proto::v1::{
     AcpiSave, ClockSave, CpuidEntry, IrqchipSave, Msr, PciSave, SerialSave, VcpuSave, VirtioBalloonSave,
-    VirtioBlkSave, VirtioNetSave, VirtioQueueSave, VirtioSave, VmSave, virtio_save,
+    VirtioBlkSave, VirtioConsoleSave, VirtioNetSave, VirtioQueueSave, VirtioSave, VmSave, virtio_save,
 };
 use kvm_bindings::{
     kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_pit_state2, kvm_regs, kvm_sregs,
@@ -161,6 +161,19 @@ fn with_balloon() -> VmSave {
     save
 }
 
+/// The same with a console, on which more was typed than its driver has taken.
+fn with_console() -> VmSave {
+    let mut save = with_balloon();
+    save.device_model = 6;
+    let pci = save.pci.as_mut().unwrap();
+    pci.slots = vec![29];
+    pci.devices[0].device = Some(virtio_save::Device::Console(VirtioConsoleSave {
+        input: b"root\n".to_vec(),
+        hears: true,
+    }));
+    save
+}
+
 fn saves() -> Vec<(&'static str, Vec<u8>)> {
     let encoded = |change: fn(&mut VmSave)| {
         let mut save = vm(1);
@@ -173,7 +186,7 @@ fn saves() -> Vec<(&'static str, Vec<u8>)> {
         ("one-vcpu", whole.clone()),
         ("two-vcpus", vm(2).encode_to_vec()),
         ("truncated", whole[..whole.len() / 2].to_vec()),
-        ("newer-model", encoded(|save| save.device_model = 6)),
+        ("newer-model", encoded(|save| save.device_model = 7)),
         ("hot-plugged", hot_plugged().encode_to_vec()),
         ("slot-of-the-bridge", {
             let mut save = hot_plugged();
@@ -210,6 +223,16 @@ fn saves() -> Vec<(&'static str, Vec<u8>)> {
         ("one-disk", with_disk().encode_to_vec()),
         ("one-nic", with_nic().encode_to_vec()),
         ("one-balloon", with_balloon().encode_to_vec()),
+        ("one-console", with_console().encode_to_vec()),
+        ("typed-too-much", {
+            let mut save = with_console();
+            save.pci.as_mut().unwrap().devices[0].device =
+                Some(virtio_save::Device::Console(VirtioConsoleSave {
+                    input: vec![b'x'; 4097],
+                    hears: true,
+                }));
+            save.encode_to_vec()
+        }),
         ("no-such-device", {
             let mut save = with_disk();
             save.pci.as_mut().unwrap().devices[0].device = None;
@@ -400,6 +423,41 @@ fn balloons() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
+/// Input and output of a console, and how they are cut.
+fn consoles() -> Vec<(&'static str, Vec<u8>)> {
+    // One chain is available in either queue: they begin with the same memory.
+    let chain = |parts: &[(u64, u32, u16, u16)]| {
+        let mut memory = vec![0; 0x2100];
+        for (at, (gpa, len, flags, next)) in parts.iter().enumerate() {
+            let descriptor = &mut memory[16 * at..][..16];
+            descriptor[..8].copy_from_slice(&gpa.to_le_bytes());
+            descriptor[8..12].copy_from_slice(&len.to_le_bytes());
+            descriptor[12..14].copy_from_slice(&flags.to_le_bytes());
+            descriptor[14..].copy_from_slice(&next.to_le_bytes());
+        }
+        memory[0x2002] = 1;
+        memory
+    };
+    let with = |typed: u8, accesses: &[[u8; 12]], memory: Vec<u8>| {
+        let count = u8::try_from(accesses.len()).unwrap();
+        [vec![typed, count], accesses.concat(), memory].concat()
+    };
+    let reset = [0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let data = 0x10_0000;
+    vec![
+        ("empty", vec![]),
+        ("output", with(0, &[], chain(&[(data, 16, 0, 0)]))),
+        ("input", with(9, &[], chain(&[(data, 16, 2, 0)]))),
+        (
+            "cut",
+            with(255, &[], chain(&[(data, 1, 3, 1), (data + 9, 300, 2, 0)])),
+        ),
+        ("loop", with(1, &[], chain(&[(data, 1, 1, 1), (data, 1, 1, 0)]))),
+        ("large", with(1, &[], chain(&[(0, 16 << 20, 0, 0)]))),
+        ("reset", with(3, &[reset], chain(&[(data, 2, 2, 0)]))),
+    ]
+}
+
 fn folder(target: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("fuzz/corpus")
@@ -432,7 +490,14 @@ fn check(target: &str, made: &[(&str, Vec<u8>)], exercise: fn(&[u8])) {
 #[test]
 fn the_corpus_of_saved_states_is_replayed() {
     check("save", &saves(), exercise::save);
-    for whole in ["one-vcpu", "two-vcpus", "one-disk", "one-nic", "one-balloon"] {
+    for whole in [
+        "one-vcpu",
+        "two-vcpus",
+        "one-disk",
+        "one-nic",
+        "one-balloon",
+        "one-console",
+    ] {
         let bytes = std::fs::read(folder("save").join(whole)).unwrap();
         assert!(
             drover_vmm::save::decode(&bytes).is_ok(),
@@ -464,6 +529,11 @@ fn the_corpus_of_balloons_is_replayed() {
 }
 
 #[test]
+fn the_corpus_of_consoles_is_replayed() {
+    check("console", &consoles(), exercise_virtio::console);
+}
+
+#[test]
 fn the_corpus_of_networks_is_replayed() {
     check("nic", &networks(), exercise_virtio::nic);
 }
@@ -473,14 +543,15 @@ proptest! {
 
     #[test]
     fn a_mutated_driver_breaks_nothing(
-        kind in 0..3,
+        kind in 0..4,
         pick in any::<prop::sample::Index>(),
         changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..12),
     ) {
         let (made, exercise): (_, fn(&[u8])) = match kind {
             0 => (drivers(), exercise_virtio::virtio),
             1 => (networks(), exercise_virtio::nic),
-            _ => (balloons(), exercise_virtio::balloon),
+            2 => (balloons(), exercise_virtio::balloon),
+            _ => (consoles(), exercise_virtio::console),
         };
         let mut bytes = made[pick.index(made.len())].1.clone();
         for (at, value) in changes {

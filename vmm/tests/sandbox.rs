@@ -24,6 +24,7 @@ use common::{PATIENCE, World, flat_out, has_seconds, incoming, seconds, slow_lin
 use drover_proto::descriptors::Kind;
 use drover_proto::v1::{
     AttachDiskRequest, MigrationOptions, OutcomeRequest, SetMemoryRequest, VmmState, WatchInfoRequest,
+    WriteConsoleRequest,
 };
 use drover_proto::{Code, Fault, LOCAL_PREFIX};
 use inside::Caged;
@@ -272,6 +273,61 @@ async fn a_guest_gives_memory_up_from_inside_and_its_host_has_it_back() {
         after + (96 << 10) < before,
         "{before} KiB before, {after} KiB after"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_speaks_and_hears_by_a_virtio_console_from_inside_and_after_a_move() {
+    needs_kvm!();
+    let world = World::new();
+    let with_console = |config: &mut serde_json::Value| {
+        config["cmdline"] = "own=16M hot=1M rate=2000 console=virtio".into();
+        config["console"] = serde_json::json!({"slot": 29});
+    };
+    let mut source = Caged::start(&world, "host1", 1, with_console).await;
+    source.grant().await;
+    source.console("line", has_seconds(1)).await;
+    ask(&mut source, "before").await;
+    let mut target = Caged::start(&world, "host2", 2, |config| {
+        with_console(config);
+        incoming(config, "host1");
+    })
+    .await;
+    let info = watch(&mut target.vmm, "address", |info| !info.listen_addr.is_empty()).await;
+    hand_host_way(&world, &source.folder, "m1");
+    source.send("m1", info.listen_addr, None).await;
+    target.state(VmmState::Ready).await;
+    target.grant().await;
+    source.committed("m1").await;
+    let seen = ask(&mut target, "after").await;
+    let lines = seconds(&seen, "t").len();
+    let seen = target.console("a line after it", has_seconds(lines + 1)).await;
+    assert_eq!(
+        seconds(&seen, "console_typed").last(),
+        Some(&23),
+        "bytes of both words"
+    );
+}
+
+/// Types a word and waits for the guest's answer.
+async fn ask(caged: &mut Caged, word: &str) -> String {
+    let mut data = format!("ping {word}\n").into_bytes();
+    while !data.is_empty() {
+        let request = WriteConsoleRequest {
+            data: data.clone(),
+            ..WriteConsoleRequest::default()
+        };
+        let accepted = caged
+            .vmm
+            .write_console(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .accepted;
+        data.drain(..usize::try_from(accepted).unwrap());
+    }
+    caged
+        .console("an answer", |text| text.contains(&format!("probe pong {word}")))
+        .await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -27,7 +27,7 @@ const BUSYBOX: [&str; 2] = ["/usr/bin/busybox", "/bin/busybox"];
 const MEMORY_MIB: &str = "3072";
 const QEMU: &str = "qemu-system-x86_64";
 
-/// The guest's first program: its disk's drivers, then what is on its disk, where it is told to, or a shell on its serial console.
+/// The guest's first program: its disk's drivers, then what is on its disk, where it is told to, or a shell on its console: by virtio, where there is such a device.
 const GUEST_INIT: &str = "#!/bin/sh
 /bin/busybox mkdir -p /proc /sys /dev /tmp
 /bin/busybox --install -s /bin
@@ -39,11 +39,12 @@ mount -t tmpfs tmp /tmp
 for module in $(cat /modules/order); do insmod /modules/$module || echo \"insmod $module failed\"; done
 root=$(sed -n 's/.*root=\\([^ ]*\\).*/\\1/p' /proc/cmdline)
 if test -n \"$root\"; then mkdir -p /root; mount -t ext4 $root /root && exec switch_root /root /sbin/init; fi
-exec setsid sh -c 'exec sh -i </dev/ttyS0 >/dev/ttyS0 2>&1'
+tty=/dev/ttyS0; test -c /dev/hvc0 && tty=/dev/hvc0
+exec setsid sh -c \"exec sh -i <$tty >$tty 2>&1\"
 ";
 
 /// The first program of a guest whose root is its disk: the address that its seed disk tells (network-config, version 2), an echo service,
-/// a shell.
+/// a shell on its serial port.
 const INSTALLED_INIT: &str = "#!/bin/sh
 /bin/busybox mkdir -p /proc /sys /dev /tmp
 /bin/busybox --install -s /bin

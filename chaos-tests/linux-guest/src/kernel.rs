@@ -16,8 +16,8 @@ const MODULES: [(&str, bool); 8] = [
     ("stp", true),
     ("bridge", true),
 ];
-/// What the guest needs for its disks and the seed's file system, its NIC, its random numbers, its balloon, its power button and a root on its disk, in loading order; hot-plug of slots is built in. `virtio_pci_legacy_dev` exists in newer kernels only.
-const GUEST_MODULES: [(&str, bool); 21] = [
+/// What the guest needs for its disks and the seed's file system, its NIC, its random numbers, its balloon, its console, its power button and a root on its disk, in loading order; hot-plug of slots is built in. `virtio_pci_legacy_dev` exists in newer kernels only.
+const GUEST_MODULES: [(&str, bool); 22] = [
     ("virtio_ring", true),
     ("virtio", true),
     ("virtio_pci_modern_dev", true),
@@ -26,6 +26,7 @@ const GUEST_MODULES: [(&str, bool); 21] = [
     ("virtio_blk", true),
     ("virtio-rng", true),
     ("virtio_balloon", true),
+    ("virtio_console", true),
     ("button", true),
     ("evdev", true),
     ("failover", true),

@@ -169,6 +169,8 @@ pub struct GuestFacts {
     pub complaints: u64,
     /// Processors online.
     pub cpus: u64,
+    /// Where its shell is: `tty`.
+    pub terminal: String,
     /// What Linux's own drivers found on the bus.
     pub devices: DeviceFacts,
 }

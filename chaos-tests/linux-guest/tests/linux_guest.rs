@@ -154,6 +154,7 @@ fn a_linux_guest_answers_before_and_after_its_migration_linux_guest() {
         "{before:?}"
     );
     assert_eq!((before.cpus, before.complaints), (2, 0), "{before:?}");
+    assert_eq!(before.terminal, "/dev/hvc0", "typed and answered by virtio");
     // Linux's own drivers found disk and random numbers, and the disk holds what was written, before and after.
     let devices = &before.devices;
     assert_eq!(

@@ -50,8 +50,11 @@ pub const VOLUMES_MAX: usize = 40_000;
 pub const DISKS_MAX: usize = 24;
 /// Slots of a VM's bus, numbered from 1.
 pub const SLOTS_MAX: u32 = 31;
-/// The last slot that is given to a disk or NIC: 30 is a seed disk's, 31 a balloon's. Whatever a VM has otherwise has room before.
-pub const SLOTS_GIVEN_MAX: u32 = 29;
+/// The last slot that is given to a disk or NIC: 29 is a virtio console's, 30 a seed disk's, 31 a balloon's. Whatever a VM has otherwise has
+/// room before.
+pub const SLOTS_GIVEN_MAX: u32 = 28;
+/// The device model that brought virtio consoles.
+pub const MODEL_CONSOLE: u32 = 6;
 /// Bytes of a disk's serial number: what virtio's `GET_ID` carries.
 pub const SERIAL_BYTES_MAX: usize = 20;
 /// A volume is a multiple of this, bytes, and at least one.

@@ -9,7 +9,7 @@
 use drover_proto::v1::{Host, HostCapacity, Image, VmSpec};
 use drover_proto::{Code, Fault};
 
-use crate::limits::{REFUSALS_SHOWN_MAX, VCPUS_PER_CPU_MAX};
+use crate::limits::{MODEL_CONSOLE, REFUSALS_SHOWN_MAX, VCPUS_PER_CPU_MAX};
 use crate::networks;
 use crate::snapshots;
 use crate::state::{State, Usage};
@@ -96,11 +96,11 @@ pub(crate) fn could_ever_fit(
             .and_then(|()| networks::reaches(state, spec, host))
             .and_then(|()| snapshots::restores(purpose, host))
             .and_then(|()| match purpose {
-                Purpose::Restore { .. } => cpu(state, spec, purpose, host)
-                    .and_then(|()| device_model(state, &spec.name, purpose, host)),
+                Purpose::Restore { .. } => cpu(state, spec, purpose, host),
                 // What a guest that boots sees is its host's to choose.
                 _ => Ok(()),
             })
+            .and_then(|()| device_model(state, spec, purpose, host))
             .and_then(|()| more(host));
         match may {
             Ok(()) => return Ok(()),
@@ -160,7 +160,7 @@ fn check(
     volumes::reaches(state, spec, host)?;
     networks::reaches(state, spec, host)?;
     cpu(state, spec, purpose, host)?;
-    device_model(state, &spec.name, purpose, host)?;
+    device_model(state, spec, purpose, host)?;
     snapshots::restores(purpose, host)?;
     Ok(score)
 }
@@ -259,7 +259,7 @@ pub(crate) fn target_checks(
         ),
         (
             "device_model",
-            device_model(state, &spec.name, purpose, host)
+            device_model(state, spec, purpose, host)
                 .map(|()| format!("reads the save-state that {from} writes")),
         ),
     ];
@@ -465,12 +465,20 @@ fn cpu(state: &State, spec: &VmSpec, purpose: Purpose<'_>, host: &Host) -> Resul
     ))
 }
 
-/// A host reads every save-state up to its own version.
-fn device_model(state: &State, vm: &str, purpose: Purpose<'_>, host: &Host) -> Result<(), Fault> {
+/// A host reads every save-state up to its own version, and knows the devices of that.
+fn device_model(state: &State, spec: &VmSpec, purpose: Purpose<'_>, host: &Host) -> Result<(), Fault> {
     let version = |host: Option<&Host>| {
         host.and_then(|host| host.spec.as_ref())
             .map_or(0, |spec| spec.device_model)
     };
+    let knows = version(Some(host));
+    if spec.virtio_console && knows < MODEL_CONSOLE {
+        // Its agent would start the VM without.
+        let message = format!(
+            "knows devices up to version {knows}, a virtio console is of version {MODEL_CONSOLE}: upgrade it first"
+        );
+        return Err(Fault::new(Code::NoHostFits, message));
+    }
     let from = match purpose {
         Purpose::Start => return Ok(()),
         Purpose::Migrate { from } => from,
@@ -490,7 +498,7 @@ fn device_model(state: &State, vm: &str, purpose: Purpose<'_>, host: &Host) -> R
         }
     };
     // What the VM itself needs, where its VMM says so; else what its host's VMMs write.
-    let needs = state.vm(vm).and_then(|vm| vm.devices.as_ref());
+    let needs = state.vm(&spec.name).and_then(|vm| vm.devices.as_ref());
     let needs = needs
         .map(|devices| devices.device_model)
         .filter(|model| *model > 0);

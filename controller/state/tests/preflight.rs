@@ -5,7 +5,10 @@ mod common;
 use common::*;
 use drover_proto::Code;
 use drover_proto::v1::command::Kind;
-use drover_proto::v1::{MigrationOptions, PlanMigration};
+use drover_proto::v1::{
+    CreateVm, HostSpec, MigrationOptions, PlanMigration, ReportVmRequest, VmDevices, VmSpec, VmState,
+};
+use drover_state::placement::{Purpose, choose};
 use drover_state::preflight::{Preflight, preflight};
 
 fn asked(vm: &str, to: &str) -> PlanMigration {
@@ -92,6 +95,55 @@ fn all_that_speaks_against_a_move_is_found_at_once_and_the_plan_is_refused_by_th
         assert!(codes.contains(&wanted), "{wanted:?} is not in {codes:?}");
     }
     assert_eq!(c.refused(Kind::PlanMigration(request)), codes[0].1);
+}
+
+#[test]
+fn a_vm_with_a_virtio_console_starts_on_and_moves_to_hosts_that_know_it_only() {
+    let mut c = Cluster::new();
+    let spec = VmSpec {
+        virtio_console: true,
+        ..vm_spec("vm1")
+    };
+    let create = CreateVm {
+        spec: Some(spec.clone()),
+        start: true,
+    };
+    assert_eq!(c.refused(Kind::CreateVm(create.clone())), Code::NoHostFits);
+    let nobody = choose(&c.state, &spec, Purpose::Start).unwrap_err();
+    assert_eq!(nobody.code, Code::NoHostFits);
+    assert!(
+        nobody
+            .message
+            .contains("host1 knows devices up to version 1, a virtio console is of version 6"),
+        "{nobody}"
+    );
+    for (host, device_model) in [("host1", 6), ("host2", 5), ("host3", 7)] {
+        c.ok(Kind::RegisterHost(HostSpec {
+            device_model,
+            ..host_spec(host)
+        }));
+    }
+    c.ok(Kind::CreateVm(create));
+    assert_eq!(c.refused(place("vm1", "host2", 0)), Code::NoHostFits);
+    c.run("vm1", "host1");
+    // Whether its VMM has said what it has or not.
+    for device_model in [0, 6] {
+        c.ok(Kind::ReportVm(ReportVmRequest {
+            host: "host1".into(),
+            vm: "vm1".into(),
+            epoch: 1,
+            state: VmState::Running.into(),
+            devices: Some(VmDevices {
+                device_model,
+                ..VmDevices::default()
+            }),
+            ..ReportVmRequest::default()
+        }));
+        assert_eq!(c.refused(plan("vm1", "host2")), Code::NoHostFits);
+        let found = preflight(&c.state, &asked("vm1", "host2")).unwrap();
+        assert_eq!(against(&found), [("device_model", Code::NoHostFits)]);
+    }
+    assert_eq!(c.ok(plan("vm1", "")).migration.unwrap().to, "host3");
 }
 
 #[test]

@@ -100,6 +100,7 @@ async fn create(session: &Session, args: &CreateArgs) -> Result<()> {
         disks: args.disks.clone(),
         nics: args.nics.clone(),
         balloon: balloon.into(),
+        virtio_console: args.virtio_console,
         cloud_init: super::cloud::read(&args.cloud)?,
         ..v1::VmSpec::default()
     };

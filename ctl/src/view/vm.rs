@@ -82,6 +82,8 @@ pub struct SpecView {
     pub balloon: bool,
     /// Of `memory_mib`, what its guest is to have, MiB.
     pub memory_target_mib: u64,
+    /// Whether its console has a virtio device beside the serial port.
+    pub virtio_console: bool,
     /// What its cloud-init is told; null: it has no seed disk.
     pub cloud_init: Option<CloudView>,
 }
@@ -235,6 +237,7 @@ impl From<v1::Vm> for VmView {
                     0 => all,
                     target => target,
                 },
+                virtio_console: spec.virtio_console,
                 cloud_init: spec.cloud_init.map(CloudView::from),
             },
             restarts: vm.restarts,
@@ -411,6 +414,15 @@ impl Detailed for VmView {
             ("disks", self.disks()),
             ("nics", self.nics()),
             ("cloud-init", self.cloud_init()),
+            (
+                "console",
+                if self.spec.virtio_console {
+                    "serial port, virtio"
+                } else {
+                    "serial port"
+                }
+                .to_owned(),
+            ),
             ("pinned to", dash(self.spec.host.as_deref())),
             ("migration", dash(self.migration.as_deref())),
             ("last migration", dash(self.last_migration.as_deref())),

@@ -151,6 +151,27 @@ fn a_vm_gets_a_balloon_where_every_host_knows_it_and_its_memory_is_set() {
 }
 
 #[test]
+fn a_vm_is_created_with_a_virtio_console_if_that_is_asked_for_and_shows_it() {
+    let fake = Fake::start();
+    for (name, more, shown) in [
+        ("vm1", "", "serial port\n"),
+        ("vm2", "--virtio-console", "serial port, virtio\n"),
+    ] {
+        let ended = fake.run(&format!("vm create {name} --image probe {more}"));
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        let json = fake.run(&format!("vm show {name} -o json")).json();
+        assert_eq!(json["spec"]["virtio_console"], !more.is_empty());
+        let show = fake.run(&format!("vm show {name}"));
+        let line = show.stdout.lines().find(|line| line.starts_with("console"));
+        assert_eq!(
+            line.map(|line| line.trim_start_matches("console").trim()),
+            Some(shown.trim()),
+            "{show:?}"
+        );
+    }
+}
+
+#[test]
 fn a_vm_is_created_with_its_disks_and_shows_them() {
     let fake = Fake::start();
     let ended = fake.run("vm create vm1 --image probe --disk data --disk base:ro");

@@ -1,11 +1,14 @@
-//! The serial line: a 16550 at 0x3f8, polled.
+//! The console: a 16550 at 0x3f8, polled, and once it is up a virtio console for all lines but last words.
 //!
 //! Every wait is bounded: when the other side does not read, the rest of the line is dropped and the guest goes on working.
+#![allow(unsafe_code, reason = "whoever speaks has the virtio console to itself")]
 
+use core::cell::UnsafeCell;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::machine;
+use super::port::{LINE_BYTES, Port};
 
 const PORT: u16 = 0x3f8;
 const DATA: u16 = PORT;
@@ -22,9 +25,32 @@ const QUEUE: usize = 16;
 const POLLS_MAX: u32 = 5000;
 /// Longest line.
 const LINE_MAX: usize = 512;
+const _: () = assert!(LINE_MAX as u64 <= LINE_BYTES);
 
 static BUSY: AtomicBool = AtomicBool::new(false);
 static CUT: AtomicBool = AtomicBool::new(false);
+/// The virtio console, once it is up.
+static VIRTIO: Shared = Shared(UnsafeCell::new(None));
+
+/// A virtio console that whoever has [`BUSY`] has to itself.
+struct Shared(UnsafeCell<Option<Port>>);
+
+// SAFETY: the cell is touched by `with_port` alone, which only the holder of `BUSY` enters.
+unsafe impl Sync for Shared {}
+
+/// What `act` makes of the virtio console, while nobody else speaks or looks.
+fn with_port<T>(act: impl FnOnce(&mut Option<Port>) -> T) -> T {
+    while BUSY
+        .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
+        .is_err()
+    {
+        core::hint::spin_loop();
+    }
+    // SAFETY: `BUSY` was free and is this processor's until the end; no `act` comes here again.
+    let made = act(unsafe { &mut *VIRTIO.0.get() });
+    BUSY.store(false, Ordering::Release);
+    made
+}
 
 /// Says a line.
 macro_rules! say {
@@ -64,28 +90,34 @@ pub fn open() {
 
 /// Says a line; lines of several processors never mix.
 pub fn say_line(text: fmt::Arguments<'_>) {
-    while BUSY
-        .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
-        .is_err()
-    {
-        core::hint::spin_loop();
-    }
-    write_line(text);
-    BUSY.store(false, Ordering::Release);
+    with_port(|port| write_line(text, port.as_mut()));
+}
+
+/// From now on lines are said on `port`, and what is typed there is heard too.
+pub fn take_port(port: Port) {
+    with_port(|place| *place = Some(port));
+}
+
+/// What was said and typed on the virtio console, if there is one.
+pub fn port_counts() -> Option<[u64; 3]> {
+    with_port(|port| port.as_ref().map(|port| port.counts))
 }
 
 /// Says a last line, whoever may be speaking.
 pub fn say_without_waiting(text: fmt::Arguments<'_>) {
-    write_line(format_args!("\r\n{text}"));
+    write_line(format_args!("\r\n{text}"), None);
 }
 
 /// A byte that was typed.
 pub fn typed() -> Option<u8> {
+    if let Some(byte) = with_port(|port| port.as_mut().and_then(Port::typed)) {
+        return Some(byte);
+    }
     let status = machine::port_read(LINE_STATUS);
     (status != 0xff && status & CAN_READ != 0).then(|| machine::port_read(DATA))
 }
 
-fn write_line(text: fmt::Arguments<'_>) {
+fn write_line(text: fmt::Arguments<'_>, port: Option<&mut Port>) {
     let mut line = Line {
         bytes: [0; LINE_MAX],
         length: 0,
@@ -94,6 +126,10 @@ fn write_line(text: fmt::Arguments<'_>) {
     let _ = fmt::write(&mut line, text);
     line.bytes[line.length] = b'\r';
     line.bytes[line.length + 1] = b'\n';
+    if let Some(port) = port {
+        port.say(&line.bytes[..line.length + 2]);
+        return;
+    }
     if CUT.load(Ordering::Relaxed) && !send(b"\r\n") {
         return;
     }

@@ -4,7 +4,7 @@ use core::sync::atomic::Ordering;
 
 use drover_probe::clock::microseconds;
 use drover_probe::params::Fault;
-use drover_probe::report::Second;
+use drover_probe::report::{ConsoleSecond, Second};
 
 use super::console::{self, say};
 use super::machine;
@@ -67,6 +67,11 @@ impl Desk {
                 balloon: said.balloon,
                 disk_load: said.disk_load,
                 net_load: said.net_load,
+                console: console::port_counts().map(|[lines, unsaid, typed]| ConsoleSecond {
+                    lines,
+                    unsaid,
+                    typed,
+                }),
                 ..self.report(now)
             };
             say!("{report}");

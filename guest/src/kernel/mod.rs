@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! boot.s (ring 0) -> probe_entry (ring 3)
-//!   processor 0:  boot information -> clock -> timer -> wakes the others -> publishes the plan -> fills -> (journal, station, balloon) -> "probe up" -> work + desk
+//!   processor 0:  boot information -> clock -> timer -> wakes the others -> publishes the plan -> fills -> (journal, station, balloon, console) -> "probe up" -> work + desk
 //!   the others:                                            wait for the plan -> timer -> fill -> work
 //! ```
 //!
@@ -18,6 +18,7 @@ mod machine;
 mod net;
 mod net_load;
 mod plan;
+mod port;
 mod slots;
 mod time;
 mod virtio;
@@ -37,6 +38,7 @@ use self::disk_load::LoadedDisk;
 use self::net::Post;
 use self::net_load::LoadedNet;
 use self::plan::{PLAN, Plan};
+use self::port::Port;
 use self::slots::Slots;
 use self::time::Clock;
 use self::worker::Worker;
@@ -78,7 +80,7 @@ fn first(kind: u64, boot_address: u64) -> ! {
         say!("probe no timer: the local APIC's counter does not move");
         machine::stop()
     };
-    let memory = [plan.disk, plan.net, plan.balloon];
+    let memory = [plan.disk, plan.net, plan.balloon, plan.port];
     let cpus = machine::wake_others(plan.params.cpus, &clock);
     let plan = PLAN.publish(plan.with_machine(clock, timer, cpus));
     let mut worker = start_work(plan, 0);
@@ -115,10 +117,10 @@ struct Drivers {
 }
 
 impl Drivers {
-    /// Opens what the plan asks for, in the memory that was set aside for disk, NIC and balloon. What cannot be, and why.
+    /// Opens what the plan asks for, in the memory that was set aside for disk, NIC, balloon and console. What cannot be, and why.
     fn open(
         plan: &'static Plan,
-        [disk, net, balloon]: [Option<u64>; 3],
+        [disk, net, balloon, port]: [Option<u64>; 4],
     ) -> Result<Drivers, (&'static str, &'static str)> {
         let params = &plan.params;
         let mut drivers = Drivers {
@@ -155,6 +157,10 @@ impl Drivers {
         }
         if let Some(memory) = balloon {
             drivers.balloon = Some(Balloon::open(memory, plan).map_err(|why| ("balloon", why))?);
+        }
+        if let Some(memory) = port {
+            let port = Port::open(memory, plan.clock.ticks_per_s()).map_err(|why| ("console", why))?;
+            console::take_port(port);
         }
         drivers.slots = (params.hot_plug || params.net_hot_plug).then(|| Slots::watch(&plan.clock));
         Ok(drivers)

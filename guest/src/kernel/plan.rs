@@ -10,7 +10,7 @@ use drover_probe::params::{BadParam, Params, Why};
 use drover_probe::report::Up;
 
 use super::time::Clock;
-use super::{balloon, disk, disk_load, machine, net, net_load};
+use super::{balloon, disk, disk_load, machine, net, net_load, port};
 
 const RECORD_BYTES: u64 = 8;
 
@@ -26,6 +26,8 @@ pub struct Draft {
     pub net: Option<u64>,
     /// Memory for the balloon's driver, where there is to be one: see [`super::balloon`].
     pub balloon: Option<u64>,
+    /// Memory for the virtio console's driver, where there is to be one: see [`super::port`].
+    pub port: Option<u64>,
 }
 
 /// The same, and the machine as it was found.
@@ -60,9 +62,10 @@ impl Plan {
                 None => u64::from(params.net.is_some()) * net::PAGES,
             },
             u64::from(params.balloon) * balloon::PAGES,
+            u64::from(params.virtio_console) * port::PAGES,
         ];
         let taken = wanted.map(|pages| (pages > 0).then(|| layout.take(pages)).flatten());
-        let [disk, net, balloon] = taken;
+        let [disk, net, balloon, port] = taken;
         let needed: u64 = wanted.iter().sum();
         let record_pages = params.own_pages.saturating_mul(RECORD_BYTES).div_ceil(PAGE_SIZE);
         let record = layout
@@ -89,6 +92,7 @@ impl Plan {
             disk,
             net,
             balloon,
+            port,
         })
     }
 

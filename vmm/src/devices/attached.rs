@@ -19,13 +19,15 @@ use kvm_ioctls::VmFd;
 use tracing::{error, info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::console::Console;
 use super::gate::{Held, IoGate};
 use super::pci::bus::Bus;
 use super::pci::{MMIO, SLOTS};
-use super::saved::{MODEL_BALLOON, MODEL_DISKS, MODEL_NICS, SavedPci};
+use super::saved::{MODEL_BALLOON, MODEL_CONSOLE, MODEL_DISKS, MODEL_NICS, SavedPci};
 use super::virtio::balloon::{Balloon, Level, Target};
 use super::virtio::blk::disk::Disk;
 use super::virtio::blk::{Blk, SECTOR};
+use super::virtio::console::Port;
 use super::virtio::net::tap::Tap;
 use super::virtio::net::{Mac, Net, announce};
 use super::virtio::pci::{REGION_BYTES, VirtioPci, vectors};
@@ -46,6 +48,8 @@ pub enum Gear {
     Nic(Nic),
     /// The balloon of a VM with so many pages.
     Balloon(Target, u64),
+    /// A port of the VM's console.
+    Console,
 }
 
 /// A NIC of a VM.
@@ -83,6 +87,8 @@ pub enum About {
     },
     /// A balloon.
     Balloon,
+    /// A port of the console.
+    Console,
 }
 
 impl About {
@@ -92,6 +98,7 @@ impl About {
             Self::Rng | Self::Disk { .. } => MODEL_DISKS,
             Self::Nic { .. } => MODEL_NICS,
             Self::Balloon => MODEL_BALLOON,
+            Self::Console => MODEL_CONSOLE,
         }
     }
 }
@@ -103,6 +110,7 @@ enum Kind {
     Disk(Arc<Disk>),
     Nic(Arc<Net>, Arc<Tap>),
     Balloon(Arc<Balloon>),
+    Console(Arc<Port>),
 }
 
 impl Kind {
@@ -112,13 +120,14 @@ impl Kind {
             Self::Disk(disk) => Arc::new(Blk::new(disk.clone())),
             Self::Nic(net, _) => net.clone(),
             Self::Balloon(balloon) => balloon.clone(),
+            Self::Console(port) => port.clone(),
         })
     }
 
     /// What it needs to be held to work.
     fn held(&self) -> Option<Arc<dyn Held>> {
         match self {
-            Self::Rng | Self::Balloon(_) => None,
+            Self::Rng | Self::Balloon(_) | Self::Console(_) => None,
             Self::Disk(disk) => Some(disk.clone()),
             Self::Nic(_, tap) => Some(tap.clone()),
         }
@@ -135,8 +144,8 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Makes the device of `gear`.
-    pub fn new(gear: Gear) -> Result<Self, Fault> {
+    /// Makes the device of `gear`, of a VM with this console.
+    pub fn new(gear: Gear, console: &Arc<Console>) -> Result<Self, Fault> {
         let (about, kind) = match gear {
             Gear::Rng => (About::Rng, Kind::Rng),
             Gear::Disk(disk) => {
@@ -151,6 +160,10 @@ impl Prepared {
             Gear::Balloon(target, pages) => (
                 About::Balloon,
                 Kind::Balloon(Arc::new(Balloon::new(target, pages))),
+            ),
+            Gear::Console => (
+                About::Console,
+                Kind::Console(Arc::new(Port::new(console.clone())?)),
             ),
         };
         Ok(Self {
@@ -230,7 +243,7 @@ impl Slot {
             about: self.about.clone(),
             size_bytes: match &self.kind {
                 Kind::Disk(disk) => disk.sectors() * SECTOR,
-                Kind::Rng | Kind::Nic(..) | Kind::Balloon(_) => 0,
+                Kind::Rng | Kind::Nic(..) | Kind::Balloon(_) | Kind::Console(_) => 0,
             },
             leaves: self.there.is_none(),
         }
@@ -251,6 +264,7 @@ pub struct Attached {
     router: Arc<Router>,
     memory: Arc<Memory>,
     gate: Arc<IoGate>,
+    console: Arc<Console>,
     /// Rung when a device has gone.
     news: EventFd,
     announcers: Mutex<Vec<JoinHandle<()>>>,
@@ -258,13 +272,20 @@ pub struct Attached {
 
 impl Attached {
     /// An empty bus. No device on it works before `gate` is opened.
-    pub fn new(vm: &Arc<VmFd>, memory: &Arc<Memory>, gate: &Arc<IoGate>, news: EventFd) -> Self {
+    pub fn new(
+        vm: &Arc<VmFd>,
+        memory: &Arc<Memory>,
+        gate: &Arc<IoGate>,
+        console: &Arc<Console>,
+        news: EventFd,
+    ) -> Self {
         Self {
             bus: Bus::new(),
             table: Arc::default(),
             router: Router::new(vm.clone()),
             memory: memory.clone(),
             gate: gate.clone(),
+            console: console.clone(),
             news,
             announcers: Mutex::default(),
         }
@@ -277,7 +298,7 @@ impl Attached {
         for (slot, gear) in equipment {
             let slot = slot.or_else(|| free.next());
             let slot = slot.ok_or_else(|| Fault::new(Code::InvalidArgument, "more devices than slots"))?;
-            self.plug(slot, Prepared::new(gear)?)?;
+            self.plug(slot, Prepared::new(gear, &self.console)?)?;
         }
         Ok(())
     }
@@ -340,6 +361,17 @@ impl Attached {
     /// Whether the guest has a driver for the VM's balloon.
     pub fn balloon_has_driver(&self) -> bool {
         Self::balloon(&lock(&self.table)).is_some_and(|(_, device)| device.has_driver())
+    }
+
+    /// Types on the VM's virtio console; returns how many bytes fitted. None: it has none, or there is no driver that takes any.
+    pub fn type_in(&self, bytes: &[u8]) -> Option<usize> {
+        lock(&self.table)
+            .values()
+            .find_map(|at| match (&at.kind, &at.there) {
+                // A driver that has broken a rule takes nothing until it begins anew, and may never.
+                (Kind::Console(port), Some(there)) if there.device.has_driver() => port.type_in(bytes),
+                _ => None,
+            })
     }
 
     /// The guest is to give so much memory up. A fault: there is no balloon, or a later wish was told.

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 
 use drover_proto::v1::virtio_save::Device;
 use drover_proto::v1::{
-    AcpiSave, PciSave, VirtioBalloonSave, VirtioBlkSave, VirtioNetSave, VirtioQueueSave, VirtioRngSave,
-    VirtioSave,
+    AcpiSave, PciSave, VirtioBalloonSave, VirtioBlkSave, VirtioConsoleSave, VirtioNetSave, VirtioQueueSave,
+    VirtioRngSave, VirtioSave,
 };
 
 use super::acpi::{Registers, slots_of};
@@ -16,16 +16,19 @@ use super::pci::bus::SavedBus;
 use super::pci::config::CONFIG_BYTES;
 use super::pci::msix::{ENTRY_BYTES, VECTORS_MAX};
 use super::virtio::blk::SERIAL_BYTES;
+use super::virtio::console::input::INPUT_BYTES_MAX;
 use super::virtio::net::{FRAME_BYTES_MAX, Mac};
 use super::virtio::queue::Queue;
 use super::virtio::transport::Transport;
 
-/// The device models that brought random numbers and disks, NICs, balloons.
+/// The device models that brought random numbers and disks, NICs, balloons, consoles.
 pub const MODEL_DISKS: u32 = 2;
 /// See [`MODEL_DISKS`].
 pub const MODEL_NICS: u32 = 3;
 /// See [`MODEL_DISKS`].
 pub const MODEL_BALLOON: u32 = 5;
+/// See [`MODEL_DISKS`].
+pub const MODEL_CONSOLE: u32 = 6;
 
 /// Most queues of a device.
 const QUEUES_MAX: usize = 64;
@@ -100,6 +103,8 @@ pub enum SavedDevice {
     Net(SavedNet),
     /// A balloon.
     Balloon(SavedBalloon),
+    /// A console.
+    Console(SavedConsole),
 }
 
 impl SavedDevice {
@@ -109,6 +114,7 @@ impl SavedDevice {
             Self::Rng | Self::Blk(_) => MODEL_DISKS,
             Self::Net(_) => MODEL_NICS,
             Self::Balloon(_) => MODEL_BALLOON,
+            Self::Console(_) => MODEL_CONSOLE,
         }
     }
 }
@@ -122,6 +128,15 @@ pub struct SavedBalloon {
     pub revision: u64,
     /// Pages that it holds, says its driver.
     pub actual_pages: u32,
+}
+
+/// A console, but for its scroll-back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedConsole {
+    /// What was typed and is in no buffer of its driver's yet.
+    pub input: Vec<u8>,
+    /// Its driver takes input.
+    pub hears: bool,
 }
 
 /// A NIC.
@@ -324,6 +339,10 @@ fn encode_device(saved: &SavedVirtio) -> VirtioSave {
                 revision: balloon.revision,
                 actual_pages: balloon.actual_pages,
             }),
+            SavedDevice::Console(console) => Device::Console(VirtioConsoleSave {
+                input: console.input.clone(),
+                hears: console.hears,
+            }),
         }),
     }
 }
@@ -402,6 +421,13 @@ fn decode_device(save: VirtioSave) -> Result<SavedVirtio, String> {
             target_pages: balloon.target_pages,
             revision: balloon.revision,
             actual_pages: balloon.actual_pages,
+        }),
+        Device::Console(console) if console.input.len() > INPUT_BYTES_MAX => {
+            return Err(format!("a console's input of {} bytes", console.input.len()));
+        }
+        Device::Console(console) => SavedDevice::Console(SavedConsole {
+            input: console.input,
+            hears: console.hears,
         }),
     };
     let queues = save.queues.iter().map(decode_queue).collect::<Result<_, _>>()?;

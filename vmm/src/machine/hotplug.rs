@@ -69,6 +69,7 @@ impl Machine {
             let kind = match at.about {
                 About::Rng => "rng",
                 About::Balloon => "balloon",
+                About::Console => "console",
                 About::Nic { mac, tap } => {
                     (told.mac, told.tap) = (net::text(mac), tap);
                     "nic"
@@ -169,7 +170,7 @@ impl Machine {
                 return Ok(self.info());
             }
         }
-        let mut prepared = Prepared::new(open()?)?;
+        let mut prepared = Prepared::new(open()?, self.console())?;
         prepared.take()?;
         {
             let mut core = self.core();

@@ -1,6 +1,7 @@
 //! Moving a VM that writes, all the way round.
 
 use drover_chaos_cluster::cluster::host_name;
+use drover_proto::v1::VmSpec;
 
 use super::*;
 
@@ -65,6 +66,29 @@ fn a_vm_tours_three_hosts_while_it_writes() {
     let mut console = boot(&cluster, 1, FLAT_OUT);
     let (first, _) = cluster.await_runs_exactly_once(VM);
     tour(&cluster, &mut console, &[next(first), next(next(first)), first]);
+    assert_sound_at_the_end(&cluster, &mut console);
+}
+
+#[test]
+fn a_guest_is_spoken_with_by_its_virtio_console_wherever_it_is() {
+    let Some(cluster) = cluster() else { return };
+    let spec = VmSpec {
+        virtio_console: true,
+        ..probe_spec(VM, "", 64, 1, &format!("{STEADY} console=virtio"))
+    };
+    cluster.client.create_vm(&spec, true).expect("the VM is created");
+    cluster.client.await_running(VM);
+    let mut console = Console::new(VM);
+    let (first, _) = cluster.await_runs_exactly_once(VM);
+    let heard = |console: &mut Console| console.await_more(&cluster.client, 1).console;
+    assert!(heard(&mut console).is_some(), "the guest has no virtio console");
+    tour(&cluster, &mut console, &[next(first), first]);
+    let upgraded = cluster.client.upgrade(VM).expect("the VM runs");
+    assert_done(&cluster.client.await_end(&upgraded.id));
+    console.ping(&cluster.client, "upgraded");
+    // Three words, each on a line with "ping ".
+    let typed = heard(&mut console).map(|console| (console.typed, console.unsaid));
+    assert_eq!(typed, Some((2 * 11 + 14, 0)), "{:?}", console.lines);
     assert_sound_at_the_end(&cluster, &mut console);
 }
 

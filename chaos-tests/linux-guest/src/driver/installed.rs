@@ -19,10 +19,11 @@ const ECHO_MAX: Duration = Duration::from_secs(60);
 const AGAIN: Duration = Duration::from_millis(200);
 const TOLD: &[u8] = b"over the network, and back";
 
-/// Boots the VM of `config` from its first disk.
+/// Boots the VM of `config` from its first disk. It has its shell on the serial port, and no other console.
 pub async fn boot(mut config: serde_json::Value, epoch: u64) -> Result<(Vmm, Shell, Report)> {
     let cmdline = config["cmdline"].as_str().context("a command line")?;
     config["cmdline"] = format!("{cmdline} root=/dev/vda").into();
+    config["console"] = false.into();
     let mut vmm = Vmm::start(&folder("installed")?, &config).await?;
     vmm.renew(epoch);
     let runs = |info: &VmmInfo| info.state() == VmmState::Running;

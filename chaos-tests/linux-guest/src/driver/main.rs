@@ -383,7 +383,7 @@ fn config(
         "cluster_id": CLUSTER, "host": host, "vm": "linux", "epoch": epoch, "vcpus": GUEST_VCPUS, "memory_mib": GUEST_MEMORY_MIB,
         "kernel": "/guest/vmlinuz", "initrd": "/guest/initrd", "cmdline": "console=ttyS0 quiet panic=-1",
         "cpu_profile": "host", "socket": "vmm.sock", "tls": tls, "incoming": incoming,
-        "rng": true, "disks": disks, "nics": nics, "balloon": { "slot": 31 },
+        "rng": true, "disks": disks, "nics": nics, "balloon": { "slot": 31 }, "console": { "slot": 29 },
     })
 }
 

@@ -98,6 +98,7 @@ impl Shell {
                 .number("dmesg | grep -c -E 'Oops|Kernel panic|BUG:|lockup|stalls on'")
                 .await?,
             cpus: self.number("nproc").await?,
+            terminal: self.ask("tty").await?,
             devices: self.devices().await?,
         };
         Ok((facts, asked))

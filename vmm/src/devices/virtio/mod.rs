@@ -4,7 +4,7 @@
 //!   guest ──► pci        registers in one region, interrupts, doorbells        (4.1)
 //!               ├── transport   status, features, queue set-up                 (2.1–2.4, 4.1.4.3; pure)
 //!               ├── queue       chains of buffers in guest memory              (2.7)
-//!               └── worker ──►  device: rng, blk, net, balloon                 (5; a folder each)
+//!               └── worker ──►  device: rng, blk, net, balloon, console        (5; a folder each)
 //! ```
 //!
 //! One worker thread a device takes chains, has the device serve them, and gives them back. It works only while the VM may run (see
@@ -13,6 +13,7 @@
 pub mod balloon;
 pub mod blk;
 pub mod buffers;
+pub mod console;
 pub mod net;
 pub mod pci;
 pub mod queue;
@@ -61,6 +62,8 @@ pub trait Device: Send + Sync + 'static {
         features: u64,
         begun: &Begun<'_>,
     ) -> Result<u32, Broken>;
+    /// What it has served last of this queue is the driver's: nothing has reset or broken it meanwhile.
+    fn pushed(&self, _queue: usize) {}
     /// The driver has reset it.
     fn reset(&self) {}
     /// What comes to it from outside, if anything does.

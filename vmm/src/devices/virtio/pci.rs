@@ -291,6 +291,9 @@ impl VirtioPci {
         }
         let given = served
             .and_then(|written| inner.transport.queues[queue].push(self.memory.mapped(), &chain, written));
+        if given.is_ok() {
+            self.device.pushed(queue);
+        }
         match given {
             Ok(true) => {
                 let vector = inner.transport.used(queue);

@@ -95,6 +95,9 @@ impl Device for Rng {
             SavedDevice::Balloon(_) => {
                 Err("a balloon stands where this VM has its random numbers".to_owned())
             }
+            SavedDevice::Console(_) => {
+                Err("a console stands where this VM has its random numbers".to_owned())
+            }
         }
     }
 }
