@@ -1,5 +1,5 @@
-//! Snapshots as clients see them, and how far each is, each restore and each volume that is filled from an image: that is in the leader's memory only, as of migrations. A new leader knows nothing until the
-//! next report, a fraction of a second later.
+//! Snapshots as clients see them, and how far each is, each restore and each volume that is filled from an image: that is in the leader's memory
+//! only, as of migrations. A new leader knows nothing until the next report, a fraction of a second later.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,7 +12,7 @@ use drover_proto::v1::{
     VolumeNews,
 };
 use drover_proto::{Code, Fault};
-use drover_state::snapshot_without_secrets;
+use drover_state::{is_being_filled, snapshot_without_secrets};
 
 use super::Shared;
 use super::on_leader::Call;
@@ -63,9 +63,10 @@ impl SnapshotTable {
 
     /// The volume with how far it is, while it is being filled.
     pub(crate) fn merge_volume(&self, volume: Volume) -> Volume {
-        let entry = (String::new(), volume.content);
-        let waits = volume.filling && volume.reason.is_none();
-        let progress = self.lock().get(&entry).copied().filter(|_| waits);
+        if !is_being_filled(&volume) {
+            return volume;
+        }
+        let progress = self.lock().get(&(String::new(), volume.content)).copied();
         Volume { progress, ..volume }
     }
 }
@@ -144,12 +145,10 @@ pub(super) async fn report_volume(
     request: ReportVolumeRequest,
 ) -> Result<ReportVolumeResponse, Fault> {
     call.caller.speaks_for(&request.host)?;
-    let volume = call.api.consensus.read(|state| {
+    let current = call.api.consensus.read(|state| {
         let volume = state.volume(&request.volume);
-        volume.filter(|volume| volume.content == request.content).cloned()
+        volume.is_some_and(|volume| volume.content == request.content && is_being_filled(volume))
     });
-    let waits = |volume: &Volume| volume.filling && volume.reason.is_none();
-    let current = volume.as_ref().is_some_and(waits);
     match request.news() {
         VolumeNews::Unspecified => {
             let message = "news is unspecified; PROGRESS, FILLED and FAILED are reported";

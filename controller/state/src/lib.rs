@@ -37,3 +37,4 @@ pub use state::{
     State, Usage, commit_us, default_settings, epoch_of, host_of, is_committed, is_ended, migration_number,
     occupies, pause_us, state_us,
 };
+pub use volumes::is_being_filled;

@@ -41,15 +41,15 @@ impl State {
 
     /// What the host is to fill from its images: of each volume that is to be filled one host that is up and can.
     pub(crate) fn fills_of(&self, host: &str) -> Vec<Volume> {
-        let waits = |volume: &&Volume| volume.filling && volume.reason.is_none();
         let by_this = |volume: &&Volume| self.filler(volume) == Some(host);
-        let volumes = self.volumes.values().filter(waits).filter(by_this);
+        let volumes = self.volumes.values().filter(|volume| is_being_filled(volume));
+        let volumes = volumes.filter(by_this);
         volumes.take(TOLD_MAX).cloned().collect()
     }
 
     /// Empty unless the volume waits for a host that can fill it.
     fn why_nobody_fills(&self, volume: &Volume) -> String {
-        if !volume.filling || volume.reason.is_some() || self.filler(volume).is_some() {
+        if !is_being_filled(volume) || self.filler(volume).is_some() {
             return String::new();
         }
         format!(
@@ -104,6 +104,11 @@ pub(crate) fn may_have(state: &State, spec: &VmSpec) -> Result<(), Fault> {
         }
     }
     Ok(())
+}
+
+/// Whether the volume waits for its image's content, and may yet get it.
+pub fn is_being_filled(volume: &Volume) -> bool {
+    volume.filling && volume.reason.is_none()
 }
 
 /// Whether the volume has its content.

@@ -32,8 +32,13 @@ const PIECE_BYTES: usize = 64 << 10;
 pub enum Disk {
     /// The file is the content.
     Raw(File),
-    /// The file, of so many bytes, in clusters of so many, describes it.
-    Qcow2(Box<FormatAccess<imago::file::File>>, u64, u64),
+    /// The file describes it.
+    Qcow2 {
+        /// The open image.
+        image: Box<FormatAccess<imago::file::File>>,
+        /// Where its file, and the last cluster, which may be short, end.
+        beyond: u64,
+    },
 }
 
 impl Disk {
@@ -53,7 +58,10 @@ impl Disk {
         let cluster = check_tables(&file, &head, bytes)?;
         let storage = imago::file::File::try_from(file)?;
         let image = Qcow2::<imago::file::File>::builder(storage).open(DenyImplicitOpenGate::default())?;
-        Ok(Self::Qcow2(Box::new(FormatAccess::new(image)), bytes, cluster))
+        Ok(Self::Qcow2 {
+            image: Box::new(FormatAccess::new(image)),
+            beyond: bytes + cluster,
+        })
     }
 
     /// The disk's size.
@@ -63,7 +71,7 @@ impl Disk {
     pub fn bytes(&self) -> io::Result<u64> {
         match self {
             Self::Raw(file) => Ok(file.metadata()?.len()),
-            Self::Qcow2(image, ..) => Ok(image.size()),
+            Self::Qcow2 { image, .. } => Ok(image.size()),
         }
     }
 
@@ -75,7 +83,7 @@ impl Disk {
     pub fn copy_to(&self, to: &File, goes_on: &dyn Fn(u64) -> bool) -> io::Result<()> {
         match self {
             Self::Raw(file) => copy::copy(file, to, goes_on),
-            Self::Qcow2(image, bytes, cluster) => copy_mapped(image, bytes + cluster, to, goes_on),
+            Self::Qcow2 { image, beyond } => copy_mapped(image, *beyond, to, goes_on),
         }
     }
 }
@@ -112,7 +120,7 @@ fn check_tables(file: &File, head: &[u8; HEAD_BYTES], bytes: u64) -> io::Result<
     Ok(cluster)
 }
 
-/// `beyond`: where its file, and the last cluster, which may be short, end.
+/// `beyond`: see [`Disk::Qcow2`].
 fn copy_mapped(
     image: &FormatAccess<imago::file::File>,
     beyond: u64,

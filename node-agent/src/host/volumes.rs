@@ -106,21 +106,8 @@ pub fn install(
     goes_on: &dyn Fn(u64) -> bool,
 ) -> Result<PathBuf, Fault> {
     let path = path(pool, volume);
-    let failed = |error: io::Error| unusable(volume, &path, &error.to_string());
-    if !is_name(&volume.name) || volume.content == 0 {
-        return Err(unusable(volume, &path, "no volume with a restored content"));
-    }
-    match look(&path).map_err(failed)? {
-        // It was linked there whole, and nothing has run with it yet.
-        Some(Found::File(bytes)) if bytes == volume.size_bytes => return Ok(path),
-        Some(_) => {
-            return Err(unusable(
-                volume,
-                &path,
-                "something else is there: nothing was changed",
-            ));
-        }
-        None => {}
+    if is_there(volume, &path, "no volume with a restored content")? {
+        return Ok(path);
     }
     let damaged = |what: String| {
         let message = format!("{}: {what}", source.display());
@@ -135,19 +122,51 @@ pub fn install(
         );
         return Err(damaged(message));
     }
-    let stopped = std::cell::Cell::new(false);
-    let fill = |file: &File| {
-        let more = |done| {
-            stopped.set(stopped.get() || !goes_on(done));
-            !stopped.get()
-        };
-        copy::copy(&from, file, &more)
-    };
-    make(pool, volume, &path, &staged(volume, host, maker), fill).map_err(|error| match stopped.get() {
-        true => Fault::new(Code::VmStopped, "it is no longer desired on this host"),
-        false => failed(error),
+    let staged = staged(volume, host, maker);
+    make_by_copy(pool, volume, &path, &staged, goes_on, |to, goes_on| {
+        copy::copy(&from, to, goes_on)
     })?;
     Ok(path)
+}
+
+/// Whether the content is in its place: then it was linked there whole, and nobody has had it yet. `other`: what a volume is that cannot get one so.
+fn is_there(volume: &Volume, path: &Path, other: &str) -> Result<bool, Fault> {
+    if !is_name(&volume.name) || volume.content == 0 {
+        return Err(unusable(volume, path, other));
+    }
+    match look(path).map_err(|error| unusable(volume, path, &error.to_string()))? {
+        Some(Found::File(bytes)) if bytes == volume.size_bytes => Ok(true),
+        Some(_) => {
+            let what = "something else is there: nothing was changed";
+            Err(unusable(volume, path, what))
+        }
+        None => Ok(false),
+    }
+}
+
+/// As [`make`], by a copy that asks whether to go on.
+fn make_by_copy(
+    pool: &Path,
+    volume: &Volume,
+    path: &Path,
+    staged: &str,
+    goes_on: &dyn Fn(u64) -> bool,
+    copy: impl FnOnce(&File, &dyn Fn(u64) -> bool) -> io::Result<()>,
+) -> Result<(), Fault> {
+    let stopped = std::cell::Cell::new(false);
+    let more = |done| {
+        stopped.set(stopped.get() || !goes_on(done));
+        !stopped.get()
+    };
+    let made = make(pool, volume, path, staged, |file| copy(file, &more));
+    made.map_err(|error| match stopped.get() {
+        true => not_desired(),
+        false => unusable(volume, path, &error.to_string()),
+    })
+}
+
+fn not_desired() -> Fault {
+    Fault::new(Code::VmStopped, "it is no longer desired on this host")
 }
 
 /// Makes sure that the volume's content, that of an image, is there; blocks on the storage. `goes_on` is told how many bytes of the image's disk are dealt
@@ -163,21 +182,8 @@ pub fn fill(
     goes_on: &dyn Fn(u64) -> bool,
 ) -> Result<(), Fault> {
     let path = path(pool, volume);
-    let failed = |error: io::Error| unusable(volume, &path, &error.to_string());
-    if !is_name(&volume.name) || volume.content == 0 {
-        return Err(unusable(volume, &path, "no volume that is made of an image"));
-    }
-    match look(&path).map_err(failed)? {
-        // It was linked there whole, and nobody has had it yet.
-        Some(Found::File(bytes)) if bytes == volume.size_bytes => return Ok(()),
-        Some(_) => {
-            return Err(unusable(
-                volume,
-                &path,
-                "something else is there: nothing was changed",
-            ));
-        }
-        None => {}
+    if is_there(volume, &path, "no volume that is made of an image")? {
+        return Ok(());
     }
     let unfit = |what: String| {
         let message = format!("image {}: {what}", volume.image);
@@ -197,25 +203,15 @@ pub fn fill(
         let what = format!("its disk has {bytes} bytes, the volume {}", volume.size_bytes);
         return Err(unfit(what));
     }
-    let stopped = std::cell::Cell::new(false);
-    let content = |file: &File| {
-        let more = |done| {
-            stopped.set(stopped.get() || !goes_on(done));
-            !stopped.get()
-        };
-        disk.copy_to(file, &more)
-    };
     let staged = format!(".{}.{host}.fill", data(volume.content));
-    let not_desired = || Fault::new(Code::VmStopped, "it is no longer desired on this host");
-    make(pool, volume, &path, &staged, content).map_err(|error| match stopped.get() {
-        true => not_desired(),
-        false => failed(error),
+    make_by_copy(pool, volume, &path, &staged, goes_on, |to, goes_on| {
+        disk.copy_to(to, goes_on)
     })?;
     // Whoever removed it may have come before it was there.
     if goes_on(bytes) {
         return Ok(());
     }
-    remove(&path).map_err(failed)?;
+    remove(&path).map_err(|error| unusable(volume, &path, &error.to_string()))?;
     Err(not_desired())
 }
 
